@@ -106,6 +106,7 @@ def pip_configuration() -> str:
         for match in re.finditer(rf"^{section}\.(?P<name>[^=]+)=(?P<value>.*)$", listing, re.MULTILINE):
             settings[match["name"]] = str(ast.literal_eval(match["value"]))
     settings.pop("config-file", None)
+    settings["quiet"] = "2"  # errors only: ansible-test's own findings would drown
     return "[global]\n" + "".join(f"{name} = {' '.join(value.split())}\n" for name, value in settings.items())
 
 
