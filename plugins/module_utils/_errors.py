@@ -31,15 +31,18 @@ class VmkeeperError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        sentences = []
-        for part in (self.problem, self.state, self.advice):
-            if part:
-                sentences.append(part if part[-1] in ".!?" else part + ".")
-        return " ".join(sentences)
+        parts = (self.problem, self.state, self.advice)
+        return " ".join(part if part[-1] in ".!?" else f"{part}." for part in parts if part)
 
     def as_result(self) -> dict[str, Any]:
         """The ``error`` key of a failed module: ``{kind, problem, state, advice, ...facts}``."""
-        return {"kind": self.kind, "problem": self.problem, "state": self.state, "advice": self.advice, **self.facts}
+        return {
+            "kind": self.kind,
+            "problem": self.problem,
+            "state": self.state,
+            "advice": self.advice,
+            **self.facts,
+        }
 
 
 class InvalidInput(VmkeeperError):

@@ -9,13 +9,14 @@ import os
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 from ansible.module_utils.common.respawn import has_respawned, probe_interpreters_for_module, respawn_module
 
 from ._errors import InvalidInput, VmkeeperError
-from .hypervisor.connection import DEFAULT_URI, check_local, libvirt, open_connection
+from .hypervisor.binding import libvirt
+from .hypervisor.connection import DEFAULT_URI, check_local, open_connection
 
 #: Where distributions keep the interpreter that has python3-libvirt.
 _INTERPRETERS = ["/usr/bin/python3", "/usr/libexec/platform-python", "/usr/bin/python"]
@@ -46,7 +47,7 @@ class Answer:
 
 def run(
     options: Mapping[str, Any], handler: Callable[[Call], Answer], *, info: bool = False, **constraints: Any
-) -> NoReturn:
+) -> None:
     """Run a module. ``info`` modules only read and need no root; ``constraints`` go to AnsibleModule as they are."""
     module = AnsibleModule(argument_spec={"uri": dict(URI_OPTION), **options}, supports_check_mode=True, **constraints)
     _need_libvirt(module)
@@ -54,7 +55,9 @@ def run(
         uri = check_local(module.params["uri"])
         if not info and os.geteuid() != 0:
             raise InvalidInput(
-                "Changing domains and their image files needs root on the hypervisor", advice="Use become: true", user=os.geteuid()
+                "Changing domains and their image files needs root on the hypervisor",
+                advice="Use become: true",
+                user=os.geteuid(),
             )
         connection = _open(uri, info)
         try:
@@ -63,7 +66,7 @@ def run(
             connection.close()
     except VmkeeperError as error:
         module.fail_json(msg=str(error), error=error.as_result(), **error.facts)
-    except Exception as error:  # a defect of ours; the operator still gets a sentence and the trace
+    except Exception as error:  # noqa: BLE001 a defect of ours; the operator still gets a sentence and the trace
         module.fail_json(
             msg=f"Unexpected {type(error).__name__}: {error}. This is a defect of vmkeeper.libvirt; run domain_info to see the state.",
             exception=traceback.format_exc(),
@@ -96,7 +99,12 @@ def _need_libvirt(module: AnsibleModule) -> None:
     module.fail_json(
         msg=missing_required_lib("libvirt-python (package python3-libvirt)", reason="on the hypervisor")
         + " Install python3-libvirt there. Nothing was changed.",
-        error={"kind": "unsupported", "problem": "no libvirt binding", "advice": "install python3-libvirt", "state": "Nothing was changed."},
+        error={
+            "kind": "unsupported",
+            "problem": "no libvirt binding",
+            "advice": "install python3-libvirt",
+            "state": "Nothing was changed.",
+        },
     )
 
 

@@ -1,5 +1,4 @@
 #!/usr/bin/python
-# -*- coding: utf-8 -*-
 # Copyright: vmkeeper.libvirt contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
@@ -150,7 +149,11 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import ove
 def handle(call: _module.Call) -> _module.Answer:
     """Describe the domains."""
     wanted = call.params["domains"]
-    handles = find_domains(call.connection, wanted) if wanted else sorted(call.connection.listAllDomains(), key=lambda one: one.name())
+    handles = (
+        find_domains(call.connection, wanted)
+        if wanted
+        else sorted(call.connection.listAllDomains(), key=lambda one: one.name())
+    )
     entries = [overview.describe(one) for one in handles]
     return _module.Answer(changed=False, result=_module.one_or_all("domains", "domain", entries, len(wanted or ())))
 

@@ -1,5 +1,4 @@
 #!/usr/bin/python
-# -*- coding: utf-8 -*-
 # Copyright: vmkeeper.libvirt contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
@@ -110,7 +109,10 @@ def handle(call: _module.Call) -> _module.Answer:
     """Freeze or thaw."""
     deadline = parse_duration(call.params["deadline"], "deadline")
     if deadline < SHORTEST_DEADLINE:
-        raise InvalidInput(f"deadline {call.params['deadline']} is too short", advice=f"Give at least {SHORTEST_DEADLINE:.0f} s")
+        raise InvalidInput(
+            f"deadline {call.params['deadline']} is too short",
+            advice=f"Give at least {SHORTEST_DEADLINE:.0f} s",
+        )
     handles = find_domains(call.connection, call.params["domains"])
     if call.params["state"] == "frozen":
         conditions = standing_freeze.freeze(

@@ -1,5 +1,4 @@
 #!/usr/bin/python
-# -*- coding: utf-8 -*-
 # Copyright: vmkeeper.libvirt contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
@@ -202,7 +201,9 @@ def request_of(call: _module.Call) -> Request:
     params = call.params
     deadline = names.parse_duration(params["deadline"], "deadline")
     if deadline < SHORTEST_DEADLINE:
-        raise InvalidInput(f"deadline {params['deadline']} is too short", advice=f"Give at least {SHORTEST_DEADLINE:.0f} s")
+        raise InvalidInput(
+            f"deadline {params['deadline']} is too short", advice=f"Give at least {SHORTEST_DEADLINE:.0f} s"
+        )
     description = params["description"]
     return Request(
         name=names.check_name(params["name"]),
@@ -243,7 +244,11 @@ def main() -> None:
             "state": {"type": "str", "choices": ["present"], "default": "present"},
             "mode": {"type": "str", "choices": ["auto", "external", "internal"], "default": "auto"},
             "memory": {"type": "bool", "default": False},
-            "quiesce": {"type": "str", "choices": ["auto", "required", "never", "shutdown"], "default": "auto"},
+            "quiesce": {
+                "type": "str",
+                "choices": ["auto", "required", "never", "shutdown"],
+                "default": "auto",
+            },
             "disks": {"type": "list", "elements": "str"},
             "exclude_disks": {"type": "list", "elements": "str"},
             "directory": {"type": "path"},

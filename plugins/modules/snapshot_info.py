@@ -1,5 +1,4 @@
 #!/usr/bin/python
-# -*- coding: utf-8 -*-
 # Copyright: vmkeeper.libvirt contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
@@ -144,20 +143,28 @@ def handle(call: _module.Call) -> _module.Answer:
     wanted = call.params["domains"]
     name = call.params["name"]
     tags = check_tags(call.params["tags"])
-    handles = find_domains(call.connection, wanted) if wanted else sorted(call.connection.listAllDomains(), key=lambda one: one.name())
+    handles = (
+        find_domains(call.connection, wanted)
+        if wanted
+        else sorted(call.connection.listAllDomains(), key=lambda one: one.name())
+    )
     listings = {one.name(): list_domain(one, name=name, tags=tags) for one in handles}
     snapshots = [snapshot for listing in listings.values() for snapshot in listing["snapshots"]]
     result = _module.one_or_all("snapshots", "snapshot", snapshots, len(wanted or ()) if name else 0)
     result["chains"] = {domain: listing["chains"] for domain, listing in listings.items()}
     return _module.Answer(
-        changed=False, result=result, warnings=[warning for listing in listings.values() for warning in listing["warnings"]]
+        changed=False,
+        result=result,
+        warnings=[warning for listing in listings.values() for warning in listing["warnings"]],
     )
 
 
 def main() -> None:
     """Entry point."""
     _module.run(
-        {"domains": dict(_module.DOMAINS_OPTION), "name": {"type": "str"}, "tags": {"type": "raw"}}, handle, info=True
+        {"domains": dict(_module.DOMAINS_OPTION), "name": {"type": "str"}, "tags": {"type": "raw"}},
+        handle,
+        info=True,
     )
 
 

@@ -18,12 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._errors import AgentSilent
-from .connection import libvirt, message_of
-
-try:
-    import libvirt_qemu
-except ImportError:  # packaged together with libvirt everywhere; reported like a missing binding
-    libvirt_qemu = None  # type: ignore[assignment]
+from .binding import libvirt, libvirt_qemu
+from .connection import message_of
 
 #: A reply larger than this is not looked at.
 MAXIMUM_REPLY = 1 << 20
@@ -60,7 +56,9 @@ class AgentInfo:
         return {"guest-file-open", "guest-file-read", "guest-file-write", "guest-file-close"} <= self.commands
 
 
-def command(domain: Any, execute: str, arguments: dict[str, Any] | None = None, *, seconds: int = PROMPT_SECONDS) -> Any:
+def command(
+    domain: Any, execute: str, arguments: dict[str, Any] | None = None, *, seconds: int = PROMPT_SECONDS
+) -> Any:
     """Send one agent command and return its ``return`` value; raises :class:`AgentSilent` after ``seconds``."""
     request: dict[str, Any] = {"execute": execute}
     if arguments is not None:
@@ -107,9 +105,10 @@ def ask_info(domain: Any, *, seconds: int = PROMPT_SECONDS) -> AgentInfo:
         version = str(value.get("version", ""))[:64]
         entries = value.get("supported_commands")
         for entry in entries[:512] if isinstance(entries, list) else ():
-            if isinstance(entry, dict) and entry.get("enabled") is True and isinstance(entry.get("name"), str):
-                if _COMMAND_NAME.fullmatch(entry["name"]):
-                    commands.add(entry["name"])
+            if (
+                isinstance(entry, dict) and entry.get("enabled") is True and isinstance(entry.get("name"), str)
+            ) and _COMMAND_NAME.fullmatch(entry["name"]):
+                commands.add(entry["name"])
     return AgentInfo(version=re.sub(r"[^\w.+~:-]", "?", version), commands=frozenset(commands))
 
 
@@ -118,7 +117,8 @@ def is_frozen(domain: Any, *, seconds: int = PROMPT_SECONDS) -> bool:
     value = command(domain, "guest-fsfreeze-status", seconds=seconds)
     if value not in ("frozen", "thawed"):
         raise AgentSilent(
-            f"The guest agent of domain {domain.name()!r} gave no usable freeze status", advice="Update qemu-guest-agent in the guest"
+            f"The guest agent of domain {domain.name()!r} gave no usable freeze status",
+            advice="Update qemu-guest-agent in the guest",
         )
     return bool(value == "frozen")
 

@@ -13,7 +13,8 @@ import time
 from typing import Any
 
 from .._errors import LibvirtFailed
-from .connection import constant, explaining, libvirt, message_of
+from .binding import libvirt
+from .connection import constant, explaining, message_of
 from .domain_model import Disk, read_domain
 
 _POLL_SECONDS = 0.05
@@ -38,7 +39,9 @@ def commit_active(domain: Any, target: str, base: str, *, bandwidth: int = 0, se
     if disk.job is None:
         if disk.path == base:
             return
-        flags = (constant("VIR_DOMAIN_BLOCK_COMMIT_ACTIVE") or 0) | (constant("VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES") or 0)
+        flags = (constant("VIR_DOMAIN_BLOCK_COMMIT_ACTIVE") or 0) | (
+            constant("VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES") or 0
+        )
         with explaining(f"Committing disk {target!r} of domain {domain.name()!r} into {base}", state=state):
             domain.blockCommit(target, base, None, bandwidth, flags)
     give_up = time.monotonic() + seconds
@@ -47,7 +50,10 @@ def commit_active(domain: Any, target: str, base: str, *, bandwidth: int = 0, se
         if disk.job is None:
             if disk.path == base:
                 return
-            raise LibvirtFailed(f"The commit of disk {target!r} of domain {domain.name()!r} ended without success", state=state)
+            raise LibvirtFailed(
+                f"The commit of disk {target!r} of domain {domain.name()!r} ended without success",
+                state=state,
+            )
         if disk.job.ready and _pivot(domain, target):
             continue
         time.sleep(_POLL_SECONDS)

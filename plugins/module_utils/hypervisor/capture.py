@@ -99,7 +99,9 @@ def choose(
             )
     both = sorted(set(disks or ()) & set(exclude or ()))
     if both:
-        raise InvalidInput(f"disks and exclude_disks both name {', '.join(both)}", advice="Name each disk in one of them")
+        raise InvalidInput(
+            f"disks and exclude_disks both name {', '.join(both)}", advice="Name each disk in one of them"
+        )
     taken: list[Disk] = []
     left: list[LeftOut] = []
     for disk in domain.disks:

@@ -32,7 +32,9 @@ def follow(top: Layer) -> tuple[Layer, ...]:
         try:
             header = read_qcow2(path)
         except FileNotFoundError as error:
-            raise Refused(f"The image {path} is missing", advice="Restore it from a backup before anything else") from error
+            raise Refused(
+                f"The image {path} is missing", advice="Restore it from a backup before anything else"
+            ) from error
         except (BadHeader, OSError) as error:
             raise Refused(f"The image {path} cannot be read: {error}", advice="Check it with qemu-img check") from error
         if header.backing_file is None:
@@ -40,7 +42,10 @@ def follow(top: Layer) -> tuple[Layer, ...]:
         below = _resolve(path, header.backing_file)
         real = os.path.realpath(below)
         if real in seen or len(layers) >= MAXIMUM_DEPTH:
-            raise Refused(f"The chain of {top.path} comes back to {below}", advice="Repair the backing files with qemu-img rebase")
+            raise Refused(
+                f"The chain of {top.path} comes back to {below}",
+                advice="Repair the backing files with qemu-img rebase",
+            )
         seen.add(real)
         layers.append(Layer(path=below, format=header.backing_format or _probe(below)))
     return tuple(layers)
@@ -48,7 +53,10 @@ def follow(top: Layer) -> tuple[Layer, ...]:
 
 def _resolve(overlay: str, name: str) -> str:
     if name.startswith("json:") or (":" in name.split("/", 1)[0]):
-        raise Unsupported(f"The image {overlay} stands on {name!r}, which is not a local file", advice="Only local chains are handled")
+        raise Unsupported(
+            f"The image {overlay} stands on {name!r}, which is not a local file",
+            advice="Only local chains are handled",
+        )
     return os.path.normpath(os.path.join(os.path.dirname(os.path.realpath(overlay)), name))
 
 

@@ -13,11 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .._errors import UNCHANGED, InvalidInput, LibvirtFailed, NotFound, Unsupported
-
-try:
-    import libvirt
-except ImportError:  # `_module` respawns into an interpreter that has it, or says what to install
-    libvirt = None  # type: ignore[assignment]
+from .binding import libvirt
 
 DEFAULT_URI = "qemu:///system"
 
@@ -70,7 +66,9 @@ def open_connection(uri: str = DEFAULT_URI, *, readonly: bool = False) -> Any:
             else "See that the daemon runs and that this user is in the libvirt group, or use become"
         )
         raise LibvirtFailed(
-            f"No libvirt daemon answers on {uri}: {message_of(error)}", advice=advice, libvirt=message_of(error)
+            f"No libvirt daemon answers on {uri}: {message_of(error)}",
+            advice=advice,
+            libvirt=message_of(error),
         ) from error
     version = version_triple(connection.getLibVersion())
     if version < MINIMUM_LIBVIRT:
@@ -108,7 +106,11 @@ def explaining(doing: str, *, advice: str = "", state: str = UNCHANGED) -> Itera
         yield
     except libvirt.libvirtError as error:
         raise LibvirtFailed(
-            f"{doing}: {message_of(error)}", advice=advice, state=state, libvirt=message_of(error), code=code_of(error)
+            f"{doing}: {message_of(error)}",
+            advice=advice,
+            state=state,
+            libvirt=message_of(error),
+            code=code_of(error),
         ) from error
 
 
@@ -124,7 +126,9 @@ def find_domain(connection: Any, wanted: str) -> Any:
             return lookup(wanted)
         except libvirt.libvirtError as error:
             if code_of(error) != libvirt.VIR_ERR_NO_DOMAIN:
-                raise LibvirtFailed(f"Looking up domain {wanted!r}: {message_of(error)}", libvirt=message_of(error)) from error
+                raise LibvirtFailed(
+                    f"Looking up domain {wanted!r}: {message_of(error)}", libvirt=message_of(error)
+                ) from error
     existing = sorted(domain.name() for domain in connection.listAllDomains())
     raise NotFound(
         f"There is no domain {wanted!r} on this host",

@@ -15,10 +15,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from xml.etree import ElementTree
 
-from .connection import explaining, libvirt
+from .binding import libvirt
+from .connection import explaining
 
 #: virDomainState; the numbers are libvirt's ABI.
-STATE_NAMES = {0: "nostate", 1: "running", 2: "blocked", 3: "paused", 4: "shutdown", 5: "shutoff", 6: "crashed", 7: "pmsuspended"}
+STATE_NAMES = {
+    0: "nostate",
+    1: "running",
+    2: "blocked",
+    3: "paused",
+    4: "shutdown",
+    5: "shutoff",
+    6: "crashed",
+    7: "pmsuspended",
+}
 RUNNING_STATES = ("running", "blocked")
 PAUSED_REASONS = {
     0: "unknown",
@@ -207,7 +217,11 @@ def _job(element: ElementTree.Element) -> BlockJob | None:
     destination = None
     if source is not None:
         destination = source.get("file") or source.get("dev")
-    return BlockJob(job=mirror.get("job", "copy"), ready=mirror.get("ready") == "yes", destination=destination or mirror.get("file"))
+    return BlockJob(
+        job=mirror.get("job", "copy"),
+        ready=mirror.get("ready") == "yes",
+        destination=destination or mirror.get("file"),
+    )
 
 
 def parse_disk(element: ElementTree.Element) -> Disk:
@@ -226,7 +240,8 @@ def parse_disk(element: ElementTree.Element) -> Disk:
         transient=element.find("transient") is not None,
         snapshot=element.get("snapshot"),
         serial=element.findtext("serial"),
-        encrypted=element.find("encryption") is not None or (source is not None and source.find("encryption") is not None),
+        encrypted=element.find("encryption") is not None
+        or (source is not None and source.find("encryption") is not None),
         job=_job(element),
         pool=source.get("pool") if source is not None else None,
         volume=source.get("volume") if source is not None else None,

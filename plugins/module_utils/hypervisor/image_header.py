@@ -154,7 +154,9 @@ def _bitmaps(descriptor: int, extension: bytes | None) -> tuple[Bitmap, ...]:
     bitmaps: list[Bitmap] = []
     offset = 0
     for _index in range(count):
-        _table, _entries, flags, _kind, granularity, name_size, extra = struct.unpack_from(">QIIBBHI", directory, offset)
+        _table, _entries, flags, _kind, granularity, name_size, extra = struct.unpack_from(
+            ">QIIBBHI", directory, offset
+        )
         name_start = offset + 24 + extra
         name = directory[name_start : name_start + name_size].decode()
         if granularity > 31 or len(name.encode()) != name_size:

@@ -26,7 +26,10 @@ def run(arguments: Sequence[str], *, doing: str, timeout: float | None = None) -
     """Run ``qemu-img`` and return its standard output; raises :class:`ImageToolFailed` beginning with ``doing``."""
     program = shutil.which("qemu-img", path=_ENVIRONMENT["PATH"])
     if program is None:
-        raise Unsupported("qemu-img is not installed on this host", advice="Install it (Debian: qemu-utils, Fedora and RHEL: qemu-img)")
+        raise Unsupported(
+            "qemu-img is not installed on this host",
+            advice="Install it (Debian: qemu-utils, Fedora and RHEL: qemu-img)",
+        )
     try:
         finished = subprocess.run(  # pylint: disable=ansible-bad-function
             [program, *arguments],

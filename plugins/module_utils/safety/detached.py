@@ -54,7 +54,14 @@ def launch(entry: str, ticket: str, *, payload: str, unit: str, description: str
     values = {"payload": payload, "entry": entry, "ticket": ticket}
     runner = shutil.which("systemd-run")
     if runner and os.path.isdir("/run/systemd/system") and os.geteuid() == 0:
-        command = [runner, "--quiet", "--collect", f"--unit={unit}", f"--description={description}", "--property=UMask=0077"]
+        command = [
+            runner,
+            "--quiet",
+            "--collect",
+            f"--unit={unit}",
+            f"--description={description}",
+            "--property=UMask=0077",
+        ]
         if _run([*command, sys.executable, "-I", "-c", _BOOTSTRAP.format(**values)]) == 0:
             return "systemd"
     if _run([sys.executable, "-I", "-c", _DOUBLE_FORK.format(**values)]) != 0:

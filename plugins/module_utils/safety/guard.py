@@ -39,7 +39,9 @@ def arm(
         uri=uri,
         wards=tuple(wards),
         deadline=time.monotonic() + seconds,
-        deadline_at=(datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=seconds)).isoformat(timespec="seconds"),
+        deadline_at=(datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=seconds)).isoformat(
+            timespec="seconds"
+        ),
         purpose=purpose,
         owner=(identity.pid, identity.started) if bound_to_this_run else None,
         mountpoints=tuple(mountpoints),

@@ -18,7 +18,8 @@ from typing import Any, Generic, TypeVar
 
 from .._errors import AgentSilent, LibvirtFailed, VmkeeperError
 from ..hypervisor import agent
-from ..hypervisor.connection import libvirt, message_of, open_connection
+from ..hypervisor.binding import libvirt
+from ..hypervisor.connection import message_of, open_connection
 from ..hypervisor.domain_model import DomainState, read_state
 from . import freeze_hook, guard
 from .journal import Journal
@@ -166,10 +167,19 @@ class _Window:
                 if seat in freezing:
                     seat.previous_timeout = agent.response_timeout(member.handle)
                 wards.append(
-                    Ward(member.uuid, member.name, member.runtime_id, seat in freezing, seat in pausing, seat.previous_timeout)
+                    Ward(
+                        member.uuid,
+                        member.name,
+                        member.runtime_id,
+                        seat in freezing,
+                        seat in pausing,
+                        seat.previous_timeout,
+                    )
                 )
         self._journal.step("arm")
-        self._ticket = guard.arm(self._uri, wards, seconds=self._deadline, purpose=self._purpose, bound_to_this_run=True)
+        self._ticket = guard.arm(
+            self._uri, wards, seconds=self._deadline, purpose=self._purpose, bound_to_this_run=True
+        )
         self._journal.step("armed", ticket=self._ticket.path)
 
     def _phase(self, name: str) -> None:
@@ -237,8 +247,10 @@ class _Window:
             except VmkeeperError as error:
                 seat.error = error
             except libvirt.libvirtError as error:
-                seat.error = LibvirtFailed(f"Cutting domain {seat.member.name!r}: {message_of(error)}", libvirt=message_of(error))
-            except Exception as error:  # whatever it is, the other members must be thawed and can be undone
+                seat.error = LibvirtFailed(
+                    f"Cutting domain {seat.member.name!r}: {message_of(error)}", libvirt=message_of(error)
+                )
+            except Exception as error:  # noqa: BLE001 whatever it is, the other members must be thawed and can be undone
                 seat.error = error
 
         self._phase("cut")

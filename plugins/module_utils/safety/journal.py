@@ -32,7 +32,9 @@ class Operation:
     domains: list[dict[str, str]]
     plan: dict[str, Any]
     id: str = field(default_factory=lambda: secrets.token_hex(6))
-    started: str = field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
+    started: str = field(
+        default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    )
     pid: int = field(default_factory=os.getpid)
     boot_id: str = field(default_factory=processes.boot_id)
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -59,10 +61,18 @@ class Journal:
 
     @classmethod
     def begin(
-        cls, kind: str, domains: Sequence[tuple[str, str]], plan: dict[str, Any], *, directory: str = places.JOURNAL
+        cls,
+        kind: str,
+        domains: Sequence[tuple[str, str]],
+        plan: dict[str, Any],
+        *,
+        directory: str = places.JOURNAL,
     ) -> Journal:
         """Record the intention durably. ``domains`` are pairs of UUID and name."""
-        journal = cls(Operation(kind, [{"uuid": uuid, "name": name} for uuid, name in domains], plan), directory=directory)
+        journal = cls(
+            Operation(kind, [{"uuid": uuid, "name": name} for uuid, name in domains], plan),
+            directory=directory,
+        )
         journal.step("begin")
         for link in journal._links:
             places.unlink_quietly(link)
@@ -101,7 +111,8 @@ def unfinished(uuid: str, *, directory: str = places.JOURNAL) -> Journal | None:
         return None
     if content.get("format") != FORMAT:
         raise Unfinished(
-            f"The journal {directory}/{uuid}.json was written by a newer version", advice="Run recover_domain of that version"
+            f"The journal {directory}/{uuid}.json was written by a newer version",
+            advice="Run recover_domain of that version",
         )
     return Journal(Operation(**content), directory=directory)
 

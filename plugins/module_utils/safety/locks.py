@@ -25,7 +25,11 @@ _POLL_SECONDS = 0.1
 
 @contextlib.contextmanager
 def hold(
-    domains: Sequence[tuple[str, str]], operation: str, *, patience: float = PATIENCE_SECONDS, directory: str = places.LOCKS
+    domains: Sequence[tuple[str, str]],
+    operation: str,
+    *,
+    patience: float = PATIENCE_SECONDS,
+    directory: str = places.LOCKS,
 ) -> Iterator[None]:
     """Hold the locks of ``domains`` (pairs of UUID and name) while the block runs.
 
@@ -52,7 +56,11 @@ def _hold_one(path: str, name: str, operation: str, patience: float) -> Iterator
                     raise _busy(path, name) from None
                 time.sleep(_POLL_SECONDS)
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "operation": operation, "since": int(time.time())}).encode(), 0)
+        os.pwrite(
+            descriptor,
+            json.dumps({"pid": os.getpid(), "operation": operation, "since": int(time.time())}).encode(),
+            0,
+        )
         yield
     finally:
         # The file stays: removing a lock file lets two runs hold "the same" lock on two inodes.

@@ -41,7 +41,9 @@ def check_name(value: str, what: str = "name") -> str:
 def check_text(value: str, what: str, *, limit: int = 4096) -> str:
     """Free text that is stored in XML."""
     if len(value) > limit or _NOT_XML.search(value):
-        raise InvalidInput(f"{what} cannot be stored", advice=f"Use at most {limit} characters, without control characters")
+        raise InvalidInput(
+            f"{what} cannot be stored", advice=f"Use at most {limit} characters, without control characters"
+        )
     return value
 
 
@@ -53,9 +55,14 @@ def check_tags(value: Mapping[str, Any] | str | None) -> dict[str, str] | None:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise InvalidInput(f"tags is not a dictionary: {value!r}", advice='Use a dictionary, or JSON such as {"app": "web"}') from error
+            raise InvalidInput(
+                f"tags is not a dictionary: {value!r}",
+                advice='Use a dictionary, or JSON such as {"app": "web"}',
+            ) from error
     if not isinstance(value, Mapping):
-        raise InvalidInput(f"tags is not a dictionary: {value!r}", advice='Use a dictionary, or JSON such as {"app": "web"}')
+        raise InvalidInput(
+            f"tags is not a dictionary: {value!r}", advice='Use a dictionary, or JSON such as {"app": "web"}'
+        )
     tags: dict[str, str] = {}
     for key, content in value.items():
         if isinstance(content, (dict, list)):
@@ -69,7 +76,10 @@ def parse_duration(value: str | float, what: str) -> float:
     """``12h``, ``90s``, ``500ms`` or a plain number of seconds, as seconds."""
     match = _DURATION.fullmatch(str(value).strip())
     if not match:
-        raise InvalidInput(f"{what} {value!r} is not a duration", advice="Use seconds, or a number with ms, s, m, h, d or w such as 90s")
+        raise InvalidInput(
+            f"{what} {value!r} is not a duration",
+            advice="Use seconds, or a number with ms, s, m, h, d or w such as 90s",
+        )
     return float(match.group(1)) * _SECONDS[match.group(2)]
 
 
@@ -77,7 +87,9 @@ def parse_size(value: str | int, what: str) -> int:
     """``4G``, ``512M`` (powers of 1024) or a plain number of bytes, as bytes."""
     match = _SIZE.fullmatch(str(value).strip())
     if not match:
-        raise InvalidInput(f"{what} {value!r} is not a size", advice="Use bytes, or a number with K, M, G or T such as 4G")
+        raise InvalidInput(
+            f"{what} {value!r} is not a size", advice="Use bytes, or a number with K, M, G or T such as 4G"
+        )
     return int(float(match.group(1)) * _SIZE_FACTOR[match.group(2).upper()])
 
 
@@ -99,5 +111,8 @@ def check_directory(value: str, what: str = "directory") -> str:
     if not os.path.isabs(value):
         raise InvalidInput(f"{what} {value!r} is not an absolute path", advice="Give the whole path on the hypervisor")
     if not os.path.isdir(value):
-        raise InvalidInput(f"{what} {value!r} is not a directory on the hypervisor", advice="Make it first, or mount what belongs there")
+        raise InvalidInput(
+            f"{what} {value!r} is not a directory on the hypervisor",
+            advice="Make it first, or mount what belongs there",
+        )
     return os.path.realpath(value)

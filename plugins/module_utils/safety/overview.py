@@ -9,9 +9,9 @@ from typing import Any
 
 from .._errors import AgentSilent, VmkeeperError
 from ..hypervisor import agent, chain
+from ..hypervisor.binding import libvirt
 from ..hypervisor.block_jobs import running_job
 from ..hypervisor.capture import choose
-from ..hypervisor.connection import libvirt
 from ..hypervisor.domain_model import Disk, Domain, read_domain
 from . import consistency, journal, locks
 from .standing_freeze import mountpoints_of
@@ -162,7 +162,9 @@ def _snapshot_names(handle: Any) -> list[str]:
 
 def _jobs(handle: Any, domain: Domain) -> list[dict[str, Any]]:
     jobs: list[dict[str, Any]] = [
-        {"disk": disk.target, "kind": disk.job.job, "ready": disk.job.ready} for disk in domain.disks if disk.job is not None
+        {"disk": disk.target, "kind": disk.job.job, "ready": disk.job.ready}
+        for disk in domain.disks
+        if disk.job is not None
     ]
     try:
         whole = running_job(handle)
@@ -177,7 +179,11 @@ def _unfinished(domain: Domain) -> dict[str, Any] | None:
     operation = journal.peek(domain.uuid)
     if operation is None:
         return None
-    return {"operation": operation.kind, "started": operation.started, "last_step": operation.steps[-1]["name"] if operation.steps else None}
+    return {
+        "operation": operation.kind,
+        "started": operation.started,
+        "last_step": operation.steps[-1]["name"] if operation.steps else None,
+    }
 
 
 def _holder(uuid: str) -> dict[str, Any] | None:

@@ -12,7 +12,8 @@ from typing import Any
 
 from .._errors import AgentSilent, NotFound, VmkeeperError
 from ..hypervisor import agent
-from ..hypervisor.connection import libvirt, message_of
+from ..hypervisor.binding import libvirt
+from ..hypervisor.connection import message_of
 from ..hypervisor.domain_model import Domain, read_domain
 from . import consistency, guard, locks, release
 from .ticket import Ticket, Ward, tickets_of
@@ -59,7 +60,12 @@ def standing_ticket(uuid: str) -> Ticket | None:
 
 
 def freeze(
-    uri: str, handles: Sequence[Any], *, mountpoints: Sequence[str] | None, deadline: float, check: bool = False
+    uri: str,
+    handles: Sequence[Any],
+    *,
+    mountpoints: Sequence[str] | None,
+    deadline: float,
+    check: bool = False,
 ) -> list[Condition]:
     """``state: frozen``. All domains or none: where one cannot be frozen, those that were are thawed again."""
     with _locked(handles, "fsfreeze", check):
@@ -67,7 +73,10 @@ def freeze(
         present = [agent.is_frozen(handle) for handle in handles]
         tickets = [standing_ticket(domain.uuid) for domain in domains]
         missing = [number for number, frozen in enumerate(present) if not (frozen and tickets[number])]
-        lists = [_check_mountpoints(domains[n], () if present[n] else mountpoints_of(handles[n]), mountpoints) for n in range(len(handles))]
+        lists = [
+            _check_mountpoints(domains[n], () if present[n] else mountpoints_of(handles[n]), mountpoints)
+            for n in range(len(handles))
+        ]
         new: Ticket | None = None
         if missing and not check:
             new = _freeze_under_guard(uri, handles, domains, missing, present, mountpoints, deadline)
@@ -134,9 +143,24 @@ def _freeze_under_guard(
     deadline: float,
 ) -> Ticket:
     wards = [
-        Ward(domains[n].uuid, domains[n].name, domains[n].runtime_id, True, False, agent.response_timeout(handles[n])) for n in missing
+        Ward(
+            domains[n].uuid,
+            domains[n].name,
+            domains[n].runtime_id,
+            True,
+            False,
+            agent.response_timeout(handles[n]),
+        )
+        for n in missing
     ]
-    ticket = guard.arm(uri, wards, seconds=deadline, purpose="fsfreeze", bound_to_this_run=False, mountpoints=mountpoints or ())
+    ticket = guard.arm(
+        uri,
+        wards,
+        seconds=deadline,
+        purpose="fsfreeze",
+        bound_to_this_run=False,
+        mountpoints=mountpoints or (),
+    )
     begun: list[Any] = []
     try:
         for number in missing:
@@ -150,7 +174,8 @@ def _freeze_under_guard(
                 raise AgentSilent(f"The guest agent of domain {domains[number].name!r} froze no filesystem", state="")
     except BaseException as error:
         # Thaw always, also when the freeze failed, and then twice: it may have frozen all the same.
-        if all([_thaw_surely(handle) for handle in begun]):
+        thawed = [_thaw_surely(handle) for handle in begun]
+        if all(thawed):
             ticket.tear_up()
         if isinstance(error, (libvirt.libvirtError, VmkeeperError)):
             raise AgentSilent(
@@ -164,7 +189,10 @@ def _freeze_under_guard(
 
 def _thaw_surely(handle: Any) -> bool:
     for _time in range(2):
-        with contextlib.suppress(libvirt.libvirtError, VmkeeperError), agent.finite_timeout(handle, agent.PROMPT_SECONDS):
+        with (
+            contextlib.suppress(libvirt.libvirtError, VmkeeperError),
+            agent.finite_timeout(handle, agent.PROMPT_SECONDS),
+        ):
             handle.fsThaw()
     try:
         return not agent.is_frozen(handle)
@@ -184,7 +212,10 @@ def _thaw_one(handle: Any, check: bool) -> Condition:
     if not domain.state.active or not domain.agent_configured:
         return Condition(domain.name, frozen=False, filesystems=(), deadline_at=None, changed=False)
     if not domain.state.running:
-        raise AgentSilent(f"Domain {domain.name!r} is {domain.state.name}, so its agent cannot thaw", advice="Resume it first")
+        raise AgentSilent(
+            f"Domain {domain.name!r} is {domain.state.name}, so its agent cannot thaw",
+            advice="Resume it first",
+        )
     was_frozen = agent.is_frozen(handle)
     if was_frozen and not check:
         try:
@@ -193,17 +224,30 @@ def _thaw_one(handle: Any, check: bool) -> Condition:
         except libvirt.libvirtError as error:
             raise AgentSilent(
                 f"Thawing domain {domain.name!r} failed: {message_of(error)}",
-                state="The guest may be frozen; a guard on this host goes on thawing." if tickets else "The guest may be frozen.",
+                state="The guest may be frozen; a guard on this host goes on thawing."
+                if tickets
+                else "The guest may be frozen.",
                 advice="Run this again; if the agent hangs, restart qemu-guest-agent in the guest",
             ) from error
         if agent.is_frozen(handle):
-            raise AgentSilent(f"Domain {domain.name!r} is still frozen after the thaw", state="", advice="Run this again")
+            raise AgentSilent(
+                f"Domain {domain.name!r} is still frozen after the thaw", state="", advice="Run this again"
+            )
     if not check:
         for ticket in tickets:
-            if len(ticket.wards) == 1 or not any(_other_frozen(handle, ward.uuid) for ward in ticket.wards if ward.uuid != domain.uuid):
+            if len(ticket.wards) == 1 or not any(
+                _other_frozen(handle, ward.uuid) for ward in ticket.wards if ward.uuid != domain.uuid
+            ):
                 ticket.tear_up()
     filesystems = mountpoints_of(handle) if was_frozen and not check else ()
-    return Condition(domain.name, frozen=False, filesystems=filesystems, deadline_at=None, changed=was_frozen, was_frozen=was_frozen)
+    return Condition(
+        domain.name,
+        frozen=False,
+        filesystems=filesystems,
+        deadline_at=None,
+        changed=was_frozen,
+        was_frozen=was_frozen,
+    )
 
 
 def _other_frozen(handle: Any, uuid: str) -> bool:

@@ -19,9 +19,9 @@ from typing import Any
 
 from .._errors import VmkeeperError
 from ..hypervisor import agent
-from ..hypervisor.connection import code_of, libvirt, open_connection
+from ..hypervisor.binding import libvirt
+from ..hypervisor.connection import code_of, open_connection
 from ..hypervisor.domain_model import read_state
-from . import places
 from .processes import ProcessIdentity
 from .ticket import Ticket, Ward
 
@@ -128,7 +128,7 @@ def _safe_now(ward: Ward, ticket: Ticket, connection: _Connection, attempts: int
                 agent.set_response_timeout(domain, ward.agent_timeout)
         return proven
     except libvirt.libvirtError as error:
-        return code_of(error) == libvirt.VIR_ERR_NO_DOMAIN
+        return bool(code_of(error) == libvirt.VIR_ERR_NO_DOMAIN)
     except VmkeeperError:
         return False
 

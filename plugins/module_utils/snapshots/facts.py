@@ -9,8 +9,8 @@ from typing import Any
 
 from .._errors import AgentSilent
 from ..hypervisor import agent, chain
+from ..hypervisor.binding import libvirt
 from ..hypervisor.block_jobs import running_job
-from ..hypervisor.connection import libvirt
 from ..hypervisor.domain_model import Disk, Domain, read_domain
 from .model import read_snapshots
 from .plan import Facts

@@ -84,11 +84,15 @@ def bootable(snapshot: Snapshot, files: Sequence[str]) -> bool:
     return bool(snapshot.captured) and all(os.path.exists(path) for path in files)
 
 
-def needed_by(snapshot: Snapshot, stands_on: Mapping[str, Sequence[str]], live: set[str], domain: str) -> list[dict[str, str]]:
+def needed_by(
+    snapshot: Snapshot, stands_on: Mapping[str, Sequence[str]], live: set[str], domain: str
+) -> list[dict[str, str]]:
     """Who else reads the layers that hold this snapshot's content: ``{kind: snapshot|domain, name}``."""
     bases = {disk.base for disk in snapshot.captured if disk.base}
     needs = [
-        {"kind": "snapshot", "name": other} for other, files in stands_on.items() if other != snapshot.name and bases & set(files)
+        {"kind": "snapshot", "name": other}
+        for other, files in stands_on.items()
+        if other != snapshot.name and bases & set(files)
     ]
     if bases & live:
         needs.append({"kind": "domain", "name": domain})
@@ -113,7 +117,7 @@ def _chains(domain: Domain, snapshots: Sequence[Snapshot]) -> tuple[dict[str, li
                 "format": layer.format,
                 "allocated": allocated(layer.path),
                 "virtual_size": chain.virtual_size(layer),
-                "after_snapshot": made_by.get(layer.path),
+                "after_snapshot": made_by.get(layer.path) if layer.path else None,
             }
             for layer in layers
         ]

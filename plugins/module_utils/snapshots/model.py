@@ -130,10 +130,18 @@ class Snapshot:
             "tags": dict(labels.tags) if labels else {},
             "protected": labels.protected if labels else False,
             "disks": [
-                {"target": disk.target, "mode": disk.mode, "base": disk.base, "base_format": disk.base_format, "overlay": disk.overlay}
+                {
+                    "target": disk.target,
+                    "mode": disk.mode,
+                    "base": disk.base,
+                    "base_format": disk.base_format,
+                    "overlay": disk.overlay,
+                }
                 for disk in self.captured
             ],
-            "memory": self.memory_file if self.memory_mode == "external" else (True if self.memory_mode == "internal" else None),
+            "memory": self.memory_file
+            if self.memory_mode == "external"
+            else (True if self.memory_mode == "internal" else None),
             "not_captured": [dict(part) for part in labels.not_captured] if labels else [],
             "parent": self.parent,
             "current": self.current,
@@ -212,14 +220,21 @@ def read_snapshot(snapshot: Any) -> Snapshot:
 def read_snapshots(domain: Any) -> tuple[Snapshot, ...]:
     """All snapshots of a domain, parents before children."""
     with explaining(f"Reading the snapshots of domain {domain.name()!r}"):
-        return tuple(read_snapshot(snapshot) for snapshot in domain.listAllSnapshots(_flags("VIR_DOMAIN_SNAPSHOT_LIST_TOPOLOGICAL")))
+        return tuple(
+            read_snapshot(snapshot)
+            for snapshot in domain.listAllSnapshots(_flags("VIR_DOMAIN_SNAPSHOT_LIST_TOPOLOGICAL"))
+        )
 
 
-def write_labels(domain: Any, name: str, labels: Labels, *, description: str | None = None, state: str = UNCHANGED) -> None:
+def write_labels(
+    domain: Any, name: str, labels: Labels, *, description: str | None = None, state: str = UNCHANGED
+) -> None:
     """Store labels in a snapshot; fetched with its secrets, so that none is lost, and left current if it was."""
     with explaining(f"Labelling the snapshot {name!r} of domain {domain.name()!r}", state=state):
         snapshot = domain.snapshotLookupByName(name)
-        xml = with_labels(snapshot.getXMLDesc(_flags("VIR_DOMAIN_SNAPSHOT_XML_SECURE")), labels, description=description)
+        xml = with_labels(
+            snapshot.getXMLDesc(_flags("VIR_DOMAIN_SNAPSHOT_XML_SECURE")), labels, description=description
+        )
         flags = _flags("VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE")
         if snapshot.isCurrent():
             flags |= _flags("VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT")

@@ -95,7 +95,10 @@ class TakePlan:
         if self.shutdown:
             return "offline"
         return consistency.level(
-            self.domain.state, frozen_over_cut=self.freeze or self.standing, with_memory=self.memory, managed_save=self.domain.managed_save
+            self.domain.state,
+            frozen_over_cut=self.freeze or self.standing,
+            with_memory=self.memory,
+            managed_save=self.domain.managed_save,
         )
 
     def labels(self, level: str, frozen_ms: int | None, paused_ms: int | None) -> Labels:
@@ -131,7 +134,10 @@ def refuse_unsafe(facts: Facts) -> None:
             advice=f"Start it, or drop the saved state (virsh managedsave-remove {domain.name}), then run this again",
         )
     if facts.job:
-        raise Busy(f"Domain {domain.name!r} is busy: {facts.job}", advice="Wait for it (domain_job shows it), then run this again")
+        raise Busy(
+            f"Domain {domain.name!r} is busy: {facts.job}",
+            advice="Wait for it (domain_job shows it), then run this again",
+        )
     for disk in domain.disks:
         if disk.job is not None:
             raise Busy(
@@ -146,13 +152,20 @@ def plan_take(request: Request, facts: Facts, exists: Callable[[str], bool] = os
     refuse_unsafe(facts)
     memory = request.memory and domain.state.active
     if request.memory and request.quiesce == "shutdown":
-        raise InvalidInput("quiesce: shutdown and memory: true exclude each other", advice="A guest that is shut down has no memory to keep")
+        raise InvalidInput(
+            "quiesce: shutdown and memory: true exclude each other",
+            advice="A guest that is shut down has no memory to keep",
+        )
     shutdown = request.quiesce == "shutdown" and domain.state.active
     if shutdown and not domain.persistent:
-        raise Refused(f"Domain {domain.name!r} is transient and would be gone once it is shut down", advice="Use another quiesce")
+        raise Refused(
+            f"Domain {domain.name!r} is transient and would be gone once it is shut down",
+            advice="Use another quiesce",
+        )
     if shutdown and not domain.state.running:
         raise Refused(
-            f"Domain {domain.name!r} is {domain.state.name} and cannot be shut down cleanly", advice="Resume it first, or use quiesce: auto"
+            f"Domain {domain.name!r} is {domain.state.name} and cannot be shut down cleanly",
+            advice="Resume it first, or use quiesce: auto",
         )
     if request.quiesce == "required" and not domain.state.active and consistency.level(domain.state) != "offline":
         raise Refused(
@@ -222,7 +235,10 @@ def choose_mode(request: Request, facts: Facts, capture: Capture, *, memory: boo
         )
     if request.mode == "external":
         return "external", "asked for"
-    return "external", "external: the guest keeps running, any base format will do, and incremental backups go on"
+    return (
+        "external",
+        "external: the guest keeps running, any base format will do, and incremental backups go on",
+    )
 
 
 def internal_obstacles(facts: Facts, capture: Capture, *, memory: bool, offline: bool) -> list[str]:
@@ -233,23 +249,32 @@ def internal_obstacles(facts: Facts, capture: Capture, *, memory: bool, offline:
         found.append("its UEFI variables are in a raw file, which internal snapshots cannot hold")
     if domain.checkpoints:
         found.append("it has checkpoints, and reverting to an internal snapshot under active bitmaps kills QEMU")
-    found += [f"disk {disk.target} is {disk.format or 'of unknown format'}, not qcow2" for disk in capture.disks if disk.format != "qcow2"]
+    found += [
+        f"disk {disk.target} is {disk.format or 'of unknown format'}, not qcow2"
+        for disk in capture.disks
+        if disk.format != "qcow2"
+    ]
     if any(part.kind == "disk" and part.reason in ("excluded", "snapshot-no") for part in capture.left_out):
         found.append("it always holds every writable disk, and some are left out")
     if any(disk.mode == "external" for snapshot in facts.snapshots for disk in snapshot.disks):
-        found.append("it has external snapshots, and removing one could take the internal one with it (libvirt before 11.0)")
+        found.append(
+            "it has external snapshots, and removing one could take the internal one with it (libvirt before 11.0)"
+        )
     if not offline and not memory:
         found.append("libvirt takes internal snapshots of a running guest only together with its memory (memory: true)")
     return found
 
 
-def _overlays(request: Request, facts: Facts, capture: Capture, exists: Callable[[str], bool]) -> tuple[OverlayPlan, ...]:
+def _overlays(
+    request: Request, facts: Facts, capture: Capture, exists: Callable[[str], bool]
+) -> tuple[OverlayPlan, ...]:
     overlays = []
     for disk in capture.disks:
         path = disk.path
         if path is None or disk.target not in facts.sizes:
             raise Unsupported(
-                f"The virtual size of disk {disk.target!r} of domain {facts.domain.name!r} cannot be read", advice="See that its image exists"
+                f"The virtual size of disk {disk.target!r} of domain {facts.domain.name!r} cannot be read",
+                advice="See that its image exists",
             )
         if disk.encrypted:
             raise Unsupported(

@@ -14,7 +14,8 @@ from typing import Any
 
 from .._errors import Refused
 from ..hypervisor import block_jobs, chain, definition, qemu_img
-from ..hypervisor.connection import code_of, constant, explaining, libvirt
+from ..hypervisor.binding import libvirt
+from ..hypervisor.connection import code_of, constant, explaining
 from ..hypervisor.domain_model import Layer, read_domain
 from ..safety import places, processes
 
@@ -44,7 +45,10 @@ def _commit_offline(handle: Any, overlays: Sequence[Mapping[str, Any]]) -> None:
             ["commit", "-q", "-f", "qcow2", "-d", overlay["path"]],
             doing=f"Committing {overlay['path']} into {overlay['base']}",
         )
-    layers = {overlay["target"]: Layer(overlay["base"], overlay["base_format"], _kind(overlay["base"])) for overlay in overlays}
+    layers = {
+        overlay["target"]: Layer(overlay["base"], overlay["base_format"], _kind(overlay["base"]))
+        for overlay in overlays
+    }
     definition.define(
         handle.connect(),
         definition.with_disk_layers(definition.persistent_xml(handle), layers),

@@ -61,7 +61,9 @@ def worth_keeping(found: Sequence[Found]) -> bool:
     return all(one.exists and (one.held or not one.wanted_frozen) for one in found)
 
 
-def settle_before_change(connection: Any, uri: str, handles: Sequence[Any], *, check: bool = False) -> list[dict[str, str]]:
+def settle_before_change(
+    connection: Any, uri: str, handles: Sequence[Any], *, check: bool = False
+) -> list[dict[str, str]]:
     """Settle what earlier runs left of these domains; with ``check`` only refuse what would have to be settled."""
     findings = []
     for handle in handles:
@@ -105,7 +107,15 @@ def settle(uri: str, pending: Journal) -> dict[str, str]:
     keep = worth_keeping(list(found.values()))
     if keep:
         for uuid, plan in operation.plan["domains"].items():
-            _finish(connection.lookupByUUIDString(uuid), name, plan, operation.last("label"), uuid, phases, found[uuid].held)
+            _finish(
+                connection.lookupByUUIDString(uuid),
+                name,
+                plan,
+                operation.last("label"),
+                uuid,
+                phases,
+                found[uuid].held,
+            )
         _start_again(connection, operation.plan["domains"])
         pending.finish()
     else:

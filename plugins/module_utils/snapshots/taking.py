@@ -14,7 +14,8 @@ from typing import Any
 
 from .._errors import LibvirtFailed, Refused, VmkeeperError
 from ..hypervisor import qemu_img
-from ..hypervisor.connection import constant, explaining, libvirt, message_of
+from ..hypervisor.binding import libvirt
+from ..hypervisor.connection import constant, explaining, message_of
 from ..hypervisor.domain_model import qemu_owner, read_domain
 from ..safety import consistency, instant, locks, space
 from ..safety.journal import Journal
@@ -49,7 +50,9 @@ def take(connection: Any, uri: str, handles: Sequence[Any], request: Request, *,
         existing = [compare_existing(request, one) for one in facts]
         check_group([(one.domain.name, found) for one, found in zip(facts, existing)], request.name)
         if existing[0] is not None:
-            return [_keep(handle, one, found, check=check) for handle, one, found in zip(handles, facts, existing) if found]
+            return [
+                _keep(handle, one, found, check=check) for handle, one, found in zip(handles, facts, existing) if found
+            ]
         plans = [plan_take(request, one) for one in facts]
         _check_group_plan(plans)
         space.require([need for plan in plans for need in plan.needs()], f"Taking snapshot {request.name!r}")
@@ -63,9 +66,15 @@ def _check_group_plan(plans: Sequence[TakePlan]) -> None:
         return
     for plan in plans:
         if plan.memory:
-            raise Refused("A group snapshot cannot hold memory", advice="Leave out memory, or take the domains one by one")
+            raise Refused(
+                "A group snapshot cannot hold memory",
+                advice="Leave out memory, or take the domains one by one",
+            )
         if plan.mode == "internal":
-            raise Refused("Internal snapshots cannot be cut at one instant for several domains", advice="Use mode: external")
+            raise Refused(
+                "Internal snapshots cannot be cut at one instant for several domains",
+                advice="Use mode: external",
+            )
 
 
 def _keep(handle: Any, facts: Facts, found: Existing, *, check: bool) -> Taken:
@@ -113,7 +122,12 @@ def _predict(plan: TakePlan, facts: Facts) -> Taken:
         "parent": current,
         "current": True,
     }
-    return Taken(plan.domain.name, result, changed=True, warnings=_warnings(plan, plan.expected_level, plan.why_not_frozen))
+    return Taken(
+        plan.domain.name,
+        result,
+        changed=True,
+        warnings=_warnings(plan, plan.expected_level, plan.why_not_frozen),
+    )
 
 
 def _warnings(plan: TakePlan, level: str, why_not_frozen: str | None) -> list[str]:
@@ -123,7 +137,9 @@ def _warnings(plan: TakePlan, level: str, why_not_frozen: str | None) -> list[st
         warnings.append(left_out)
     if level == "crash":
         reason = why_not_frozen or (
-            f"it was {plan.domain.state.name} ({plan.domain.state.reason})" if not plan.domain.state.running else "it was not frozen"
+            f"it was {plan.domain.state.name} ({plan.domain.state.reason})"
+            if not plan.domain.state.running
+            else "it was not frozen"
         )
         warnings.append(f"{plan.domain.name}: the snapshot is only crash-consistent: {reason}")
     if not plan.domain.persistent:
@@ -135,7 +151,13 @@ class _Taking:
     """One run, from the journal's first step to its last."""
 
     def __init__(
-        self, connection: Any, uri: str, handles: list[Any], facts: list[Facts], plans: list[TakePlan], request: Request
+        self,
+        connection: Any,
+        uri: str,
+        handles: list[Any],
+        facts: list[Facts],
+        plans: list[TakePlan],
+        request: Request,
     ) -> None:
         self._connection = connection
         self._uri = uri
@@ -154,7 +176,11 @@ class _Taking:
             for plan in self._plans:
                 for overlay in plan.overlays:
                     qemu_img.create_overlay(
-                        overlay.path, backing=overlay.base, backing_format=overlay.base_format, size=overlay.size, owner=owner
+                        overlay.path,
+                        backing=overlay.base,
+                        backing_format=overlay.base_format,
+                        size=overlay.size,
+                        owner=owner,
                     )
             self._shut_down()
             outcomes = instant.take(
@@ -198,7 +224,10 @@ class _Taking:
             # Looked at again under the lock, just before the cut: a saved RAM image would resume on the base under its overlay.
             now = read_domain(handle)
             if now.managed_save:
-                raise Refused(f"Domain {now.name!r} was saved meanwhile", advice="Start it, or drop the saved state, then run this again")
+                raise Refused(
+                    f"Domain {now.name!r} was saved meanwhile",
+                    advice="Start it, or drop the saved state, then run this again",
+                )
             members.append(
                 instant.Member(
                     handle=handle,
@@ -251,7 +280,9 @@ class _Taking:
         broken = [
             outcome.member.name
             for uuid, outcome in outcomes.items()
-            if outcome.member.required and (outcome.member.freeze or outcome.member.standing) and levels[uuid] not in consistency.QUIESCED
+            if outcome.member.required
+            and (outcome.member.freeze or outcome.member.standing)
+            and levels[uuid] not in consistency.QUIESCED
         ]
         if broken:
             raise VmkeeperError(
@@ -272,17 +303,25 @@ class _Taking:
         self._start_again()
         self._journal.finish()
         self._check_thawed(outcomes)
-        return [self._taken(handle, plan, outcomes[plan.domain.uuid]) for handle, plan in zip(self._handles, self._plans)]
+        return [
+            self._taken(handle, plan, outcomes[plan.domain.uuid]) for handle, plan in zip(self._handles, self._plans)
+        ]
 
     def _taken(self, handle: Any, plan: TakePlan, outcome: instant.Outcome[str]) -> Taken:
         snapshot = by_name(read_snapshots(handle), plan.name)
         if snapshot is None:
-            raise LibvirtFailed(f"The snapshot {plan.name!r} of domain {plan.domain.name!r} has gone", state="Somebody removed it.")
+            raise LibvirtFailed(
+                f"The snapshot {plan.name!r} of domain {plan.domain.name!r} has gone",
+                state="Somebody removed it.",
+            )
         why = outcome.why_not_frozen or plan.why_not_frozen
         if (plan.freeze or plan.standing) and outcome.why_not_frozen is None and not outcome.frozen_over_cut:
             why = "the guest did not stay frozen until the cut was done"
         return Taken(
-            plan.domain.name, snapshot.as_result(plan.domain.name), changed=True, warnings=_warnings(plan, snapshot.consistency, why)
+            plan.domain.name,
+            snapshot.as_result(plan.domain.name),
+            changed=True,
+            warnings=_warnings(plan, snapshot.consistency, why),
         )
 
     def _check_thawed(self, outcomes: dict[str, instant.Outcome[str]]) -> None:
