@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .._errors import Unfinished
 from ..hypervisor.connection import explaining, open_connection
 from ..hypervisor.domain_model import read_state
-from ..safety import consistency, journal, release
+from ..safety import consistency, release
 from ..safety import ticket as tickets
 from ..safety.journal import Journal
 from . import retract
@@ -59,36 +58,6 @@ class Found:
 def worth_keeping(found: Sequence[Found]) -> bool:
     """Keep a cut only if every domain of the group has it, as consistent as it was meant to be. Pure."""
     return all(one.exists and (one.held or not one.wanted_frozen) for one in found)
-
-
-def settle_before_change(
-    connection: Any, uri: str, handles: Sequence[Any], *, check: bool = False
-) -> list[dict[str, str]]:
-    """Settle what earlier runs left of these domains; with ``check`` only refuse what would have to be settled."""
-    findings = []
-    for handle in handles:
-        uuid, name = handle.UUIDString(), handle.name()
-        if check:
-            operation = journal.peek(uuid)
-            if operation is not None and operation.kind != OPERATION:
-                raise _foreign(name, operation.kind)
-            continue
-        release.release_orphans(uuid)
-        pending = journal.unfinished(uuid)
-        if pending is None:
-            continue
-        if pending.operation.kind != OPERATION:
-            raise _foreign(name, pending.operation.kind)
-        findings.append({"domain": name, **settle(uri, pending)})
-    return findings
-
-
-def _foreign(name: str, kind: str) -> Unfinished:
-    return Unfinished(
-        f"Domain {name!r} has an interrupted operation ({kind}) that must be settled first",
-        advice=f"Run vmkeeper.libvirt.recover_domain for {name!r}, or the same {kind} task again",
-        operation=kind,
-    )
 
 
 def settle(uri: str, pending: Journal) -> dict[str, str]:
@@ -168,3 +137,7 @@ def _start_again(connection: Any, plans: Mapping[str, Mapping[str, Any]]) -> Non
         if plan["shutdown"] and not read_state(handle).active:
             with explaining(f"Starting domain {handle.name()!r} again", state="It is shut off."):
                 handle.create()
+
+
+#: For :func:`..safety.settlement.settle_before_change` and ``recover_domain``.
+SETTLERS = {OPERATION: settle}

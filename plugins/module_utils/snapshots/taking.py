@@ -17,7 +17,7 @@ from ..hypervisor import qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import constant, explaining, message_of
 from ..hypervisor.domain_model import qemu_owner, read_domain
-from ..safety import consistency, instant, locks, space
+from ..safety import consistency, instant, locks, settlement, space
 from ..safety.journal import Journal
 from . import facts as reading
 from . import settle
@@ -45,7 +45,7 @@ def take(connection: Any, uri: str, handles: Sequence[Any], request: Request, *,
     with contextlib.ExitStack() as stack:
         if not check:
             stack.enter_context(locks.hold(named, f"snapshot {request.name!r}"))
-        settle.settle_before_change(connection, uri, handles, check=check)
+        settlement.settle_before_change(uri, handles, settle.SETTLERS, check=check)
         facts = [reading.read_facts(handle) for handle in handles]
         existing = [compare_existing(request, one) for one in facts]
         check_group([(one.domain.name, found) for one, found in zip(facts, existing)], request.name)
