@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
@@ -221,7 +222,6 @@ def counts_of(returncode: int, reported: Counts | None) -> Counts:
 class Runner:
     """Runs checks, and can stop all that are running."""
 
-    deadline: float | None = None  # time.monotonic()
     stopping: str = ""  # why everything is being stopped
     _running: set[subprocess.Popen[bytes]] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -233,7 +233,8 @@ class Runner:
             running = set(self._running)
         for signal_number in (signal.SIGTERM, signal.SIGKILL):
             for process in running:
-                if process.poll() is None:
+                # The group outlives a leader that left its children behind.
+                with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal_number)
             until = time.monotonic() + STOP_GRACE_SECONDS
             while time.monotonic() < until and any(process.poll() is None for process in running):
@@ -279,10 +280,14 @@ class Runner:
                 return 127
             self._running.add(process)
         if process.stdout is not None:
+            last = b"\n"
             while chunk := os.read(process.stdout.fileno(), 65536):
                 os.write(sink, chunk)
                 sys.stdout.buffer.write(chunk)
                 sys.stdout.flush()
+                last = chunk[-1:]
+            if last != b"\n":  # cut off in the middle of a line
+                print(flush=True)
         returncode = process.wait()
         with self._lock:
             self._running.discard(process)
@@ -296,7 +301,11 @@ class Runner:
             return Outcome(stage, Counts(skipped=1), 0.0)
         started = time.monotonic()
         with ThreadPoolExecutor(stage.workers) as pool:
-            results = list(pool.map(lambda check: self.run(check, stage.name), stage.checks))
+            try:
+                results = list(pool.map(lambda check: self.run(check, stage.name), stage.checks))
+            except BaseException:  # leaving `with` waits for the checks: end them first
+                self.stop("interrupted")
+                raise
         return Outcome(stage, sum(results, Counts()), time.monotonic() - started)
 
 
@@ -359,14 +368,12 @@ def main(names: Sequence[str]) -> int:
     try:
         for name in names:
             outcomes += [runner.run_stage(stage) for stage in STAGES[name]()]
-    except (KeyboardInterrupt, SystemExit):
-        runner.stop("interrupted")
-        raise
     finally:
         timer.cancel()
 
     total = sum((outcome.counts for outcome in outcomes), Counts())
-    print("\n" + "\n".join(table(outcomes)) + f"\n\n{total}")
+    print("\n" + "\n".join(table(outcomes)) + f"\n\n{total}", flush=True)
+    (RESULTS / "summary").write_text(f"{total}\n", encoding="utf-8")
     return 1 if total.failed else 0
 
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 
@@ -71,24 +73,44 @@ def test_a_skipped_stage_says_so_and_is_counted(runner, capfd):
     assert "SKIPPED: no lab" in capfd.readouterr().out
 
 
-def test_stopping_ends_a_check_with_its_children_and_starts_no_other(runner, tmp_path):
-    flag = tmp_path / "started"
-    stage = Stage(
-        "demo", [Check("slow", ["sh", "-c", f"touch {flag}; sleep 600; :"]), Check("next", ["true"])]
-    )
+@pytest.fixture
+def slow_stage(tmp_path):
+    """A check that says when it runs and would go on for ten minutes, and one after it."""
+    slow = Check("slow", ["sh", "-c", f"touch {tmp_path}/started; sleep 600; :"])
+    return Stage("demo", [slow, Check("next", ["true"])])
 
-    def stop():
-        while not flag.exists():
+
+def once_started(tmp_path, action):
+    def wait_and_act():
+        while not (tmp_path / "started").exists():
             time.sleep(0.01)
-        runner.stop("the limit was reached")
+        action()
 
-    stopper = threading.Thread(target=stop)
-    stopper.start()
-    started = time.monotonic()
-    outcome = runner.run_stage(stage)
+    thread = threading.Thread(target=wait_and_act)
+    thread.start()
+    return thread
+
+
+def test_stopping_ends_a_check_with_its_children_and_starts_no_other(runner, slow_stage, tmp_path):
+    stopper = once_started(tmp_path, lambda: runner.stop("the limit was reached"))
+    outcome = runner.run_stage(slow_stage)
     stopper.join()
     assert outcome.counts == Counts(failed=2)
-    assert time.monotonic() - started < 300
+
+
+def test_an_interrupt_ends_the_checks_at_once(runner, slow_stage, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGUSR1, interrupted)
+    try:
+        stopper = once_started(tmp_path, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        with pytest.raises(KeyboardInterrupt):
+            runner.run_stage(slow_stage)
+        stopper.join()
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    assert runner.stopping == "interrupted"
 
 
 def test_the_table_shows_the_common_budget_and_what_exceeds_it():
