@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .._errors import Unfinished
-from . import journal, release
+from . import journal, locks, release
 from .journal import Journal
 
 #: Finishes or undoes one interrupted operation, closes its journal, and returns ``{what, action}``.
@@ -29,6 +29,7 @@ def settle_before_change(
     Call it under the domains' locks.  With ``check`` nothing is settled, and only what could not be is refused.
     """
     findings = []
+    held = {handle.UUIDString() for handle in handles}
     for handle in handles:
         uuid, name = handle.UUIDString(), handle.name()
         if check:
@@ -43,7 +44,10 @@ def settle_before_change(
         settler = settlers.get(pending.operation.kind)
         if settler is None:
             raise _foreign(name, pending.operation.kind)
-        findings.append({"domain": name, **settler(uri, pending)})
+        # The task may name only some domains of the group that was interrupted.
+        others = [(one["uuid"], one["name"]) for one in pending.operation.domains if one["uuid"] not in held]
+        with locks.hold(others, f"settling {pending.operation.kind}"):
+            findings.append({"domain": name, **settler(uri, pending)})
     return findings
 
 

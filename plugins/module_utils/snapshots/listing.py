@@ -123,7 +123,8 @@ def _chains(domain: Domain, snapshots: Sequence[Snapshot]) -> tuple[dict[str, li
         ]
         if len(layers) > CHAIN_LIMIT:
             warnings.append(
-                f"{domain.name}, disk {disk.target}: the chain has {len(layers)} layers (more than {CHAIN_LIMIT}); shorten it with blockcommit"
+                f"{domain.name}, disk {disk.target}: the chain has {len(layers)} layers"
+                f" (more than {CHAIN_LIMIT}); shorten it with blockcommit"
             )
     return chains, warnings
 

@@ -169,7 +169,8 @@ def plan_take(request: Request, facts: Facts, exists: Callable[[str], bool] = os
         )
     if request.quiesce == "required" and not domain.state.active and consistency.level(domain.state) != "offline":
         raise Refused(
-            f"Domain {domain.name!r} is shut off, and not known to have been shut down cleanly ({domain.state.reason}); quiesce is required",
+            f"Domain {domain.name!r} is shut off, and not known to have been shut down cleanly"
+            f" ({domain.state.reason}); quiesce is required",
             advice="Start it and shut it down, or use quiesce: auto to accept a crash-consistent snapshot",
         )
     capture = choose(domain, disks=request.disks, exclude=request.exclude, carries_nvram=False)
