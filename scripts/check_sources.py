@@ -102,10 +102,7 @@ def example_findings(examples: str, documented: Mapping[str, Options]) -> Iterat
         yield f"the examples are not YAML: {error}"
         return
     tasks = [
-        (module, task[module])
-        for task in tasks_of(parsed)
-        for module in task
-        if module.startswith(f"{COLLECTION}.")
+        (module, task[module]) for task in tasks_of(parsed) for module in task if module.startswith(f"{COLLECTION}.")
     ]
     if not tasks:
         yield f"no task in the examples uses a module of {COLLECTION}"
@@ -149,18 +146,14 @@ def main() -> int:
 
     modules = module_documentation()
     documented = {
-        name: with_aliases(module["doc"].get("options", {}))
-        for name, module in modules.items()
-        if "doc" in module
+        name: with_aliases(module["doc"].get("options", {})) for name, module in modules.items() if "doc" in module
     }
     for name, module in modules.items():
         file = f"plugins/modules/{name.rpartition('.')[2]}.py"
         if "doc" not in module:
             findings.append(f"{file}: ansible-doc cannot read it: {module.get('error', 'no reason given')}")
         else:
-            findings += (
-                f"{file}: {finding}" for finding in example_findings(module["examples"] or "", documented)
-            )
+            findings += (f"{file}: {finding}" for finding in example_findings(module["examples"] or "", documented))
 
     for finding in findings:
         print(finding)

@@ -116,7 +116,9 @@ def _digest(packages: list[Path]) -> str:
     ).stdout
     missing = [name for name in _HOST_PACKAGES if not re.search(rf"^{name} .* installed$".encode(), versions, re.M)]
     if missing:
-        raise AssetError(f"the lab's guest is built from packages that are missing: apt-get install {' '.join(missing)}")
+        raise AssetError(
+            f"the lab's guest is built from packages that are missing: apt-get install {' '.join(missing)}"
+        )
     digest.update(versions)
     return digest.hexdigest()[:16]
 
@@ -141,7 +143,9 @@ def _kernel_package(directory: Path) -> str:
     present = sorted(directory.glob("linux-image-*-cloud-amd64_*.deb"))
     if present:
         return present[-1].name.split("_")[0]
-    listing = subprocess.run(["apt-cache", "depends", _KERNEL_META], stdout=subprocess.PIPE, text=True, check=False).stdout
+    listing = subprocess.run(
+        ["apt-cache", "depends", _KERNEL_META], stdout=subprocess.PIPE, text=True, check=False
+    ).stdout
     match = re.search(r"Depends: (linux-image-\S+)", listing)
     if match is None:
         raise AssetError(f"apt knows no {_KERNEL_META}; run: apt-get update")
@@ -150,7 +154,12 @@ def _kernel_package(directory: Path) -> str:
 
 def _download(name: str, directory: Path) -> None:
     result = subprocess.run(
-        ["apt-get", "download", "-q", name], cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        ["apt-get", "download", "-q", name],
+        cwd=directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     if result.returncode != 0:
         raise AssetError(f"cannot download the package {name} for the lab's guest: {result.stdout.strip()}")
@@ -213,7 +222,9 @@ def _lay_root(root: Path, unpacked: Path) -> None:
 
 
 def _libraries(program: Path) -> list[Path]:
-    output = subprocess.run(["ldd", str(program)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False).stdout
+    output = subprocess.run(
+        ["ldd", str(program)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False
+    ).stdout
     return [Path(match) for match in re.findall(r"(/\S+) \(0x", output)]
 
 

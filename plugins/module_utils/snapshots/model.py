@@ -14,7 +14,8 @@ from xml.etree import ElementTree
 
 from .._errors import UNCHANGED
 from ..hypervisor.connection import constant, explaining
-from ..hypervisor.domain_model import parse_disk
+from ..hypervisor.definition import with_layers
+from ..hypervisor.domain_model import Layer, parse_disk
 
 #: Our element in the ``<metadata>`` of the domain definition that libvirt keeps inside each snapshot.  The metadata of
 #: the domain itself would die with its next define.
@@ -33,6 +34,8 @@ class Labels:
     tags: Mapping[str, str] = field(default_factory=dict)
     not_captured: tuple[Mapping[str, str], ...] = ()
     protected: bool = False
+    #: Its layers are being merged: what it held may be overwritten already, so nothing may go back to it.
+    ending: bool = False
 
     def to_text(self) -> str:
         """As stored."""
@@ -46,6 +49,7 @@ class Labels:
                 "tags": dict(self.tags),
                 "not_captured": [dict(part) for part in self.not_captured],
                 "protected": self.protected,
+                "ending": self.ending,
             },
             sort_keys=True,
         )
@@ -63,6 +67,7 @@ class Labels:
                 tags=content.get("tags", {}),
                 not_captured=tuple(content.get("not_captured", ())),
                 protected=bool(content.get("protected", False)),
+                ending=bool(content.get("ending", False)),
             )
         except (ValueError, KeyError, TypeError):
             return None
@@ -204,6 +209,17 @@ def with_labels(xml: str, labels: Labels, *, description: str | None = None) -> 
             element = ElementTree.Element("description")
             root.insert(1, element)
         element.text = description
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def with_base(xml: str, target: str, layer: Layer) -> str:
+    """The snapshot XML with the content of one disk lying in another image, for a REDEFINE."""
+    ElementTree.register_namespace("vmkeeper", NAMESPACE)
+    root = ElementTree.fromstring(xml)
+    for tag in ("domain", "inactiveDomain"):
+        domain = root.find(tag)
+        if domain is not None:
+            with_layers(domain, {target: layer})
     return ElementTree.tostring(root, encoding="unicode")
 
 

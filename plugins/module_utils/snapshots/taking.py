@@ -23,6 +23,7 @@ from . import facts as reading
 from . import settle
 from .model import by_name, read_snapshots, write_labels
 from .plan import Existing, Facts, Request, TakePlan, check_group, compare_existing, plan_take, snapshot_xml
+from .settlers import SETTLERS
 
 #: How long a guest may take to shut down before the task gives up and leaves it running.
 SHUTDOWN_SECONDS = 300.0
@@ -45,7 +46,7 @@ def take(connection: Any, uri: str, handles: Sequence[Any], request: Request, *,
     with contextlib.ExitStack() as stack:
         if not check:
             stack.enter_context(locks.hold(named, f"snapshot {request.name!r}"))
-        settlement.settle_before_change(uri, handles, settle.SETTLERS, check=check)
+        settlement.settle_before_change(uri, handles, SETTLERS, check=check)
         facts = [reading.read_facts(handle) for handle in handles]
         existing = [compare_existing(request, one) for one in facts]
         check_group([(one.domain.name, found) for one, found in zip(facts, existing)], request.name)
