@@ -63,6 +63,7 @@ class Outcome(Generic[T]):
     error: Exception | None = None
     frozen_ms: int | None = None
     paused_ms: int | None = None
+    cut_ms: int | None = None
     frozen_over_cut: bool = False
     hook_proved: bool = False
     thawed: bool = True
@@ -104,6 +105,7 @@ class _Seat:
     pause_ended: float | None = None
     value: Any = None
     error: Exception | None = None
+    cut_ms: int | None = None
 
     def outcome(self) -> Outcome[Any]:
         """The frozen record of this seat."""
@@ -119,6 +121,7 @@ class _Seat:
             error=self.error,
             frozen_ms=frozen_ms,
             paused_ms=paused_ms,
+            cut_ms=self.cut_ms,
             frozen_over_cut=self.held,
             thawed=self.thawed,
             why_not_frozen=self.freeze_error,
@@ -242,8 +245,10 @@ class _Window:
 
     def _cut(self, cut: Callable[[Member], Any]) -> None:
         def cut_one(seat: _Seat) -> None:
+            began = time.monotonic()
             try:
                 seat.value = cut(seat.member)
+                seat.cut_ms = round((time.monotonic() - began) * 1000)
             except VmkeeperError as error:
                 seat.error = error
             except libvirt.libvirtError as error:
