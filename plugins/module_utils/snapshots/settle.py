@@ -67,12 +67,13 @@ def settle(uri: str, pending: Journal) -> dict[str, str]:
     armed = operation.last("armed")
     phases = tickets.phases_of(armed["ticket"]) if armed else {}
     connection = open_connection(uri)
+    judged = operation.reached("label")  # the run had all the evidence, and found every cut good, before it died
     found = {}
     for uuid, plan in operation.plan["domains"].items():
         handle = connection.lookupByUUIDString(uuid)
         release.release_orphans(uuid)
         held = f"held:{uuid}" in phases and phases[f"held:{uuid}"] <= phases.get("fired", float("inf"))
-        found[uuid] = Found(by_name(read_snapshots(handle), name) is not None, plan["freeze"], held)
+        found[uuid] = Found(by_name(read_snapshots(handle), name) is not None, plan["freeze"], held or judged)
     keep = worth_keeping(list(found.values()))
     if keep:
         for uuid, plan in operation.plan["domains"].items():
@@ -109,7 +110,7 @@ def _finish(
         return
     level = labels.consistency
     if labelled is not None:
-        level = labelled["levels"][uuid]  # the run had judged it, with all the evidence, before it died
+        level = labelled["levels"][uuid]
     elif level in consistency.QUIESCED:
         level = "filesystem" if held else "crash"
     frozen_ms = None
