@@ -142,6 +142,7 @@ class _Window:
     def run(self, cut: Callable[[Member], T]) -> dict[str, Outcome[T]]:
         freezing = [seat for seat in self._seats if seat.member.freeze]
         pausing = [seat for seat in self._seats if self._suspends and seat.member.state.running]
+        _in_threads(lambda seat: agent.flush(seat.member.handle, seat.member.info), freezing)
         if freezing or pausing:
             self._arm(freezing, pausing)
         try:
@@ -351,10 +352,11 @@ def _still_running(handle: Any) -> bool:
         return True
 
 
-def _in_threads(work: Callable[[_Seat], None], seats: Sequence[_Seat]) -> None:
+def _in_threads(work: Callable[[_Seat], object], seats: Sequence[_Seat]) -> None:
     """Do the work for all seats at once; libvirt calls release the interpreter lock."""
-    if len(seats) == 1:
-        work(seats[0])
-        return
-    with ThreadPoolExecutor(max_workers=max(1, len(seats))) as pool:
-        list(pool.map(work, seats))
+    if len(seats) > 1:
+        with ThreadPoolExecutor(max_workers=len(seats)) as pool:
+            list(pool.map(work, seats))
+    else:
+        for seat in seats:
+            work(seat)
