@@ -20,6 +20,7 @@ import pwd
 import select
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -244,7 +245,7 @@ def _init(options: argparse.Namespace, root: Path) -> int:
         # A KVM that hangs guests also hangs libvirt's questions to QEMU (20 s each): nobody is to see it. What
         # stands there instead must be closed to QEMU's user, or libvirt asks QEMU again at every turn.
         closed = root / "no-kvm"
-        closed.touch(mode=0o600)
+        os.mknod(closed, stat.S_IFCHR | 0o600, os.makedev(1, 3))  # a device: libvirt cannot move a file's mount
         kernel.mount(str(closed), "/dev/kvm", None, kernel.MS_BIND)
     daemons.seed_run(options.name)
     if options.netns:
