@@ -74,8 +74,8 @@ class DomainState:
 
     @property
     def active(self) -> bool:
-        """A QEMU process exists."""
-        return self.name not in ("shutoff", "crashed", "nostate")
+        """A QEMU process exists. A crashed guest has one too: libvirt keeps it where ``on_crash`` says ``preserve``."""
+        return self.name not in ("shutoff", "nostate")
 
 
 @dataclass(frozen=True)
