@@ -20,7 +20,9 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 COLLECTION = "vmkeeper.libvirt"
 HEADER_LINES = 15
+# REUSE-IgnoreStart
 SPDX = "SPDX-License-Identifier: GPL-3.0-or-later"
+# REUSE-IgnoreEnd
 GNU = "GNU General Public License v3.0+"  # what ansible-test looks for in modules
 
 # The options of one module: name or alias -> its documentation, with "name" added.

@@ -119,7 +119,7 @@ def lint() -> Iterator[Stage]:
         Check("ruff format", ["ruff", "format", "--check", "--diff", "."]),
         Check("mypy", ["mypy", *(f"--package={package}" for package in packages)]),
         Check("yamllint", ["yamllint", "--strict", "."]),
-        Check("shellcheck", ["shellcheck", *shell_scripts()]),
+        Check("shellcheck", ["shellcheck", "--severity=warning", *shell_scripts()]),
         Check("change log", ["antsibull-changelog", "lint"]),
         Check(
             "documentation",

@@ -223,6 +223,22 @@ def _pivot(domain: Any, target: str) -> bool:
         ) from error
 
 
+def wait_idle(domain: Any, *, seconds: float = 60.0) -> None:
+    """Wait until libvirt has no domain-wide job; raises :class:`Busy` after ``seconds``.
+
+    A call whose caller was killed goes on inside libvirtd: until it is over, what the domain looks like says nothing.
+    """
+    give_up = time.monotonic() + seconds
+    while (job := running_job(domain)) is not None:
+        if time.monotonic() > give_up:
+            raise Busy(
+                f"libvirt is still busy with {job} of domain {domain.name()!r}",
+                state="What an interrupted run left there is kept.",
+                advice="Wait for it (domain_job shows it), then run this again",
+            )
+        time.sleep(_POLL_SECONDS)
+
+
 def running_job(domain: Any) -> str | None:
     """What the domain's one domain-wide job is (backup, save, migration, ...), or None."""
     if not domain.isActive():

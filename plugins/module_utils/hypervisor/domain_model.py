@@ -74,8 +74,8 @@ class DomainState:
 
     @property
     def active(self) -> bool:
-        """A QEMU process exists."""
-        return self.name not in ("shutoff", "crashed", "nostate")
+        """A QEMU process exists. libvirt says ``crashed`` of one that ``on_crash`` preserves; else ``shutoff``."""
+        return self.name not in ("shutoff", "nostate")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -46,6 +47,14 @@ def run(arguments: Sequence[str], *, doing: str, timeout: float | None = None) -
         said = " ".join(finished.stderr.decode(errors="replace").split()) or f"exit status {finished.returncode}"
         raise ImageToolFailed(f"{doing}: {said}", stderr=said)
     return finished.stdout.decode(errors="replace")
+
+
+def holds_data(path: str) -> bool:
+    """Whether anything was ever written to this qcow2 layer itself. Its backing file is not opened; nobody may hold it."""
+    image = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": path}}
+    extents = run(["map", "--output=json", f"json:{json.dumps(image)}"], doing=f"Reading the map of {path}")
+    # ``present`` came with QEMU 6.1; before, an untouched layer cannot be told from one full of zeroes.
+    return any(extent.get("present", extent["data"] or extent["zero"]) for extent in json.loads(extents))
 
 
 def create_overlay(path: str, *, backing: str, backing_format: str, size: int | None, owner: tuple[int, int]) -> None:

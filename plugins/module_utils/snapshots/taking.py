@@ -192,10 +192,20 @@ class _Taking:
                 purpose=f"snapshot {self._request.name!r}",
                 journal=self._journal,
             )
-            return self._finish(outcomes)
+            levels = self._judge(outcomes)
         except BaseException as error:
             self._undo(error)
             raise
+        # From here on the snapshot is good: what fails now leaves it, and the journal, for the next run to finish.
+        self._journal.step("label", levels=levels)
+        for handle, plan in zip(self._handles, self._plans):
+            self._label(handle, plan, outcomes[plan.domain.uuid], levels[plan.domain.uuid])
+        self._start_again()
+        self._journal.finish()
+        self._check_thawed(outcomes)
+        return [
+            self._taken(handle, plan, outcomes[plan.domain.uuid]) for handle, plan in zip(self._handles, self._plans)
+        ]
 
     def _shut_down(self) -> None:
         going = [(handle, plan) for handle, plan in zip(self._handles, self._plans) if plan.shutdown]
@@ -229,6 +239,16 @@ class _Taking:
                     f"Domain {now.name!r} was saved meanwhile",
                     advice="Start it, or drop the saved state, then run this again",
                 )
+            if now.state.active != (plan.domain.state.active and not plan.shutdown):
+                raise Refused(
+                    f"Domain {now.name!r} was {'started' if now.state.active else 'stopped'} meanwhile",
+                    advice="Run this again",
+                )
+            if plan.freeze and not now.state.running and self._request.quiesce == "required":
+                raise Refused(
+                    f"Domain {now.name!r} is {now.state.name} now and cannot be frozen, and quiesce is required",
+                    advice="Resume it, then run this again",
+                )
             members.append(
                 instant.Member(
                     handle=handle,
@@ -258,7 +278,8 @@ class _Taking:
         member.handle.snapshotCreateXML(snapshot_xml(plan), sum(constant(name) or 0 for name in names))
         return plan.name
 
-    def _finish(self, outcomes: dict[str, instant.Outcome[str]]) -> list[Taken]:
+    def _judge(self, outcomes: dict[str, instant.Outcome[str]]) -> dict[str, str]:
+        """The level of each domain's snapshot by UUID; raises when any is not what was asked for."""
         failed = [outcome for outcome in outcomes.values() if outcome.error is not None]
         if failed:
             error = failed[0].error
@@ -291,22 +312,26 @@ class _Taking:
                 state="The snapshot was taken back.",
                 advice="Look at what thawed it (the agent's log), or give a longer deadline",
             )
-        self._journal.step("label", levels=levels)
-        for handle, plan in zip(self._handles, self._plans):
-            outcome = outcomes[plan.domain.uuid]
-            write_labels(
-                handle,
-                plan.name,
-                plan.labels(levels[plan.domain.uuid], outcome.frozen_ms, outcome.paused_ms),
-                state="The snapshot exists, without its labels; run this again.",
+        unclean = [plan.domain.name for plan in self._plans if plan.shutdown and levels[plan.domain.uuid] != "offline"]
+        if unclean:
+            raise VmkeeperError(
+                f"{', '.join(unclean)} stopped without a clean shutdown",
+                state="The snapshot was taken back and the domain started again.",
+                advice="Look at the guest's own log; quiesce: auto takes a snapshot without stopping it",
             )
-            _make_private(plan)
-        self._start_again()
-        self._journal.finish()
-        self._check_thawed(outcomes)
-        return [
-            self._taken(handle, plan, outcomes[plan.domain.uuid]) for handle, plan in zip(self._handles, self._plans)
-        ]
+        return levels
+
+    def _label(self, handle: Any, plan: TakePlan, outcome: instant.Outcome[str], level: str) -> None:
+        paused_ms = outcome.paused_ms
+        if plan.memory and plan.mode == "internal":
+            paused_ms = outcome.cut_ms  # QEMU holds the guest for as long as it writes the memory
+        write_labels(
+            handle,
+            plan.name,
+            plan.labels(level, outcome.frozen_ms, paused_ms),
+            state="The snapshot exists, without its labels; run this again.",
+        )
+        _make_private(plan)
 
     def _taken(self, handle: Any, plan: TakePlan, outcome: instant.Outcome[str]) -> Taken:
         snapshot = by_name(read_snapshots(handle), plan.name)
