@@ -26,7 +26,7 @@ from ..safety import places
 from ..safety.host_graph import canonical, openers, read_graph
 from ..safety.journal import Journal
 from .merge_plan import Merge, Rebased, Work
-from .model import Labels, by_name, read_snapshots, with_base, write_labels
+from .model import Labels, by_name, read_snapshot, read_snapshots, with_base, write_labels
 
 #: QEMU closes an image a moment after libvirt says that it has let go of it.
 _CLOSING_SECONDS = 10.0
@@ -307,11 +307,13 @@ def forget_snapshot(handle: Any, name: str) -> None:
         if code_of(error) == constant("VIR_ERR_NO_DOMAIN_SNAPSHOT"):
             return
         raise
+    # What lies inside the images goes with the record; of an external one only the record is left by now.
+    internal = read_snapshot(snapshot).mode == "internal"
     with explaining(
         f"Removing the record of snapshot {name!r} of domain {handle.name()!r}",
         state="Its layers are merged; run this again.",
     ):
-        snapshot.delete(constant("VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY") or 0)
+        snapshot.delete(0 if internal else constant("VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY") or 0)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

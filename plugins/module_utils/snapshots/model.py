@@ -20,6 +20,7 @@ from ..hypervisor.domain_model import Layer, parse_disk
 #: Our element in the ``<metadata>`` of the domain definition that libvirt keeps inside each snapshot.  The metadata of
 #: the domain itself would die with its next define.
 NAMESPACE = "urn:vmkeeper:libvirt:snapshot:1"
+_ENDED = ".ended"
 _LABEL = f"{{{NAMESPACE}}}snapshot"
 
 
@@ -173,7 +174,9 @@ def parse_snapshot(xml: str, *, current: bool = False) -> Snapshot:
                 mode=element.get("snapshot", "no"),
                 base=base.path if base else None,
                 base_format=base.format if base else None,
-                overlay=overlay if element.get("snapshot") == "external" else None,
+                overlay=overlay
+                if element.get("snapshot") == "external" and not (overlay or "").endswith(_ENDED)
+                else None,
             )
         )
     label = root.find(f"domain/metadata/{_LABEL}")
@@ -209,6 +212,22 @@ def with_labels(xml: str, labels: Labels, *, description: str | None = None) -> 
             element = ElementTree.Element("description")
             root.insert(1, element)
         element.text = description
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def with_ending(xml: str) -> str:
+    """The snapshot XML of one that is being removed, for a REDEFINE.
+
+    Removing the record of an external snapshot, libvirt 9.0 tells every child that its content lies where this one's did, as if
+    its overlay had been merged.  It finds them by the overlay's path, so that is made one which nothing has.
+    """
+    root = ElementTree.fromstring(xml)
+    for source in root.iterfind("disks/disk[@snapshot='external']/source"):
+        for attribute in ("file", "dev"):
+            path = source.get(attribute)
+            if path is not None and not path.endswith(_ENDED):
+                source.set(attribute, path + _ENDED)
+    ElementTree.register_namespace("vmkeeper", NAMESPACE)
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -251,6 +270,8 @@ def write_labels(
         xml = with_labels(
             snapshot.getXMLDesc(_flags("VIR_DOMAIN_SNAPSHOT_XML_SECURE")), labels, description=description
         )
+        if labels.ending:
+            xml = with_ending(xml)
         flags = _flags("VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE")
         if snapshot.isCurrent():
             flags |= _flags("VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT")

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from ..safety.settlement import Settler
-from . import merging, settle
+from . import merging, settle, way_back
 
 #: For :func:`..safety.settlement.settle_before_change` and ``recover_domain``.
 SETTLERS: dict[str, Settler] = {
     **settle.SETTLERS,
     merging.COMMIT: merging.settle,
     merging.REMOVAL: merging.settle,
+    way_back.OPERATION: way_back.settle,
 }

@@ -88,6 +88,7 @@ def _keep(handle: Any, facts: Facts, found: Existing, *, check: bool) -> Taken:
     after = {
         **before,
         "tags": dict(found.relabel.tags),
+        "protected": found.relabel.protected,
         "description": before["description"] if found.description is None else found.description,
     }
     return Taken(facts.domain.name, after, changed=True, before=before)
@@ -107,7 +108,7 @@ def _predict(plan: TakePlan, facts: Facts) -> Taken:
         "created": None,
         "description": plan.description,
         "tags": dict(plan.tags),
-        "protected": False,
+        "protected": plan.protected,
         "disks": [
             {
                 "target": disk.target,
