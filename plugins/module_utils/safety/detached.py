@@ -51,7 +51,8 @@ def keep_payload(destination: str) -> str:
 def launch(entry: str, ticket: str, *, payload: str, unit: str, description: str) -> str:
     """Start ``entry.main(ticket)`` detached; returns how (``systemd`` or ``fork``).
 
-    ``entry`` is the absolute name of a module of this collection; ``ticket`` the path of the file that tells it what
+    ``entry`` is the absolute name of a module of this collection, which the caller must import itself, or Ansible ships
+    the caller's module without it; ``ticket`` the path of the file that tells it what
     to do.  The caller must wait for its own sign that the process is at work.
     """
     values = {"payload": payload, "entry": entry, "ticket": ticket}
