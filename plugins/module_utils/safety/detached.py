@@ -54,9 +54,10 @@ def launch(
 ) -> str:
     """Start ``entry.main(ticket)`` detached; returns how (``systemd`` or ``fork``).
 
-    ``entry`` is the absolute name of a module of this collection; ``ticket`` the path of the file that tells it what
-    to do.  The caller must wait for its own sign that the process is at work.  ``before_end_of`` names systemd services that
-    must still be there when the process is told to end.
+    ``entry`` is the absolute name of a module of this collection, which the caller must import itself, or Ansible ships
+    the caller's module without it; ``ticket`` the path of the file that tells it what to do.  The caller must wait for
+    its own sign that the process is at work.  ``before_end_of`` names systemd services that must still be there when the
+    process is told to end.
     """
     values = {"payload": payload, "entry": entry, "ticket": ticket}
     runner = shutil.which("systemd-run")

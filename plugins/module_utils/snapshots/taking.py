@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._errors import Conflict, LibvirtFailed, Refused, VmkeeperError
+from .._errors import Conflict, InvalidInput, LibvirtFailed, Refused, VmkeeperError
 from ..hypervisor import qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import constant, explaining, message_of
 from ..hypervisor.domain_model import qemu_owner, read_domain
-from ..safety import consistency, instant, locks, settlement, space
+from ..safety import consistency, instant, locks, places, settlement, space
 from ..safety.journal import Journal
 from . import facts as reading
 from . import settle
@@ -65,6 +65,7 @@ def take(connection: Any, uri: str, handles: Sequence[Any], request: Request, *,
             ]
         plans = [plan_take(request, one) for one in facts]
         _check_group_plan(plans)
+        _check_reachable(connection, request)
         space.require([need for plan in plans for need in plan.needs()], f"Taking snapshot {request.name!r}")
         if check:
             return [_predict(plan, one) for plan, one in zip(plans, facts)]
@@ -85,6 +86,16 @@ def _check_group_plan(plans: Sequence[TakePlan]) -> None:
                 "Internal snapshots cannot be cut at one instant for several domains",
                 advice="Use mode: external",
             )
+
+
+def _check_reachable(connection: Any, request: Request) -> None:
+    """An overlay that QEMU cannot reach would fail inside the window, or, of a domain that is off, at its next start."""
+    owner = qemu_owner(connection.getCapabilities())
+    if request.directory and os.geteuid() == 0 and not places.reachable_by(request.directory, owner):
+        raise InvalidInput(
+            f"QEMU, which runs as user {owner[0]} here, cannot reach the directory {request.directory}",
+            advice="Give it and what is above it the permission to be entered (chmod o+x), or choose another",
+        )
 
 
 def _keep(handle: Any, facts: Facts, found: Existing, *, check: bool) -> Taken:
