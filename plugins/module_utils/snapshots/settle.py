@@ -9,7 +9,7 @@ a good one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..hypervisor.connection import code_of, explaining, open_connection
 from ..hypervisor.domain_model import read_state
 from ..safety import consistency, processes, release
 from ..safety import ticket as tickets
-from ..safety.journal import Journal, Operation
+from ..safety.journal import Journal, Operation, peek
 from . import retract
 from .model import Labels, by_name, read_snapshots, write_labels
 from .plan import TakePlan
@@ -80,8 +80,7 @@ def settle(uri: str, pending: Journal) -> dict[str, str]:
             block_jobs.wait_idle(handle)
     phases = _phases(operation)
     found = {uuid: _found(connection, operation, uuid, phases) for uuid in operation.plan["domains"]}
-    # An undo that was begun has written to the bases: what is left of the snapshot is no snapshot any more.
-    keep = worth_keeping(list(found.values())) and not operation.reached("undo")
+    keep = _keeps(operation, found.values())
     if keep:
         for uuid, plan in operation.plan["domains"].items():
             _finish(connection.lookupByUUIDString(uuid), operation, uuid, plan, phases, found[uuid].held)
@@ -90,6 +89,21 @@ def settle(uri: str, pending: Journal) -> dict[str, str]:
     else:
         undo(uri, pending)
     return {"what": f"an interrupted snapshot {name!r}", "action": "finished" if keep else "taken back"}
+
+
+def _keeps(operation: Operation, found: Iterable[Found]) -> bool:
+    # An undo that was begun has written to the bases: what is left of the snapshot is no snapshot any more.
+    return worth_keeping(list(found)) and not operation.reached("undo")
+
+
+def doomed(connection: Any, uuid: str) -> str | None:
+    """For check mode: the name of the domain's interrupted snapshot that the real run would first take back."""
+    operation = peek(uuid)
+    if operation is None or operation.kind != OPERATION:
+        return None
+    phases = _phases(operation)
+    found = [_found(connection, operation, one, phases) for one in operation.plan["domains"]]
+    return None if _keeps(operation, found) else str(operation.plan["name"])
 
 
 def _phases(operation: Operation) -> dict[str, float]:

@@ -9,7 +9,7 @@ import contextlib
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .._errors import Conflict, InvalidInput, LibvirtFailed, Refused, VmkeeperError
@@ -57,6 +57,8 @@ def take(connection: Any, uri: str, handles: Sequence[Any], request: Request, *,
             stack.enter_context(locks.hold(named, f"snapshot {request.name!r}"))
         settlement.settle_before_change(uri, handles, settle.SETTLERS, check=check)
         facts = [reading.read_facts(handle) for handle in handles]
+        if check:
+            facts = [_without_doomed(connection, one) for one in facts]
         existing = [compare_existing(request, one) for one in facts]
         check_group([(one.domain.name, found) for one, found in zip(facts, existing)], request.name)
         if existing[0] is not None:
@@ -70,6 +72,12 @@ def take(connection: Any, uri: str, handles: Sequence[Any], request: Request, *,
         if check:
             return [_predict(plan, one) for plan, one in zip(plans, facts)]
         return _Taking(connection, uri, list(handles), facts, plans, request).run()
+
+
+def _without_doomed(connection: Any, facts: Facts) -> Facts:
+    """Check mode settles nothing, so it must not see what the real run would take back first."""
+    name = settle.doomed(connection, facts.domain.uuid)
+    return replace(facts, snapshots=tuple(snapshot for snapshot in facts.snapshots if snapshot.name != name))
 
 
 def _check_group_plan(plans: Sequence[TakePlan]) -> None:
