@@ -1,0 +1,72 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""``qemu-img``, called with explicit formats and understood errors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+
+from .._errors import Unsupported, VmkeeperError
+
+# Messages are shown to people and matched nowhere; C.UTF-8 keeps them in one language.
+_ENVIRONMENT = {"LC_ALL": "C.UTF-8", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+
+
+class ImageToolFailed(VmkeeperError):
+    """qemu-img ended with an error; ``facts['stderr']`` is what it said."""
+
+    kind = "qemu_img"
+
+
+def run(arguments: Sequence[str], *, doing: str, timeout: float | None = None) -> str:
+    """Run ``qemu-img`` and return its standard output; raises :class:`ImageToolFailed` beginning with ``doing``."""
+    program = shutil.which("qemu-img", path=_ENVIRONMENT["PATH"])
+    if program is None:
+        raise Unsupported(
+            "qemu-img is not installed on this host",
+            advice="Install it (Debian: qemu-utils, Fedora and RHEL: qemu-img)",
+        )
+    try:
+        finished = subprocess.run(  # pylint: disable=ansible-bad-function
+            [program, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=_ENVIRONMENT,
+            timeout=timeout,
+            check=False,
+            umask=0o077,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ImageToolFailed(f"{doing}: qemu-img did not finish within {timeout:.0f} s") from error
+    if finished.returncode:
+        said = " ".join(finished.stderr.decode(errors="replace").split()) or f"exit status {finished.returncode}"
+        raise ImageToolFailed(f"{doing}: {said}", stderr=said)
+    return finished.stdout.decode(errors="replace")
+
+
+def create_overlay(path: str, *, backing: str, backing_format: str, size: int | None, owner: tuple[int, int]) -> None:
+    """Make a private qcow2 overlay of ``backing`` at ``path``, which must not exist, owned as QEMU needs it.
+
+    The name is claimed with O_EXCL first, so that two runs cannot make the same file and nothing is overwritten.
+    ``-u`` leaves the backing file closed: it may be in use by the running guest.
+    """
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    try:
+        arguments = ["create", "-q", "-f", "qcow2", "-u", "-F", backing_format, "-b", backing, path]
+        if size is not None:
+            arguments.append(str(size))
+        run(arguments, doing=f"Making the overlay {path}")
+        os.chown(path, *owner)
+        os.chmod(path, 0o600)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except BaseException:
+        os.unlink(path)
+        raise
