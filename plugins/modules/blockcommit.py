@@ -51,6 +51,12 @@ options:
   bandwidth:
     description: Limit of the commit in bytes per second, such as V(100M). No limit when left out.
     type: str
+  wait:
+    description:
+      - With V(false) the task is checked and answers at once with RV(job), while a worker on the hypervisor does the work.
+        M(vmkeeper.libvirt.domain_job) shows it, waits for it, limits or cancels it.
+    type: bool
+    default: true
   wait_timeout:
     description:
       - How long to wait for each running job, such as V(2h). No limit when left out.
@@ -71,6 +77,7 @@ notes:
 seealso:
   - module: vmkeeper.libvirt.snapshot
   - module: vmkeeper.libvirt.snapshot_info
+  - module: vmkeeper.libvirt.domain_job
   - module: vmkeeper.libvirt.recover_domain
 author:
   - vmkeeper.libvirt contributors (@vmkeeper)
@@ -121,13 +128,17 @@ snapshots_ended:
   returned: success
   type: list
   elements: dict
+job:
+  description: The worker, with its C(id), C(operation), C(domains), C(state) (V(pending)) and C(started).
+  returned: O(wait=false)
+  type: dict
 """
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domains
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.commit_plan import Request
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.committing import commit
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.committing import as_result, commit, start
 
 
 def request_of(call: _module.Call) -> Request:
@@ -149,14 +160,15 @@ def handle(call: _module.Call) -> _module.Answer:
     limit = call.params["wait_timeout"]
     seconds = names.parse_duration(limit, "wait_timeout") if limit else None
     handles = find_domains(call.connection, call.params["domains"])
+    if not call.params["wait"] and not call.check:
+        job = start(call.uri, handles, request)
+        return _module.Answer(changed=True, result={"job": {**job.as_result(), "state": "pending"}})
     done = commit(call.uri, handles, request, check=call.check, seconds=seconds)
+    answer = as_result(done)
     return _module.Answer(
-        changed=any(one.changed for one in done),
-        result={
-            "disks": [{"domain": one.domain, **disk} for one in done for disk in one.disks],
-            "snapshots_ended": [{"domain": one.domain, "name": name} for one in done for name in one.snapshots_ended],
-        },
-        warnings=[warning for one in done for warning in one.warnings],
+        changed=answer["changed"],
+        result={"disks": answer["disks"], "snapshots_ended": answer["snapshots_ended"]},
+        warnings=answer["warnings"],
         diff=(
             {one.domain: {disk["disk"]: disk["chain_before"] for disk in one.disks} for one in done},
             {one.domain: {disk["disk"]: disk["chain_after"] for disk in one.disks} for one in done},
@@ -175,6 +187,7 @@ def main() -> None:
             "keep": {"type": "int"},
             "remove_committed": {"type": "bool", "default": True},
             "bandwidth": {"type": "str"},
+            "wait": {"type": "bool", "default": True},
             "wait_timeout": {"type": "str"},
         },
         handle,

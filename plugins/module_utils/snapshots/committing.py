@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..safety import locks, settlement
+from ..hypervisor.connection import open_connection
+from ..safety import locks, settlement, worker
 from ..safety.journal import Journal
 from . import merging
 from .commit_plan import CommitPlan, Request, plan_commit
@@ -82,3 +84,29 @@ def _result(plan: CommitPlan, ground: Ground, merged: Merged | None) -> Committe
         changed=bool(plan.work.merges),
         warnings=warnings,
     )
+
+
+def start(uri: str, handles: list[Any], request: Request) -> worker.Job:
+    """Let a worker do it; what can be refused is refused now."""
+    commit(uri, handles, request, check=True)
+    domains = [(handle.UUIDString(), handle.name()) for handle in handles]
+    return worker.start(COMMIT, uri, domains, "snapshots.committing", {"domains": domains, "request": asdict(request)})
+
+
+def work(uri: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """What the worker does."""
+    connection = open_connection(uri)
+    handles = [connection.lookupByUUIDString(uuid) for uuid, _name in request["domains"]]
+    options = dict(request["request"])
+    options["disks"] = tuple(options["disks"]) if options["disks"] is not None else None
+    return as_result(commit(uri, handles, Request(**options)))
+
+
+def as_result(done: Sequence[Committed]) -> dict[str, Any]:
+    """What the task answers."""
+    return {
+        "changed": any(one.changed for one in done),
+        "disks": [{"domain": one.domain, **disk} for one in done for disk in one.disks],
+        "snapshots_ended": [{"domain": one.domain, "name": name} for one in done for name in one.snapshots_ended],
+        "warnings": [warning for one in done for warning in one.warnings],
+    }

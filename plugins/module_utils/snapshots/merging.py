@@ -57,12 +57,41 @@ def run(handle: Any, work: Work, journal: Journal, *, seconds: float | None = No
     except block_jobs.TookTooLong:
         raise
     except VmkeeperError:
-        last = journal.operation.steps[-1]["name"]
-        if last in ("begin", "mark", "commit"):
-            journal.finish()
+        if journal.operation.steps[-1]["name"] in _BEFORE_A_COMMIT_IS_DONE:
+            _close(handle, work, journal)
         raise
     journal.finish()
     return done
+
+
+#: Steps at which every chain is whole and nothing is known to be merged that is not noted yet.
+_BEFORE_A_COMMIT_IS_DONE = ("begin", "mark", "commit")
+
+
+def _close(handle: Any, work: Work, journal: Journal) -> None:
+    """End an operation that goes no further: what was merged before is noted, the rest stays as it is."""
+    steps = journal.operation.steps
+    finished = {step["disk"] for step in steps if step["name"] == "verify"} - {
+        step["disk"] for step in steps[-1:] if step["name"] == "commit"
+    }
+    merges = [merge for merge in work.merges if merge.target in finished]
+    for rebased in work.rebased:
+        if any(rebased.path == merge.base for merge in merges):
+            _rebase_snapshot(handle, rebased)
+    remove_unneeded(handle, [path for merge in merges for path in merge.merged if path in work.files], Merged())
+    journal.finish()
+
+
+def abandon(uri: str, pending: Journal) -> dict[str, str]:
+    """Cancel an operation that was stopped: its running jobs end and the chains stay as they are now."""
+    handle = open_connection(uri).lookupByUUIDString(pending.operation.domains[0]["uuid"])
+    work = Work.from_json(pending.operation.plan["work"])
+    if pending.operation.steps[-1]["name"] not in _BEFORE_A_COMMIT_IS_DONE:
+        return settle(uri, pending)
+    for merge in work.merges:
+        block_jobs.cancel(handle, merge.target)
+    _close(handle, work, pending)
+    return {"what": f"a {pending.operation.kind} in progress", "action": "cancelled"}
 
 
 def settle(uri: str, pending: Journal) -> dict[str, str]:
@@ -156,6 +185,8 @@ def _backing_of(path: str) -> str | None:
 
 def _commit_offline(merge: Merge, work: Work) -> None:
     doing = f"Committing {merge.top} into {merge.base}"
+    for path in (*merge.merged, merge.base):
+        _wait_for_qemu_img(path)
     # qemu-img records the commit in enabled bitmaps of the base and loses those that only the overlay has: they are put
     # aside, and what the overlay's had recorded is added to them.
     kept = _merge_bitmaps(merge) if merge.base_format == "qcow2" else {}
@@ -172,6 +203,12 @@ def _commit_offline(merge: Merge, work: Work) -> None:
         qemu_img.run(
             ["bitmap", "--enable", "-f", "qcow2", merge.base, name], doing=f"Enabling the dirty bitmap {name} again"
         )
+
+
+def _wait_for_qemu_img(path: str) -> None:
+    """A run that was killed may have left the qemu-img that it had started at work on the same image."""
+    while any("qemu-img" in reader.name for reader in openers([path], besides="").get(canonical(path), ())):
+        time.sleep(0.1)
 
 
 def _merge_bitmaps(merge: Merge) -> dict[str, list[str]]:

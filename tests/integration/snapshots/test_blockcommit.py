@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tasks
-import ways
 
+from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import tasks, ways
 from ansible_collections.vmkeeper.libvirt.tests.lab.evidence import check
 from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
 from ansible_collections.vmkeeper.libvirt.tests.lab.host import TestHost
