@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,15 @@ def guest(make_guest: Callable[..., Guest]) -> Guest:
     )
 
 
+@pytest.fixture
+def stopped(make_guest: Callable[..., Guest]) -> Guest:
+    disks = (
+        DiskSpec("vda", size=8 * MIB, fs=None, writer=False),
+        DiskSpec("vdb", size=8 * MIB, fs=None, writer=False, format="raw"),
+    )
+    return make_guest(GuestSpec("stopped", disks=disks), start="no")
+
+
 @pytest.fixture(autouse=True)
 def flat_and_running(guest: Guest) -> Iterator[None]:
     if not guest.is_running():
@@ -55,7 +63,7 @@ def history(guest: Guest, *names: str) -> None:
     """A snapshot of each name; before each the guest writes that name, and at last ``end``."""
     for name in names:
         ways.write(guest, name)
-        tasks.ok("snapshot", domain=guest.name, name=name)
+        tasks.ok("snapshot", domain=guest.name, name=name, quiesce="never")
     ways.write(guest, "end")
 
 
@@ -128,26 +136,40 @@ def test_a_protected_snapshot_is_not_ended(guest: Guest) -> None:
     assert ways.content_of(guest, "one") == {"one"}
 
 
-@pytest.mark.parametrize("running", [True, False], ids=["live", "offline"])
-def test_a_commit_killed_at_any_step_is_finished_by_the_same_task(guest: Guest, tmp_path: Path, running: bool) -> None:
+def test_a_live_commit_killed_at_any_step_is_finished_by_the_same_task(guest: Guest, tmp_path: Path) -> None:
     log = tmp_path / "steps"
     for number, step in enumerate(KILLED_AT):
         keep = 2 if number % 2 else 1
-        if not guest.is_running():
-            guest.start()
         history(guest, "one", "two")
-        if not running:
-            guest.shutdown()
         killed = tasks.finish(tasks.killed_at(step, "blockcommit", log, domain=guest.name, keep=keep))
         assert killed.killed, (step, tasks.steps_in(log))
-        again = tasks.ok("blockcommit", domain=guest.name, keep=keep)
-        assert again.changed, step
+        assert tasks.ok("blockcommit", domain=guest.name, keep=keep).changed, step
         assert ways.read(guest) == {"end"}, step
         assert set(ways.snapshots(guest)) == ({"two"} if keep == 2 else set()), step
         if keep == 2:
             assert ways.content_of(guest, "two") == {"two"}, step
+            tasks.ok("blockcommit", domain=guest.name)
         ways.assert_whole(guest)
-        tasks.ok("blockcommit", domain=guest.name)
+
+
+def test_an_offline_commit_killed_at_any_step_is_finished_by_the_same_task(stopped: Guest, tmp_path: Path) -> None:
+    log = tmp_path / "steps"
+    for number, step in enumerate(KILLED_AT):
+        keep = 2 if number % 2 else 1
+        for name in ("one", "two"):
+            ways.write_stopped(stopped, name)
+            tasks.ok("snapshot", domain=stopped.name, name=name)
+        ways.write_stopped(stopped, "end")
+        killed = tasks.finish(tasks.killed_at(step, "blockcommit", log, domain=stopped.name, keep=keep))
+        assert killed.killed, (step, tasks.steps_in(log))
+        assert ways.read_stopped(stopped.active_paths().values()) == {"end"}, step
+        assert tasks.ok("blockcommit", domain=stopped.name, keep=keep).changed, step
+        assert ways.read_stopped(stopped.active_paths().values()) == {"end"}, step
+        assert set(ways.snapshots(stopped)) == ({"two"} if keep == 2 else set()), step
+        if keep == 2:
+            assert ways.read_stopped(ways.bases(stopped, "two").values()) == {"two"}, step
+            tasks.ok("blockcommit", domain=stopped.name)
+        ways.assert_whole(stopped)
 
 
 def test_a_libvirtd_restart_during_a_live_commit_costs_nothing(guest: Guest, host: TestHost) -> None:
@@ -162,6 +184,32 @@ def test_a_libvirtd_restart_during_a_live_commit_costs_nothing(guest: Guest, hos
     assert guest.active_paths()["vda"].name == "vda.qcow2"
     assert ways.read(guest) == {"end"}
     ways.assert_whole(guest)
+
+
+def test_a_worker_goes_on_when_the_task_has_answered_and_can_be_seen_limited_and_cancelled(guest: Guest) -> None:
+    history(guest, "one")
+    guest.exec("dd if=/dev/urandom of=/disk/vda/load bs=1M count=12; sync", timeout=120)
+    before = guest.chain("vda")
+    asked = {"domain": guest.name, "disks": ["vda"], "bandwidth": "1M", "wait": False}
+    assert tasks.ok("blockcommit", **asked)["job"]["state"] == "pending"
+    until(lambda: tasks.ok("domain_job", domain=guest.name)["block_jobs"], "the job of the worker")
+    late = tasks.run("domain_job", domain=guest.name, state="finished", wait_timeout="1s")
+    assert late.failed
+    assert late["job"]["state"] == "running"
+    assert tasks.ok("domain_job", domain=guest.name, state="absent").changed
+    assert not tasks.ok("domain_job", domain=guest.name, state="absent").changed
+    assert guest.chain("vda") == before
+    assert tasks.ok("recover_domain", domain=guest.name, check=True)["findings"] != [], (
+        "the snapshot is marked as going"
+    )
+    assert tasks.ok("blockcommit", **asked)["job"]["state"] == "pending"
+    until(lambda: tasks.ok("domain_job", domain=guest.name)["block_jobs"], "the job of the worker")
+    assert tasks.ok("domain_job", domain=guest.name, bandwidth="0").changed
+    done = tasks.ok("domain_job", domain=guest.name, state="finished")
+    assert done["job"]["state"] == "finished"
+    assert [one["name"] for one in done["job"]["result"]["snapshots_ended"]] == ["one"]
+    assert guest.chain("vda") == [guest.images["vda"]]
+    assert ways.read(guest) == {"end"}
 
 
 def test_wait_timeout_stops_nothing_and_the_same_task_takes_the_job_up(guest: Guest) -> None:
@@ -279,7 +327,6 @@ def test_a_layer_that_a_foreign_process_has_open_is_never_written(guest: Guest) 
         server.terminate()
         server.wait(30)
         until(lambda: not socket.exists(), "qemu-nbd being gone")
-    time.sleep(0)
     assert ways.content_of(guest, "one") == {"one"}
 
 

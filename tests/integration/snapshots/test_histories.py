@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -170,6 +171,7 @@ class History:
     def tell(self, text: str) -> bool:
         """Note what is done, for the failure's message."""
         self.told.append(text)
+        print(f"{time.strftime('%T')} {text}", flush=True)
         return True
 
     def task(self, **arguments: object) -> tasks.Outcome:

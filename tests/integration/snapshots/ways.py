@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,14 +17,40 @@ import libvirt
 
 from ansible_collections.vmkeeper.libvirt.tests.lab import evidence
 from ansible_collections.vmkeeper.libvirt.tests.lab.guest import Guest
+from ansible_collections.vmkeeper.libvirt.tests.lab.spec import MIB
 
 MARK = "mark"
+SECTOR = 512
 
 
 def write(guest: Guest, content: str, *targets: str) -> None:
     """Let the guest write a file on each disk, durably."""
     for target in targets or tuple(guest.images):
         guest.write_file(f"/disk/{target}/{MARK}", content.encode())
+
+
+def write_stopped(guest: Guest, content: str) -> None:
+    """Write a mark to every disk of a domain that never boots: no file system, one sector at 1 MiB."""
+    with tempfile.NamedTemporaryFile() as pattern:
+        pattern.write(content.encode().ljust(SECTOR, b"\0"))
+        pattern.flush()
+        for target, path in guest.active_paths().items():
+            kind = "raw" if backing_of(path) is None and guest.images[target].suffix == ".raw" else "qcow2"
+            command = f"write -q -s {pattern.name} 1M {SECTOR}"
+            subprocess.run(["qemu-io", "-f", kind, "-c", command, str(path)], check=True, stdout=subprocess.DEVNULL)
+
+
+def read_stopped(paths: Iterable[Path]) -> set[str]:
+    """The marks that :func:`write_stopped` left in these images, seen through their chains."""
+    found = set()
+    for path in paths:
+        with tempfile.NamedTemporaryFile() as sector:
+            source, target = f"if={path}", f"of={sector.name}"
+            kind = "raw" if path.suffix == ".raw" else "qcow2"
+            where = [f"bs={SECTOR}", f"skip={MIB // SECTOR}", f"count={MIB // SECTOR + 1}"]
+            subprocess.run(["qemu-img", "dd", "-U", "-f", kind, "-O", "raw", source, target, *where], check=True)
+            found.add(Path(sector.name).read_bytes().rstrip(b"\0").decode())
+    return found
 
 
 def read(guest: Guest, *targets: str) -> set[str]:
@@ -45,8 +74,6 @@ def backing_of(path: Path) -> Path | None:
     out = subprocess.run(
         ["qemu-img", "info", "-U", "--output=json", str(path)], check=True, capture_output=True, text=True
     ).stdout
-    import json
-
     name = json.loads(out).get("full-backing-filename")
     return Path(name) if name else None
 
