@@ -106,6 +106,10 @@ class _Waiting:
         time.sleep(_POLL_SECONDS)
 
 
+class NotBegun(LibvirtFailed):
+    """libvirt or QEMU refused the job: no byte was written."""
+
+
 class TookTooLong(LibvirtFailed):
     """The task's patience ended before the job did; nothing was stopped. ``facts['job']`` shows it."""
 
@@ -127,7 +131,7 @@ def _start_commit(domain: Any, target: str, base: str, top: str | None, bandwidt
                 f"This host's security profile lets QEMU only read {base} until the guest stops:"
                 " shut the domain down and run this again, which merges it offline"
             )
-        raise LibvirtFailed(
+        raise NotBegun(
             f"Committing disk {target!r} of domain {domain.name()!r} into {base}: {said}",
             state=state,
             advice=advice,

@@ -56,7 +56,13 @@ def run(handle: Any, work: Work, journal: Journal, *, seconds: float | None = No
         done = merge_all(handle, work, journal, seconds=seconds)
     except block_jobs.TookTooLong:
         raise
-    except VmkeeperError:
+    except VmkeeperError as error:
+        if (
+            isinstance(error, block_jobs.NotBegun)
+            and [step["name"] for step in journal.operation.steps].count("commit") == 1
+        ):
+            for name in work.ended:
+                unmark_ending(handle, name)  # they are as whole as they were
         if journal.operation.steps[-1]["name"] in _BEFORE_A_COMMIT_IS_DONE:
             _close(handle, work, journal)
         raise
@@ -318,6 +324,13 @@ def mark_ending(handle: Any, name: str) -> None:
         return
     labels = snapshot.labels or Labels(consistency=snapshot.consistency)
     write_labels(handle, name, replace(labels, ending=True))
+
+
+def unmark_ending(handle: Any, name: str) -> None:
+    """Take the mark back, of a snapshot whose layers were not touched."""
+    snapshot = by_name(read_snapshots(handle), name)
+    if snapshot is not None and snapshot.labels is not None and snapshot.labels.ending:
+        write_labels(handle, name, replace(snapshot.labels, ending=False))
 
 
 def _rebase_snapshot(handle: Any, rebased: Rebased) -> None:

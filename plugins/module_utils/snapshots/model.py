@@ -216,8 +216,8 @@ def with_labels(xml: str, labels: Labels, *, description: str | None = None) -> 
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def with_ending(xml: str) -> str:
-    """The snapshot XML of one that is being removed, for a REDEFINE.
+def with_ending(xml: str, ending: bool) -> str:
+    """The snapshot XML of one that is being removed, or is no longer, for a REDEFINE.
 
     Removing the record of an external snapshot, libvirt 9.0 tells every child that its content lies where this one's did, as if
     its overlay had been merged.  It finds them by the overlay's path, so that is made one which nothing has.
@@ -226,8 +226,9 @@ def with_ending(xml: str) -> str:
     for source in root.iterfind("disks/disk[@snapshot='external']/source"):
         for attribute in ("file", "dev"):
             path = source.get(attribute)
-            if path is not None and not path.endswith(_ENDED):
-                source.set(attribute, path + _ENDED)
+            if path is not None:
+                plain = path[: -len(_ENDED)] if path.endswith(_ENDED) else path
+                source.set(attribute, plain + _ENDED if ending else plain)
     ElementTree.register_namespace("vmkeeper", NAMESPACE)
     return ElementTree.tostring(root, encoding="unicode")
 
@@ -283,8 +284,7 @@ def write_labels(
         xml = with_labels(
             snapshot.getXMLDesc(_flags("VIR_DOMAIN_SNAPSHOT_XML_SECURE")), labels, description=description
         )
-        if labels.ending:
-            xml = with_ending(xml)
+        xml = with_ending(xml, labels.ending)
         flags = _flags("VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE")
         if snapshot.isCurrent():
             flags |= _flags("VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT")
