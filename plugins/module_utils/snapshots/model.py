@@ -227,7 +227,7 @@ def with_ending(xml: str, ending: bool) -> str:
         for attribute in ("file", "dev"):
             path = source.get(attribute)
             if path is not None:
-                plain = path[: -len(_ENDED)] if path.endswith(_ENDED) else path
+                plain = path.removesuffix(_ENDED)
                 source.set(attribute, plain + _ENDED if ending else plain)
     ElementTree.register_namespace("vmkeeper", NAMESPACE)
     return ElementTree.tostring(root, encoding="unicode")
