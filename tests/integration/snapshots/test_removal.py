@@ -152,8 +152,11 @@ def test_an_overlay_of_a_detached_disk_is_never_deleted(make_guest: Callable[...
     xml = two.xml_text(inactive=True)
     start = xml.rindex("<disk ", 0, xml.index("<target dev='vdb'"))
     two.connection().defineXML(xml[:start] + xml[xml.index("</disk>", start) + len("</disk>") :])
-    refused = tasks.run("snapshot", domain=two.name, name="one", state="absent")
-    assert refused.failed
-    assert str(overlay) in refused.message
-    assert overlay.exists()
+    answer = tasks.ok("snapshot", domain=two.name, name="one", state="absent")
+    kept = answer["snapshot"]["layer_kept_for"]
+    assert [(one["disk"], one["for"][0]["kind"], one["for"][0]["name"]) for one in kept] == [
+        ("vdb", "file", str(overlay))
+    ]
+    assert ways.chain(overlay) == [overlay, two.images["vdb"]]
+    assert ways.chain(two.active_paths()["vda"]) == [two.images["vda"]]
     two.cleanup()
