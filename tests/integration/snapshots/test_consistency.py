@@ -79,9 +79,9 @@ def test_application_is_claimed_only_when_the_guest_proves_it(guest):
     assert level("broken") == "filesystem"
     guest.exec("rm /run/application-is-broken")
     # A stamp of an earlier freeze proves nothing, nor does one that somebody left lying there.
-    guest.exec("chmod -x /etc/vmkeeper/freeze.d/10-application; echo stale >/run/vmkeeper.stamp")
+    guest.exec("chmod a-x /etc/vmkeeper/freeze.d/10-application; echo stale >/run/vmkeeper.stamp")
     assert level("nobody") == "filesystem"
-    guest.exec("chmod +x /etc/vmkeeper/freeze.d/10-application")
+    guest.exec("chmod a+x /etc/vmkeeper/freeze.d/10-application")
 
 
 def test_paused_is_crash_consistent_and_stays_paused(guest):
