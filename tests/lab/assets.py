@@ -54,6 +54,7 @@ _PROGRAMS = (
     "/usr/bin/findmnt",
     "/usr/sbin/fsfreeze",
     "/usr/bin/partx",
+    "/usr/bin/flock",
 )
 _FROM_PACKAGES = ("sbin/sfdisk", "usr/bin/growpart")
 

@@ -156,6 +156,8 @@ class Guest:
     def _is_ready(self) -> bool:
         if not self.is_running():
             raise RuntimeError(f"guest {self.name} has ended: {self.state()}; {self.serial_tail()}")
+        if "Kernel panic" in self.serial_tail(200):
+            raise RuntimeError(f"the kernel of guest {self.name} panicked: {self.serial_tail()}")
         try:
             return self.channel().exec(["/bin/test", "-e", "/run/lab-ready"], 5).rc == 0
         except (OSError, ChannelError, LookupError):

@@ -9,6 +9,7 @@ import pytest
 from lab import evidence
 from lab.guest import DiskSpec, Guest, GuestSpec, digest
 from lab.host import TestHost
+from lab.spec import OVMF_CODE
 from lab.waiting import until
 
 MIB = 1 << 20
@@ -189,6 +190,14 @@ def test_flags_reach_the_definition(guest_factory) -> None:
     assert guest.writer_log("vdd").records
 
 
+def test_uefi_guest_boots_with_a_variable_store_of_its_own(guest_factory) -> None:
+    if not OVMF_CODE.exists():
+        pytest.skip("the ovmf package is not installed")
+    guest = guest_factory(GuestSpec("uefi", firmware="uefi"))
+    assert guest.exec("test -d /sys/firmware/efi", check=False).rc == 0
+    assert guest.xml().find("./os/nvram") is not None
+
+
 def test_vcpus_and_memory_can_be_hot_plugged(guest_factory) -> None:
     guest = guest_factory(GuestSpec("hot", max_vcpus=2, max_memory=512, disks=()))
     guest.domain().setVcpusFlags(2, libvirt.VIR_DOMAIN_AFFECT_LIVE)
@@ -221,7 +230,7 @@ def test_a_freeze_hook_of_the_spec_runs(guest_factory) -> None:
 
 
 def test_cleanup_leaves_nothing(host: TestHost) -> None:
-    guest = Guest(host, GuestSpec("gone", disks=(DiskSpec("vda"), DiskSpec("vdb", kind="block", format="raw"), DiskSpec("vdc", kind="volume"))))
+    guest = Guest(host, GuestSpec("gone", disks=(DiskSpec("vda"), DiskSpec("vdb", kind="block", format="raw", snapshot="no"), DiskSpec("vdc", kind="volume", snapshot="no"))))
     guest.define().start()
     node = guest.active_paths()["vdb"]
     guest.domain().snapshotCreateXML("<domainsnapshot><name>s</name></domainsnapshot>", libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY)
