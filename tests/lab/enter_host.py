@@ -13,6 +13,7 @@ the next start of any host sweeps the directory, whose lock nobody holds any mor
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import grp
 import os
@@ -23,6 +24,7 @@ import signal
 import stat
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -157,17 +159,15 @@ def _front(options: argparse.Namespace, root: Path) -> int:
 
 
 def _pass_on(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
-def _guarded(body: object) -> NoReturn:
+def _guarded(body: Callable[[], int]) -> NoReturn:
     code = EXIT_UNUSABLE
     try:
-        code = body()  # type: ignore[operator]
-    except BaseException as error:
+        code = body()
+    except BaseException as error:  # noqa: BLE001  (a forked process must never return into its parent's code)
         print(f"enter: {error}", file=sys.stderr)
     finally:
         sys.stdout.flush()

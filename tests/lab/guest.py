@@ -273,7 +273,9 @@ class Guest:
             words = ["/bin/busybox", "env", *words]
         result = self.channel().exec(words, timeout)
         if check and result.rc != 0:
-            raise RuntimeError(f"in guest {self.name}: {argv}: exit code {result.rc}: {result.stderr.decode(errors='replace')}")
+            raise RuntimeError(
+                f"in guest {self.name}: {argv}: exit code {result.rc}: {result.stderr.decode(errors='replace')}"
+            )
         return result
 
     def write_file(self, path: str, data: bytes, timeout: float = PATIENCE) -> None:

@@ -166,7 +166,9 @@ def _disk(disk: DiskSpec, source: str) -> str:
     driver += f" cache='{disk.cache}'" if disk.cache else ""
     driver += f" discard='{disk.discard}'" if disk.discard else ""
     flags = "".join(
-        f"<{name}/>" for name, is_set in (("transient", disk.transient), ("readonly", disk.readonly), ("shareable", disk.shareable)) if is_set
+        f"<{name}/>"
+        for name, is_set in (("transient", disk.transient), ("readonly", disk.readonly), ("shareable", disk.shareable))
+        if is_set
     )
     snapshot = f" snapshot='{disk.snapshot}'" if disk.snapshot else ""
     return (

@@ -137,12 +137,14 @@ def test_freeze_fails_leaves_one_filesystem_frozen(with_agent) -> None:
 
 def test_an_agent_with_commands_disabled_says_so(with_agent) -> None:
     guest = with_agent("real:guest-exec guest-exec-status guest-file-open guest-file-read guest-file-write")
-    commands = {command["name"]: command["enabled"] for command in guest.agent_command("guest-info")["supported_commands"]}
+    commands = {
+        command["name"]: command["enabled"] for command in guest.agent_command("guest-info")["supported_commands"]
+    }
     assert not commands["guest-exec"]
     assert not commands["guest-file-open"]
     assert commands["guest-fsfreeze-freeze"]
+    request = {"execute": "guest-exec", "arguments": {"path": "/bin/true"}}
     with pytest.raises(libvirt.libvirtError, match="disabled"):
-        request = {"execute": "guest-exec", "arguments": {"path": "/bin/true"}}
         libvirt_qemu.qemuAgentCommand(guest.domain(), json.dumps(request), 10, 0)
     guest.domain().fsFreeze()
     guest.domain().fsThaw()

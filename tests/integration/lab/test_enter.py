@@ -63,7 +63,9 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize(("script", "code"), [("exit 7", 7), ("exit 0", 0), ("kill -9 $$", 137), ("kill -TERM $$", 143)])
+@pytest.mark.parametrize(
+    ("script", "code"), [("exit 7", 7), ("exit 0", 0), ("kill -9 $$", 137), ("kill -TERM $$", 143)]
+)
 def test_exit_code_is_the_commands(root: Path, script: str, code: int) -> None:
     assert subprocess.run(enter(root, "sh", "-c", script), check=False).returncode == code
     assert hosts_in(root) == []
@@ -76,12 +78,23 @@ def test_unknown_command_is_127(root: Path) -> None:
 
 
 def test_streams_pass_through(root: Path) -> None:
-    result = subprocess.run(enter(root, "sh", "-c", "cat; echo err >&2"), input="in", capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        enter(root, "sh", "-c", "cat; echo err >&2"), input="in", capture_output=True, text=True, check=True
+    )
     assert (result.stdout, result.stderr) == ("in", "err\n")
 
 
 def test_without_root_it_says_so(root: Path) -> None:
-    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3", str(ENTER), "--", "true"]
+    command = [
+        "setpriv",
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+        "/usr/bin/python3",
+        str(ENTER),
+        "--",
+        "true",
+    ]
     result = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 125
     assert "needs root" in result.stderr
@@ -91,7 +104,12 @@ def test_missing_packages_are_named(root: Path) -> None:
     environment = {**os.environ, "PATH": "/nowhere"}
     program = "from lab import enter_host; print(enter_host._unusable(search='/nowhere'))"
     result = subprocess.run(
-        [sys.executable, "-c", program], cwd=ENTER.parent.parent, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        cwd=ENTER.parent.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "apt-get install libvirt-daemon-system qemu-system-x86 qemu-utils" in result.stdout
 
@@ -102,7 +120,7 @@ def test_two_hosts_have_the_same_domain_side_by_side(root: Path, host: TestHost)
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     both = [start("one"), start("two")]
-    first_lines = [process.stdout.readline() for process in both]
+    first_lines = [first_line(process) for process in both]
     last_lines = [process.communicate()[0] for process in both]
     assert first_lines == ["[]\n", "[]\n"]
     assert last_lines == ["['lab-twin']\n", "['lab-twin']\n"]
@@ -118,7 +136,7 @@ def lingering(root: Path, request: pytest.FixtureRequest) -> Iterator[tuple[subp
         "truncate -s 4M /var/lib/libvirt/images/disk && losetup -f /var/lib/libvirt/images/disk && "
         f"mount -t tmpfs tmpfs /mnt && touch /run/in-private && setsid --fork sleep {marker} && exec sleep {marker}"
     )
-    process = subprocess.Popen(enter(root, "sh", "-c", script), process_group=0)
+    process = subprocess.Popen(enter(root, "sh", "-c", script), start_new_session=True)
     until(lambda: len(processes(marker)) == 2, "the host's processes starting")
     assert kernel.loop_devices_backed_below(root)
     assert not Path("/run/in-private").exists()
@@ -130,7 +148,9 @@ def lingering(root: Path, request: pytest.FixtureRequest) -> Iterator[tuple[subp
 def assert_nothing_left(root: Path, marker: str) -> None:
     until(lambda: processes(marker) == [], "the host's processes ending")
     until(lambda: hosts_in(root) == [], "the host's directory going")
-    listing = subprocess.run(["losetup", "--list", "--noheadings"], stdout=subprocess.PIPE, text=True, check=True).stdout
+    listing = subprocess.run(
+        ["losetup", "--list", "--noheadings"], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
     assert "images/disk" not in listing
 
 
@@ -169,7 +189,7 @@ def test_what_a_kill_of_everything_leaves_is_swept_by_the_next_host(root: Path, 
 def test_sigterm_reaches_the_command(root: Path) -> None:
     script = "trap 'echo asked; exit 3' TERM; echo up; while :; do sleep 0.1; done"
     process = subprocess.Popen(enter(root, "sh", "-c", script), stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "up\n"
+    assert first_line(process) == "up\n"
     process.terminate()
     assert process.communicate(timeout=60)[0] == "asked\n"
     assert process.returncode == 3
@@ -178,7 +198,10 @@ def test_sigterm_reaches_the_command(root: Path) -> None:
 
 def test_netns_has_only_a_loopback_of_its_own(root: Path) -> None:
     result = subprocess.run(
-        enter(root, "ip", "-o", "link", options=("--no-libvirtd", "--netns")), stdout=subprocess.PIPE, text=True, check=True
+        enter(root, "ip", "-o", "link", options=("--no-libvirtd", "--netns")),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     assert [line.split(":")[1].strip() for line in result.stdout.splitlines()] == ["lo"]
     assert "UP" in result.stdout

@@ -44,7 +44,9 @@ def test_guest_survives_the_death_of_libvirtd(host: TestHost, guest: Guest) -> N
     assert guest.writer_log("vda").is_intact
 
 
-def test_images_belong_to_the_user_of_qemu_while_the_guest_runs_and_to_root_after(host: TestHost, guest_factory) -> None:
+def test_images_belong_to_the_user_of_qemu_while_the_guest_runs_and_to_root_after(
+    host: TestHost, guest_factory
+) -> None:
     guest = guest_factory(GuestSpec("owner"))
     assert guest.images["vda"].owner() == "libvirt-qemu"
     guest.destroy()
