@@ -20,7 +20,9 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 COLLECTION = "vmkeeper.libvirt"
 HEADER_LINES = 15
+# REUSE-IgnoreStart
 SPDX = "SPDX-License-Identifier: GPL-3.0-or-later"
+# REUSE-IgnoreEnd
 GNU = "GNU General Public License v3.0+"  # what ansible-test looks for in modules
 
 # The options of one module: name or alias -> its documentation, with "name" added.
@@ -102,10 +104,7 @@ def example_findings(examples: str, documented: Mapping[str, Options]) -> Iterat
         yield f"the examples are not YAML: {error}"
         return
     tasks = [
-        (module, task[module])
-        for task in tasks_of(parsed)
-        for module in task
-        if module.startswith(f"{COLLECTION}.")
+        (module, task[module]) for task in tasks_of(parsed) for module in task if module.startswith(f"{COLLECTION}.")
     ]
     if not tasks:
         yield f"no task in the examples uses a module of {COLLECTION}"
@@ -149,18 +148,14 @@ def main() -> int:
 
     modules = module_documentation()
     documented = {
-        name: with_aliases(module["doc"].get("options", {}))
-        for name, module in modules.items()
-        if "doc" in module
+        name: with_aliases(module["doc"].get("options", {})) for name, module in modules.items() if "doc" in module
     }
     for name, module in modules.items():
         file = f"plugins/modules/{name.rpartition('.')[2]}.py"
         if "doc" not in module:
             findings.append(f"{file}: ansible-doc cannot read it: {module.get('error', 'no reason given')}")
         else:
-            findings += (
-                f"{file}: {finding}" for finding in example_findings(module["examples"] or "", documented)
-            )
+            findings += (f"{file}: {finding}" for finding in example_findings(module["examples"] or "", documented))
 
     for finding in findings:
         print(finding)

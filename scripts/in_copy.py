@@ -83,9 +83,7 @@ def pip_bootstrap_names() -> list[str]:
     text = "".join(path.read_text(encoding="utf-8") for path in source)
     versions = re.findall(r"pip=['\"]([0-9.]+)['\"]", text)
     if not versions:
-        raise RuntimeError(
-            "cannot tell which pip ansible-test wants: see pip_bootstrap_names in scripts/in_copy.py"
-        )
+        raise RuntimeError("cannot tell which pip ansible-test wants: see pip_bootstrap_names in scripts/in_copy.py")
     return [f"get_pip_{version.replace('.', '_')}.py" for version in versions]
 
 

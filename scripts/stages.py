@@ -90,9 +90,7 @@ class Outcome:
     seconds: float
 
 
-def pytest_check(
-    name: str, arguments: Sequence[str], prefix: Sequence[str] = (), stream: bool = False
-) -> Check:
+def pytest_check(name: str, arguments: Sequence[str], prefix: Sequence[str] = (), stream: bool = False) -> Check:
     """Return a pytest run whose tests are counted one by one."""
     junit = RESULTS / f"{name.replace('/', '-')}.xml"
     command = [*prefix, str(ROOT / ".venv/bin/python"), "-m", "pytest", f"--junit-xml={junit}", *arguments]
@@ -114,16 +112,14 @@ def shell_scripts() -> list[str]:
 def lint() -> Iterator[Stage]:
     """Read the sources: style, types, documentation, change log."""
     collection = "ansible_collections.vmkeeper.libvirt"
-    packages = [
-        f"{collection}.{part}" for part in ("plugins", "scripts", "tests") if any((ROOT / part).rglob("*.py"))
-    ]
+    packages = [f"{collection}.{part}" for part in ("plugins", "scripts", "tests") if any((ROOT / part).rglob("*.py"))]
     checks = [
         Check("ansible-lint", ["ansible-lint", "--profile", "production", "--offline"]),
         Check("ruff check", ["ruff", "check", "."]),
         Check("ruff format", ["ruff", "format", "--check", "--diff", "."]),
         Check("mypy", ["mypy", *(f"--package={package}" for package in packages)]),
         Check("yamllint", ["yamllint", "--strict", "."]),
-        Check("shellcheck", ["shellcheck", *shell_scripts()]),
+        Check("shellcheck", ["shellcheck", "--severity=warning", *shell_scripts()]),
         Check("change log", ["antsibull-changelog", "lint"]),
         Check(
             "documentation",
@@ -132,9 +128,7 @@ def lint() -> Iterator[Stage]:
         Check("licences and examples", [sys.executable, "scripts/check_sources.py"]),
     ]
     if any((ROOT / "plugins").rglob("*.py")):
-        checks.append(
-            Check("python 3.9", ["vermin", "--target=3.9-", "--no-tips", "--violations", "plugins"])
-        )
+        checks.append(Check("python 3.9", ["vermin", "--target=3.9-", "--no-tips", "--violations", "plugins"]))
     yield Stage("lint", checks, workers=os.cpu_count() or 1)
 
 

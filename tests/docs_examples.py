@@ -69,9 +69,7 @@ def _scan(lines: list[str], source: str) -> Iterator[Example]:
         number += 1
         fence = FENCE.match(line)
         if marker is not None and not fence:
-            raise DocumentationError(
-                f"{source}:{number}: no code block follows the marker of example '{marker}'"
-            )
+            raise DocumentationError(f"{source}:{number}: no code block follows the marker of example '{marker}'")
         if fence:
             first = number
             # A fence ends with at least as many of the same characters and nothing after them.

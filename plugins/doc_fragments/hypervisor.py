@@ -23,6 +23,7 @@ requirements:
 """
 
     CHANGING = r"""
+options: {}
 requirements:
   - root on the hypervisor (C(become))
   - qemu-img on the hypervisor

@@ -153,7 +153,7 @@ snapshot:
       description: Milliseconds from before the freeze call until after the thaw call. None when nothing was frozen.
       type: int
     paused_ms:
-      description: Milliseconds that the guest was paused by a group snapshot. None when it was not paused.
+      description: Milliseconds that the guest was paused by a group or an internal memory snapshot. None when it was not.
       type: int
     created:
       description: When it was taken, in ISO 8601. None in check mode.

@@ -74,7 +74,7 @@ class DomainState:
 
     @property
     def active(self) -> bool:
-        """A QEMU process exists. A crashed guest has one too: libvirt keeps it where ``on_crash`` says ``preserve``."""
+        """A QEMU process exists. libvirt says ``crashed`` of one that ``on_crash`` preserves; else ``shutoff``."""
         return self.name not in ("shutoff", "nostate")
 
 

@@ -18,6 +18,7 @@ import importlib.machinery
 import os
 import signal
 import sys
+from typing import Any
 
 _JOURNAL = ".plugins.module_utils.safety.journal"
 _counts: dict[str, int] = {}
@@ -35,7 +36,7 @@ def _reached(name: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP if os.environ.get("VMK_KILL_HOW") == "stop" else signal.SIGKILL)
 
 
-def _wrap(journal_class: type) -> None:
+def _wrap(journal_class: Any) -> None:
     step, moment = journal_class.step, journal_class.moment
 
     def step_then_die(self, name, **data):
