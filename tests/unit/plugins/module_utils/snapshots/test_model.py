@@ -76,7 +76,7 @@ def test_labels_and_description_where_there_was_no_place_for_them():
     ("memory", "state", "level"),
     [
         ("no", "disk-snapshot", "crash"),
-        ("no", "shutoff", "offline"),
+        ("no", "shutoff", "crash"),
         ("external", "running", "memory"),
         ("internal", "paused", "memory"),
     ],

@@ -156,8 +156,24 @@ def test_what_is_refused_before_anything_is_made(one, options, error, words):
 
 
 def test_a_guest_that_somebody_froze_is_cut_as_it_is():
-    planned = take(facts(frozen=True), quiesce="required")
+    planned = take(facts(frozen=True, frozen_whole=True), quiesce="required")
     assert (planned.freeze, planned.standing, planned.expected_level) == (False, True, "filesystem")
+
+
+def test_a_guest_that_was_frozen_by_other_means_proves_nothing():
+    planned = take(facts(frozen=True))
+    assert (planned.freeze, planned.standing, planned.expected_level) == (False, False, "crash")
+    assert "by other means" in planned.why_not_frozen
+    with pytest.raises(Refused, match="Thaw it first"):
+        take(facts(frozen=True), quiesce="required")
+
+
+def test_a_shutdown_is_refused_when_the_next_start_would_stand_on_other_disks():
+    same = facts(next_start=domain(state=CLEAN))
+    assert take(same, quiesce="shutdown").shutdown
+    other = facts(next_start=domain(disk("vda", "/other"), disk("vdb"), state=CLEAN))
+    with pytest.raises(Refused, match="another one at its next start"):
+        take(other, quiesce="shutdown")
 
 
 def test_checkpoints_are_no_obstacle_to_a_live_external_snapshot():

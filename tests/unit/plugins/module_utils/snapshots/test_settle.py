@@ -5,24 +5,28 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots import retract
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.settle import Found, worth_keeping
 
+GOOD = Found(exists=True, wanted_frozen=True, held=True, in_time=True)
+
 
 @pytest.mark.parametrize(
     ("found", "keep"),
     [
-        ([Found(exists=True, wanted_frozen=True, held=True)], True),
-        ([Found(exists=True, wanted_frozen=True, held=False)], False),
-        ([Found(exists=True, wanted_frozen=False, held=False)], True),
-        ([Found(exists=False, wanted_frozen=False, held=False)], False),
-        ([Found(exists=False, wanted_frozen=True, held=True)], False),
-        ([Found(True, True, True), Found(True, True, True)], True),
-        ([Found(True, True, True), Found(False, True, True)], False),
-        ([Found(True, True, True), Found(True, True, False)], False),
+        ([GOOD], True),
+        ([replace(GOOD, held=False)], False),
+        ([replace(GOOD, held=False, wanted_frozen=False)], True),
+        ([replace(GOOD, exists=False)], False),
+        ([replace(GOOD, in_time=False)], True),  # alone there is no instant to share
+        ([GOOD, GOOD], True),
+        ([GOOD, replace(GOOD, exists=False)], False),
+        ([GOOD, replace(GOOD, held=False)], False),
+        ([GOOD, replace(GOOD, in_time=False)], False),
     ],
 )
 def test_a_cut_is_kept_only_if_all_have_it_and_it_is_as_good_as_it_was_meant_to_be(found, keep):
