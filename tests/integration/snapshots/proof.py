@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import libvirt
-
-from ansible_collections.vmkeeper.libvirt.tests.lab import evidence
-from ansible_collections.vmkeeper.libvirt.tests.lab.evidence import WriterLog
-from ansible_collections.vmkeeper.libvirt.tests.lab.guest import Guest
-from ansible_collections.vmkeeper.libvirt.tests.lab.spec import AGENT_PORT
-from ansible_collections.vmkeeper.libvirt.tests.lab.waiting import until
+from lab import evidence
+from lab.evidence import WriterLog
+from lab.guest import Guest
+from lab.spec import AGENT_PORT
+from lab.waiting import until
 
 PORT = f"/dev/virtio-ports/{AGENT_PORT}"
 

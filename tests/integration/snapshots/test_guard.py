@@ -16,12 +16,12 @@ from pathlib import Path
 
 import libvirt
 import pytest
+from lab import evidence
+from lab.guest import DiskSpec, Guest, GuestSpec
+from lab.spec import MIB
+from lab.waiting import until
 
 from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import proof, tasks
-from ansible_collections.vmkeeper.libvirt.tests.lab import evidence
-from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
-from ansible_collections.vmkeeper.libvirt.tests.lab.spec import MIB
-from ansible_collections.vmkeeper.libvirt.tests.lab.waiting import until
 
 GUARDS = Path("/run/vmkeeper.libvirt/guards")
 JOURNAL = Path("/var/lib/vmkeeper.libvirt/journal")
@@ -145,6 +145,20 @@ def shorten(guest: Guest) -> None:
         until(pivoted, f"{disk.target} being merged")
     for snapshot in domain.listAllSnapshots():
         snapshot.delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
+
+
+@pytest.mark.parametrize("step", ["shut-off", "start"])
+def test_a_guest_that_was_shut_down_for_its_snapshot_runs_again_whatever_was_killed(other, log, step):
+    task = {"domains": [other.name], "name": next(_names), "quiesce": "shutdown"}
+    assert tasks.finish(tasks.killed_at(step, "snapshot", log, **task)).killed
+    assert tasks.steps_in(log)[-1] == f"!{step}"
+    assert not other.is_running()
+    again = tasks.ok("snapshot", **task)
+    assert again["snapshot"]["consistency"] == "offline"
+    proof.clean(again["snapshot"]["disks"][0]["base"])
+    assert other.is_running()
+    other.wait_ready()
+    assert_quiet(other)
 
 
 # --- the deadline, and libvirtd in the window --------------------------------------------------------

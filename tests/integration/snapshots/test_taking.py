@@ -11,12 +11,12 @@ import stat
 from pathlib import Path
 
 import pytest
+from lab import evidence
+from lab.guest import DiskSpec, Guest, GuestSpec
+from lab.spec import MIB
+from lab.waiting import until
 
 from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import proof, tasks
-from ansible_collections.vmkeeper.libvirt.tests.lab import evidence
-from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
-from ansible_collections.vmkeeper.libvirt.tests.lab.spec import MIB
-from ansible_collections.vmkeeper.libvirt.tests.lab.waiting import until
 
 SMALL = 64 * MIB
 EXTRA = """

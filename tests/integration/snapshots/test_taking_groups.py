@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lab import evidence
+from lab.guest import DiskSpec, Guest, GuestSpec
+from lab.spec import MIB
+from lab.waiting import until
 
 from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import proof, tasks
-from ansible_collections.vmkeeper.libvirt.tests.lab import evidence
-from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
-from ansible_collections.vmkeeper.libvirt.tests.lab.spec import MIB
-from ansible_collections.vmkeeper.libvirt.tests.lab.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_a_filesystem_that_is_full_for_one_stops_all_before_the_freeze(pair, sma
 
 
 def snapshots(guest: Guest) -> list[str]:
-    return [snapshot.getName() for snapshot in guest.domain().listAllSnapshots()]
+    return sorted(snapshot.getName() for snapshot in guest.domain().listAllSnapshots())
 
 
 def files(guest: Guest) -> list[str]:
