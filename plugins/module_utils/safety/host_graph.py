@@ -30,7 +30,7 @@ _MOST_FILES = 20_000
 
 @dataclass(frozen=True)
 class Reader:
-    """Who names an image. ``kind`` is domain, saved, snapshot, file or process; ``uuid`` the domain it belongs to."""
+    """Who names an image. ``kind`` is domain, saved, job, snapshot, file or process; ``uuid`` the domain it belongs to."""
 
     kind: str
     name: str
@@ -40,6 +40,8 @@ class Reader:
     def __str__(self) -> str:
         if self.kind == "domain":
             return f"domain {self.name!r}"
+        if self.kind == "job":
+            return f"a block job of domain {self.name!r}"
         if self.kind == "saved":
             return f"the saved state of domain {self.name!r}"
         if self.kind == "snapshot":
@@ -167,7 +169,8 @@ class _Collector:
         if live:
             self.links(disk.chain)
         if disk.job is not None and disk.job.destination:
-            self.name(disk.job.destination, reader)
+            # Written already, by the very job that may be taken up.
+            self.name(disk.job.destination, Reader("job", reader.name, reader.uuid))
 
     def links(self, layers: Sequence[Layer]) -> None:
         paths = [canonical(layer.path) for layer in layers if layer.path]

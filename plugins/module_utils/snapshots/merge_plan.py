@@ -124,7 +124,9 @@ def _check_sole_reader(ground: Ground, target: str, run: Sequence[str], ending: 
         readers += [
             reader
             for reader in graph.named_by(layer)
-            if not (reader.kind == "snapshot" and reader.uuid == uuid and reader.name in ending)
+            if not (
+                reader.uuid == uuid and (reader.kind == "job" or (reader.kind == "snapshot" and reader.name in ending))
+            )
         ]
         if branches and not readers:
             readers = [Reader("file", child) for child in branches]
