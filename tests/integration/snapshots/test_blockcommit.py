@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -210,6 +211,17 @@ def test_a_worker_goes_on_when_the_task_has_answered_and_can_be_seen_limited_and
     assert [one["name"] for one in done["job"]["result"]["snapshots_ended"]] == ["one"]
     assert guest.chain("vda") == [guest.images["vda"]]
     assert ways.read(guest) == {"end"}
+
+
+def test_a_worker_outlives_the_archive_that_ansible_had_packed_it_in(stopped: Guest) -> None:
+    ways.write_stopped(stopped, "one")
+    tasks.ok("snapshot", domain=stopped.name, name="one")
+    asked = tasks.ad_hoc("blockcommit", json.dumps({"domain": stopped.name, "wait": False}))
+    assert asked["job"]["state"] == "pending", asked.answer
+    done = tasks.ad_hoc("domain_job", json.dumps({"domain": stopped.name, "state": "finished"}))
+    assert done["job"]["state"] == "finished", done.answer
+    assert ways.read_stopped(stopped.active_paths().values()) == {"one"}
+    ways.assert_whole(stopped)
 
 
 def test_wait_timeout_stops_nothing_and_the_same_task_takes_the_job_up(guest: Guest) -> None:
