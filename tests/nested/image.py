@@ -25,6 +25,7 @@ UNUSED_IMAGE_DAYS = 14
 PACKAGES = (
     # the system
     "systemd-sysv", "dbus", "udev", "kmod", "iproute2", "initramfs-tools", "zstd", "e2fsprogs", "linux-image-cloud-amd64",
+    "libnss-myhostname",  # libvirt asks for the canonical host name whenever a domain starts
     # what Ansible needs of any host
     "openssh-server", "sudo", "python3",
     # the hypervisor, confined as Debian ships it

@@ -8,7 +8,9 @@ set -eu
 root=$1
 
 echo vmk-l1 >"$root/etc/hostname"
-printf '127.0.0.1 localhost vmk-l1\n::1 localhost\n' >"$root/etc/hosts"
+printf '127.0.0.1 localhost\n::1 localhost\n' >"$root/etc/hosts"
+# There is no name server to wait for; mmdebstrap copied the one of the computer that builds.
+rm -f "$root/etc/resolv.conf"
 echo '/dev/vda / ext4 noatime,noinit_itable 0 0' >"$root/etc/fstab"
 
 # The address of QEMU's user-mode network is always the same: no DHCP client to wait for.
