@@ -1,0 +1,91 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The chain of images below a disk, followed by our own header parser.
+
+An inactive domain's definition names only its top layer, and a running one's XML may be older than the files; here
+the files speak.
+"""
+
+from __future__ import annotations
+
+import os
+
+from .._errors import Refused, Unsupported
+from .domain_model import Disk, Layer
+from .image_header import BadHeader, is_qcow2, read_qcow2
+
+#: libvirt's own limit (virstoragefile); a longer chain is a loop or an attack.
+MAXIMUM_DEPTH = 200
+
+
+def follow(top: Layer) -> tuple[Layer, ...]:
+    """All layers from ``top`` down to the base.
+
+    Only qcow2 layers are followed.  A layer that is declared raw ends the chain even if its bytes look like a qcow2
+    header: a guest that owns a raw disk can write one (CVE-2008-2004 and its descendants).
+    """
+    layers = [top]
+    seen = {os.path.realpath(top.path)} if top.path else set()
+    while layers[-1].path is not None and layers[-1].format == "qcow2":
+        path = layers[-1].path
+        try:
+            header = read_qcow2(path)
+        except FileNotFoundError as error:
+            raise Refused(
+                f"The image {path} is missing", advice="Restore it from a backup before anything else"
+            ) from error
+        except (BadHeader, OSError) as error:
+            raise Refused(f"The image {path} cannot be read: {error}", advice="Check it with qemu-img check") from error
+        if header.backing_file is None:
+            break
+        below = _resolve(path, header.backing_file)
+        real = os.path.realpath(below)
+        if real in seen or len(layers) >= MAXIMUM_DEPTH:
+            raise Refused(
+                f"The chain of {top.path} comes back to {below}",
+                advice="Repair the backing files with qemu-img rebase",
+            )
+        seen.add(real)
+        layers.append(Layer(path=below, format=header.backing_format or _probe(below)))
+    return tuple(layers)
+
+
+def _resolve(overlay: str, name: str) -> str:
+    if name.startswith("json:") or (":" in name.split("/", 1)[0]):
+        raise Unsupported(
+            f"The image {overlay} stands on {name!r}, which is not a local file",
+            advice="Only local chains are handled",
+        )
+    return os.path.normpath(os.path.join(os.path.dirname(os.path.realpath(overlay)), name))
+
+
+def _probe(path: str) -> str:
+    # An overlay of old qemu-img without a backing format: QEMU would probe, so this is what the guest would see.
+    try:
+        return "qcow2" if is_qcow2(path) else "raw"
+    except OSError:
+        return "raw"
+
+
+def chain_of(disk: Disk) -> tuple[Layer, ...]:
+    """The chain of a disk: as libvirt states it for a live disk, else by following the files."""
+    if len(disk.chain) > 1 or disk.active is None or disk.active.path is None:
+        return disk.chain
+    return follow(disk.active)
+
+
+def virtual_size(layer: Layer) -> int | None:
+    """Virtual size in bytes of a local image, read from the header or the file's length; None if unknown."""
+    if layer.path is None:
+        return None
+    try:
+        if layer.format == "qcow2":
+            return read_qcow2(layer.path).virtual_size
+        descriptor = os.open(layer.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return os.lseek(descriptor, 0, os.SEEK_END)
+        finally:
+            os.close(descriptor)
+    except (OSError, BadHeader):
+        return None

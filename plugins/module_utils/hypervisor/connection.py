@@ -1,0 +1,146 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The libvirt connection: where it may lead, which domains it knows, what its errors say."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from .._errors import UNCHANGED, InvalidInput, LibvirtFailed, NotFound, Unsupported
+from .binding import libvirt
+
+DEFAULT_URI = "qemu:///system"
+
+#: Below this the backup API, agent timeouts and checkpoints are incomplete (libvirt NEWS 7.6.0).
+MINIMUM_LIBVIRT = (7, 6, 0)
+
+#: Transports of a URI that stay on this machine (https://libvirt.org/uri.html).
+_LOCAL_TRANSPORTS = ("", "unix")
+
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}")
+
+
+def constant(name: str, default: int | None = None) -> int | None:
+    """The value of ``libvirt.<name>``, or ``default`` where the bindings are older than the constant."""
+    value = getattr(libvirt, name, default)
+    return None if value is None else int(value)
+
+
+def check_local(uri: str) -> str:
+    """Return ``uri`` if it leads to this machine's own hypervisor.
+
+    Image files are read and made locally, so a remote connection would act on the wrong host's files.
+    """
+    parts = urlsplit(uri)
+    transport = parts.scheme.partition("+")[2]
+    if not parts.scheme or parts.netloc or transport not in _LOCAL_TRANSPORTS:
+        raise InvalidInput(
+            f"uri {uri!r} leads to another machine",
+            advice="Run the task on the hypervisor itself, or use delegate_to; uri may then stay at its default qemu:///system",
+        )
+    return uri
+
+
+def version_triple(number: int) -> tuple[int, int, int]:
+    """libvirt's and QEMU's packed version (``9000000``) as ``(9, 0, 0)``."""
+    return number // 1_000_000, number // 1_000 % 1_000, number % 1_000
+
+
+def open_connection(uri: str = DEFAULT_URI, *, readonly: bool = False) -> Any:
+    """Open a local hypervisor connection; raises with what to do when no daemon answers or libvirt is too old."""
+    check_local(uri)
+    # The bindings print every error on stderr, which would corrupt a module's output; errors are raised anyway.
+    libvirt.registerErrorHandler(lambda _ctx, _error: None, None)
+    try:
+        connection = libvirt.openReadOnly(uri) if readonly else libvirt.open(uri)
+    except libvirt.libvirtError as error:
+        advice = (
+            "Start it (systemctl start libvirtd, or virtqemud on a host with modular daemons) and see that this user may use it"
+            if os.geteuid() == 0
+            else "See that the daemon runs and that this user is in the libvirt group, or use become"
+        )
+        raise LibvirtFailed(
+            f"No libvirt daemon answers on {uri}: {message_of(error)}",
+            advice=advice,
+            libvirt=message_of(error),
+        ) from error
+    version = version_triple(connection.getLibVersion())
+    if version < MINIMUM_LIBVIRT:
+        connection.close()
+        raise Unsupported(
+            f"libvirt {dotted(version)} on this host is too old",
+            advice=f"Upgrade it to {dotted(MINIMUM_LIBVIRT)} or later",
+            libvirt_version=dotted(version),
+        )
+    return connection
+
+
+def dotted(version: tuple[int, ...]) -> str:
+    """``(9, 0, 0)`` as ``9.0.0``."""
+    return ".".join(str(number) for number in version)
+
+
+def message_of(error: Exception) -> str:
+    """What libvirt said, in one line."""
+    getter = getattr(error, "get_error_message", None)
+    text = (getter() if getter else None) or str(error)
+    return " ".join(str(text).split())
+
+
+def code_of(error: Exception) -> int | None:
+    """libvirt's error number (``VIR_ERR_*``), if the exception carries one."""
+    getter = getattr(error, "get_error_code", None)
+    return getter() if getter else None
+
+
+@contextlib.contextmanager
+def explaining(doing: str, *, advice: str = "", state: str = UNCHANGED) -> Iterator[None]:
+    """Turn a libvirt error inside the block into a sentence that begins with ``doing``."""
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        raise LibvirtFailed(
+            f"{doing}: {message_of(error)}",
+            advice=advice,
+            state=state,
+            libvirt=message_of(error),
+            code=code_of(error),
+        ) from error
+
+
+def find_domain(connection: Any, wanted: str) -> Any:
+    """The domain called ``wanted`` (its name, else its UUID)."""
+    for lookup, usable in (
+        (connection.lookupByName, True),
+        (connection.lookupByUUIDString, bool(_UUID.fullmatch(wanted))),
+    ):
+        if not usable:
+            continue
+        try:
+            return lookup(wanted)
+        except libvirt.libvirtError as error:
+            if code_of(error) != libvirt.VIR_ERR_NO_DOMAIN:
+                raise LibvirtFailed(
+                    f"Looking up domain {wanted!r}: {message_of(error)}", libvirt=message_of(error)
+                ) from error
+    existing = sorted(domain.name() for domain in connection.listAllDomains())
+    raise NotFound(
+        f"There is no domain {wanted!r} on this host",
+        advice="The domains here are: " + (", ".join(existing) if existing else "none"),
+        existing=existing,
+    )
+
+
+def find_domains(connection: Any, wanted: list[str]) -> list[Any]:
+    """The domains called ``wanted``, each once, in that order."""
+    found: dict[str, Any] = {}
+    for name in wanted:
+        domain = find_domain(connection, name)
+        found.setdefault(domain.UUIDString(), domain)
+    return list(found.values())

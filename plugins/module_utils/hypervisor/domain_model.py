@@ -1,0 +1,406 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A domain as data: frozen dataclasses parsed from libvirt's XML once.
+
+Nothing here calls libvirt except :func:`read_domain`, so every decision above can be tested on XML alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+from xml.etree import ElementTree
+
+from .binding import libvirt
+from .connection import explaining
+
+#: virDomainState; the numbers are libvirt's ABI.
+STATE_NAMES = {
+    0: "nostate",
+    1: "running",
+    2: "blocked",
+    3: "paused",
+    4: "shutdown",
+    5: "shutoff",
+    6: "crashed",
+    7: "pmsuspended",
+}
+RUNNING_STATES = ("running", "blocked")
+PAUSED_REASONS = {
+    0: "unknown",
+    1: "user",
+    2: "migration",
+    3: "save",
+    4: "dump",
+    5: "io-error",
+    6: "watchdog",
+    7: "from-snapshot",
+    8: "shutting-down",
+    9: "snapshot",
+    10: "crashed",
+    11: "starting-up",
+    12: "post-copy",
+    13: "post-copy-failed",
+    14: "api-error",
+}
+SHUTOFF_REASONS = {
+    0: "unknown",
+    1: "shutdown",
+    2: "destroyed",
+    3: "crashed",
+    4: "migrated",
+    5: "saved",
+    6: "failed",
+    7: "from-snapshot",
+    8: "daemon",
+}
+
+
+@dataclass(frozen=True)
+class DomainState:
+    """What a domain is doing, by libvirt's names (``running``, ``paused``, ``shutoff``, ...)."""
+
+    name: str
+    reason: str = "unknown"
+
+    @property
+    def running(self) -> bool:
+        """Its vCPUs run."""
+        return self.name in RUNNING_STATES
+
+    @property
+    def active(self) -> bool:
+        """A QEMU process exists. libvirt says ``crashed`` of one that ``on_crash`` preserves; else ``shutoff``."""
+        return self.name not in ("shutoff", "nostate")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One image of a chain. ``path`` is local; ``None`` where the layer is not a local file or device."""
+
+    path: str | None
+    format: str | None
+    kind: str = "file"
+
+
+@dataclass(frozen=True)
+class BlockJob:
+    """A running copy or active commit, as the ``<mirror>`` of the disk shows it."""
+
+    job: str
+    ready: bool
+    destination: str | None
+
+
+@dataclass(frozen=True)
+class Disk:
+    """One ``<disk>``. ``chain`` runs from the active layer down to the base; empty for an empty drive."""
+
+    target: str
+    device: str
+    kind: str
+    bus: str | None
+    chain: tuple[Layer, ...]
+    readonly: bool = False
+    shareable: bool = False
+    transient: bool = False
+    snapshot: str | None = None
+    serial: str | None = None
+    encrypted: bool = False
+    job: BlockJob | None = None
+    pool: str | None = None
+    volume: str | None = None
+
+    @property
+    def active(self) -> Layer | None:
+        """The layer that the guest writes to."""
+        return self.chain[0] if self.chain else None
+
+    @property
+    def path(self) -> str | None:
+        """Local path of the active layer."""
+        return self.chain[0].path if self.chain else None
+
+    @property
+    def format(self) -> str | None:
+        """Format of the active layer."""
+        return self.chain[0].format if self.chain else None
+
+
+@dataclass(frozen=True)
+class Nvram:
+    """UEFI variable store; ``format`` is ``raw`` unless the definition says otherwise."""
+
+    path: str
+    format: str = "raw"
+
+
+@dataclass(frozen=True)
+class HostShare:
+    """A ``<filesystem>`` passed through from the host."""
+
+    source: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A domain's definition and condition, read at one moment. Memory is in bytes."""
+
+    name: str
+    uuid: str
+    state: DomainState
+    persistent: bool
+    disks: tuple[Disk, ...]
+    memory_max: int = 0
+    memory_current: int = 0
+    vcpus_max: int = 1
+    vcpus_current: int = 1
+    machine: str | None = None
+    arch: str | None = None
+    domain_type: str = "kvm"
+    nvram: Nvram | None = None
+    firmware: str = "bios"
+    has_tpm: bool = False
+    shares: tuple[HostShare, ...] = ()
+    hostdevs: tuple[str, ...] = ()
+    agent_configured: bool = False
+    agent_connected: bool = False
+    managed_save: bool = False
+    autostart: bool = False
+    runtime_id: int | None = None
+    checkpoints: tuple[str, ...] = ()
+    extras: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def disk(self, target: str) -> Disk | None:
+        """The disk with that target, if there is one."""
+        return next((disk for disk in self.disks if disk.target == target), None)
+
+
+def _layer(element: ElementTree.Element) -> Layer | None:
+    source = element.find("source")
+    kind = element.get("type", "file")
+    if source is None:
+        return None
+    driver = element.find("driver") if element.tag == "disk" else None
+    format_element = element.find("format")
+    image_format = driver.get("type") if driver is not None else None
+    if format_element is not None:
+        image_format = format_element.get("type")
+    path = source.get("file") or source.get("dev")
+    return Layer(path=path if kind in ("file", "block") else None, format=image_format, kind=kind)
+
+
+def _chain(element: ElementTree.Element) -> tuple[Layer, ...]:
+    layers: list[Layer] = []
+    current: ElementTree.Element | None = element
+    while current is not None:
+        layer = _layer(current)
+        if layer is None:
+            break
+        layers.append(layer)
+        current = current.find("backingStore")
+        if current is not None and current.find("source") is None:
+            break
+    return tuple(layers)
+
+
+def _job(element: ElementTree.Element) -> BlockJob | None:
+    mirror = element.find("mirror")
+    if mirror is None:
+        return None
+    source = mirror.find("source")
+    destination = None
+    if source is not None:
+        destination = source.get("file") or source.get("dev")
+    return BlockJob(
+        job=mirror.get("job", "copy"),
+        ready=mirror.get("ready") == "yes",
+        destination=destination or mirror.get("file"),
+    )
+
+
+def parse_disk(element: ElementTree.Element) -> Disk:
+    """One ``<disk>`` element (https://libvirt.org/formatdomain.html#hard-drives-floppy-disks-cdroms)."""
+    target = element.find("target")
+    source = element.find("source")
+    kind = element.get("type", "file")
+    return Disk(
+        target=target.get("dev", "") if target is not None else "",
+        device=element.get("device", "disk"),
+        kind=kind,
+        bus=target.get("bus") if target is not None else None,
+        chain=_chain(element),
+        readonly=element.find("readonly") is not None,
+        shareable=element.find("shareable") is not None,
+        transient=element.find("transient") is not None,
+        snapshot=element.get("snapshot"),
+        serial=element.findtext("serial"),
+        encrypted=element.find("encryption") is not None
+        or (source is not None and source.find("encryption") is not None),
+        job=_job(element),
+        pool=source.get("pool") if source is not None else None,
+        volume=source.get("volume") if source is not None else None,
+    )
+
+
+_MEMORY_UNITS = {
+    "b": 1,
+    "bytes": 1,
+    "kb": 1000,
+    "k": 1024,
+    "kib": 1024,
+    "mb": 1000**2,
+    "m": 1024**2,
+    "mib": 1024**2,
+    "gb": 1000**3,
+    "g": 1024**3,
+    "gib": 1024**3,
+    "tb": 1000**4,
+    "t": 1024**4,
+    "tib": 1024**4,
+}
+
+
+def _bytes(root: ElementTree.Element, tag: str) -> int:
+    element = root.find(tag)
+    if element is None or not (element.text or "").strip():
+        return 0
+    return int((element.text or "0").strip()) * _MEMORY_UNITS.get(element.get("unit", "KiB").lower(), 1024)
+
+
+def _hostdev_name(element: ElementTree.Element) -> str:
+    address = element.find("source/address")
+    detail = "".join(f" {value}" for _key, value in sorted(address.attrib.items())) if address is not None else ""
+    return f"{element.get('type', element.get('mode', 'device'))}{detail}"
+
+
+def parse_domain(xml: str, state: DomainState, *, persistent: bool = True, **condition: Any) -> Domain:
+    """A domain from ``virDomainGetXMLDesc``; ``condition`` holds what the XML does not say (managed save, ...)."""
+    root = ElementTree.fromstring(xml)
+    os_element = root.find("os")
+    os_type = os_element.find("type") if os_element is not None else None
+    nvram_element = root.find("os/nvram")
+    loader = root.find("os/loader")
+    nvram = None
+    if nvram_element is not None:
+        source = nvram_element.find("source")
+        path = (source.get("file") if source is not None else None) or (nvram_element.text or "").strip()
+        if path:
+            nvram = Nvram(path=path, format=nvram_element.get("format", "raw"))
+    uefi = nvram_element is not None or (os_element is not None and os_element.get("firmware") == "efi")
+    uefi = uefi or (loader is not None and loader.get("type") == "pflash")
+    vcpu = root.find("vcpu")
+    vcpus_max = int((vcpu.text or "1").strip()) if vcpu is not None else 1
+    channel = next(
+        (
+            element
+            for element in root.iterfind("devices/channel/target")
+            if element.get("type") == "virtio" and element.get("name") == "org.qemu.guest_agent.0"
+        ),
+        None,
+    )
+    runtime_id = root.get("id")
+    return Domain(
+        name=root.findtext("name", ""),
+        uuid=root.findtext("uuid", ""),
+        state=state,
+        persistent=persistent,
+        disks=tuple(parse_disk(element) for element in root.iterfind("devices/disk")),
+        memory_max=_bytes(root, "memory"),
+        memory_current=_bytes(root, "currentMemory") or _bytes(root, "memory"),
+        vcpus_max=vcpus_max,
+        vcpus_current=int(vcpu.get("current", vcpus_max)) if vcpu is not None else 1,
+        machine=os_type.get("machine") if os_type is not None else None,
+        arch=os_type.get("arch") if os_type is not None else None,
+        domain_type=root.get("type", "kvm"),
+        nvram=nvram,
+        firmware="uefi" if uefi else "bios",
+        has_tpm=root.find("devices/tpm/backend[@type='emulator']") is not None,
+        shares=tuple(_share(element) for element in root.iterfind("devices/filesystem")),
+        hostdevs=tuple(_hostdev_name(element) for element in root.iterfind("devices/hostdev")),
+        agent_configured=channel is not None,
+        agent_connected=channel is not None and channel.get("state") == "connected",
+        runtime_id=int(runtime_id) if runtime_id and runtime_id.isdigit() else None,
+        **condition,
+    )
+
+
+def _share(element: ElementTree.Element) -> HostShare:
+    source = element.find("source")
+    target = element.find("target")
+    value = ""
+    if source is not None:
+        value = source.get("dir") or source.get("socket") or source.get("name") or source.get("file") or ""
+    return HostShare(source=value, target=target.get("dir", "") if target is not None else "")
+
+
+def resolve_volumes(domain: Domain, path_of: Callable[[str, str], str | None]) -> Domain:
+    """Fill in the local path of ``type='volume'`` active layers, which the XML names by pool and volume only."""
+
+    def resolved(disk: Disk) -> Disk:
+        if disk.kind != "volume" or not disk.chain or disk.chain[0].path or not (disk.pool and disk.volume):
+            return disk
+        path = path_of(disk.pool, disk.volume)
+        return replace(disk, chain=(replace(disk.chain[0], path=path), *disk.chain[1:]))
+
+    return replace(domain, disks=tuple(resolved(disk) for disk in domain.disks))
+
+
+def read_state(domain: Any) -> DomainState:
+    """The domain's present state and libvirt's reason for it."""
+    with explaining(f"Reading the state of domain {domain.name()!r}"):
+        code, reason = domain.state()
+    name = STATE_NAMES.get(code, "nostate")
+    reasons = {"paused": PAUSED_REASONS, "shutoff": SHUTOFF_REASONS}.get(name, {})
+    return DomainState(name, reasons.get(reason, "unknown"))
+
+
+def read_domain(domain: Any, *, inactive: bool = False) -> Domain:
+    """Read one libvirt domain; ``inactive`` reads the definition of its next start instead of the live one."""
+    connection = domain.connect()
+
+    def volume_path(pool: str, volume: str) -> str | None:
+        try:
+            return str(connection.storagePoolLookupByName(pool).storageVolLookupByName(volume).path())
+        except libvirt.libvirtError:
+            return None
+
+    state = read_state(domain)
+    with explaining(f"Reading domain {domain.name()!r}"):
+        xml = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE if inactive else 0)
+        persistent = bool(domain.isPersistent())
+        condition = {
+            "managed_save": bool(domain.hasManagedSaveImage()) if persistent else False,
+            "autostart": bool(domain.autostart()) if persistent else False,
+            "checkpoints": tuple(sorted(checkpoint.getName() for checkpoint in domain.listAllCheckpoints())),
+        }
+    model = parse_domain(xml, state, persistent=persistent, **condition)
+    if inactive or not state.active:
+        # Only a live definition states its chain; an inactive one names the top layer alone.
+        model = replace(model, runtime_id=None)
+    return resolve_volumes(model, volume_path)
+
+
+_OWNER = re.compile(r"\+?(\d+):\+?(\d+)")
+
+
+def qemu_owner(capabilities_xml: str) -> tuple[int, int]:
+    """uid and gid that QEMU runs as, from the DAC baselabel of ``virConnectGetCapabilities``.
+
+    Never a guessed user name: distributions call it ``libvirt-qemu``, ``qemu`` or ``kvm``.  Without a DAC label
+    (session mode, drivers without security) QEMU runs as the caller.
+    """
+    root = ElementTree.fromstring(capabilities_xml)
+    for model in root.iterfind("host/secmodel"):
+        if model.findtext("model") != "dac":
+            continue
+        for label in model.iterfind("baselabel"):
+            match = _OWNER.fullmatch((label.text or "").strip())
+            if match:
+                return int(match.group(1)), int(match.group(2))
+    return os.geteuid(), os.getegid()

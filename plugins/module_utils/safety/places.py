@@ -1,0 +1,101 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Where the collection keeps its own files on the hypervisor, and how it writes them.
+
+State that must survive a reboot lies under ``/var/lib``; state that a reboot makes meaningless (who holds a lock, which
+guest is frozen) lies under ``/run``, which a reboot empties.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import subprocess
+import tempfile
+from typing import Any
+
+from .._errors import Refused
+
+JOURNAL = "/var/lib/vmkeeper.libvirt/journal"
+WORKERS = "/var/lib/vmkeeper.libvirt/workers"
+GUARDS = "/run/vmkeeper.libvirt/guards"
+LOCKS = "/run/lock/vmkeeper.libvirt"
+
+
+def private_directory(path: str) -> str:
+    """Make ``path`` (and what is above it) a directory that only this user can change."""
+    parent = os.path.dirname(path)
+    if not os.path.isdir(parent):
+        private_directory(parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    status = os.lstat(path)
+    # /run/lock is world-writable on Debian: somebody else may have made the name first.
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise Refused(f"{path} is not a directory of this user", advice="Remove it; it is made again when it is needed")
+    return path
+
+
+def reachable_by(path: str, owner: tuple[int, int]) -> bool:
+    """Whether that uid and gid get into a directory: asked of the kernel as that user, for ACLs count too."""
+    if owner[0] == 0:
+        return True
+    finished = subprocess.run(  # pylint: disable=ansible-bad-function
+        ["/usr/bin/test", "-x", path],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        user=owner[0],
+        group=owner[1],
+        extra_groups=[],
+        cwd="/",
+        check=False,
+    )
+    return finished.returncode == 0
+
+
+def fsync_directory(path: str) -> None:
+    """Make renames and unlinks in ``path`` durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str, value: Any) -> None:
+    """Replace ``path`` by ``value`` as JSON, wholly or not at all, durably, readable by the owner only."""
+    directory = os.path.dirname(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=".new-", dir=directory)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            json.dump(value, stream, indent=1, sort_keys=True)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    fsync_directory(directory)
+
+
+def read_json(path: str) -> Any:
+    """The JSON in ``path``, or None when there is no such file."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return json.load(stream)
+    except FileNotFoundError:
+        return None
+
+
+def unlink_quietly(path: str) -> bool:
+    """Remove a file; False when it was not there."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True

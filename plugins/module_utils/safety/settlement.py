@@ -1,0 +1,59 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Before a domain is changed, what an earlier run left of it is finished or undone.
+
+A trade brings a settler for each kind of operation that it journals.  What belongs to another trade is refused by name:
+``recover_domain`` knows them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .._errors import Unfinished
+from . import journal, locks, release
+from .journal import Journal
+
+#: Finishes or undoes one interrupted operation, closes its journal, and returns ``{what, action}``.
+#: Called with the uri under the locks of the task's domains; must do nothing twice.
+Settler = Callable[[str, Journal], dict[str, str]]
+
+
+def settle_before_change(
+    uri: str, handles: Sequence[Any], settlers: Mapping[str, Settler], *, check: bool = False
+) -> list[dict[str, str]]:
+    """Settle the domains' interrupted operations; returns ``{domain, what, action}`` of each.
+
+    Call it under the domains' locks.  With ``check`` nothing is settled, and only what could not be is refused.
+    """
+    findings = []
+    held = {handle.UUIDString() for handle in handles}
+    for handle in handles:
+        uuid, name = handle.UUIDString(), handle.name()
+        if check:
+            operation = journal.peek(uuid)
+            if operation is not None and operation.kind not in settlers:
+                raise _foreign(name, operation.kind)
+            continue
+        release.release_orphans(uuid)
+        pending = journal.unfinished(uuid)
+        if pending is None:
+            continue
+        settler = settlers.get(pending.operation.kind)
+        if settler is None:
+            raise _foreign(name, pending.operation.kind)
+        # The task may name only some domains of the group that was interrupted.
+        others = [(one["uuid"], one["name"]) for one in pending.operation.domains if one["uuid"] not in held]
+        with locks.hold(others, f"settling {pending.operation.kind}"):
+            findings.append({"domain": name, **settler(uri, pending)})
+    return findings
+
+
+def _foreign(name: str, kind: str) -> Unfinished:
+    return Unfinished(
+        f"Domain {name!r} has an interrupted operation ({kind}) that must be settled first",
+        advice=f"Run vmkeeper.libvirt.recover_domain for {name!r}, or the same {kind} task again",
+        operation=kind,
+    )

@@ -1,0 +1,51 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Room on filesystems, asked for before anything is frozen or written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+from .._errors import NoSpace
+
+
+def human(size: int) -> str:
+    """Bytes as a person reads them: ``1.5 GiB``."""
+    amount = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}" if unit == "B" or amount >= 100 else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} TiB"
+
+
+def free_bytes(directory: str) -> int:
+    """Bytes that an unprivileged process may still write; QEMU is one."""
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
+
+
+def total_by_filesystem(needs: Iterable[tuple[str, int]]) -> Mapping[str, int]:
+    """Sum ``(directory, bytes)`` over directories of the same filesystem; the key is one such directory."""
+    devices: dict[int, str] = {}
+    totals: dict[str, int] = {}
+    for directory, size in needs:
+        name = devices.setdefault(os.stat(directory).st_dev, directory)
+        totals[name] = totals.get(name, 0) + size
+    return totals
+
+
+def require(needs: Iterable[tuple[str, int]], doing: str) -> None:
+    """Raise :class:`NoSpace` unless every filesystem has room for all that ``needs`` puts there."""
+    for directory, needed in total_by_filesystem(needs).items():
+        free = free_bytes(directory)
+        if free < needed:
+            raise NoSpace(
+                f"{doing}: the filesystem of {directory} has {human(free)} free and {human(needed)} are needed",
+                advice="Make room there, or choose another directory",
+                path=directory,
+                needed=needed,
+                free=free,
+            )

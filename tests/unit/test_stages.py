@@ -1,0 +1,119 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The counts that decide whether continuous integration is green."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from ansible_collections.vmkeeper.libvirt.scripts import stages
+from ansible_collections.vmkeeper.libvirt.scripts.stages import Check, Counts, Runner, Stage
+
+
+@pytest.fixture
+def runner(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "ROOT", tmp_path)
+    monkeypatch.setattr(stages, "LOGS", tmp_path)
+    return Runner()
+
+
+def report(tmp_path, attributes):
+    path = tmp_path / "report.xml"
+    path.write_text(f"<testsuites><testsuite {attributes}/></testsuites>", encoding="utf-8")
+    return path
+
+
+def test_a_report_is_added_up(tmp_path):
+    path = report(tmp_path, 'tests="9" failures="1" errors="2" skipped="3"')
+    assert stages.junit_counts(path) == Counts(passed=3, failed=3, skipped=3)
+
+
+def test_half_a_report_is_no_report(tmp_path):
+    (tmp_path / "half.xml").write_text("<testsuites><testsuite tests='3'", encoding="utf-8")
+    assert stages.junit_counts(tmp_path / "half.xml") is None
+    assert stages.junit_counts(tmp_path / "none.xml") is None
+
+
+@pytest.mark.parametrize(
+    ("returncode", "reported", "expected"),
+    [
+        (0, None, Counts(passed=1)),
+        (1, None, Counts(failed=1)),
+        (1, Counts(passed=8, failed=2), Counts(passed=8, failed=2)),
+        # pytest crashed, was killed or collected nothing: its report shows no failure
+        (-9, Counts(passed=8), Counts(passed=8, failed=1)),
+        (5, Counts(), Counts(failed=1)),
+    ],
+)
+def test_a_command_that_failed_is_never_counted_as_success(returncode, reported, expected):
+    assert stages.counts_of(returncode, reported) == expected
+
+
+def test_a_failing_check_shows_the_end_of_its_output_and_fails(runner, capfd):
+    stage = Stage("demo", [Check("good", ["true"]), Check("bad", ["sh", "-c", "echo the reason; exit 3"])])
+    outcome = runner.run_stage(stage)
+    assert outcome.counts == Counts(passed=1, failed=1)
+    output = capfd.readouterr().out
+    assert "    | the reason" in output
+    assert "exit status 3" in output
+
+
+def test_a_command_that_is_not_there_fails(runner):
+    assert runner.run_stage(Stage("demo", [Check("gone", ["/nonexistent"])])).counts == Counts(failed=1)
+
+
+def test_a_skipped_stage_says_so_and_is_counted(runner, capfd):
+    assert runner.run_stage(Stage("demo", (), skipped="no lab")).counts == Counts(skipped=1)
+    assert "SKIPPED: no lab" in capfd.readouterr().out
+
+
+@pytest.fixture
+def slow_stage(tmp_path):
+    """A check that says when it runs and would go on for ten minutes, and one after it."""
+    slow = Check("slow", ["sh", "-c", f"touch {tmp_path}/started; sleep 600; :"])
+    return Stage("demo", [slow, Check("next", ["true"])])
+
+
+def once_started(tmp_path, action):
+    def wait_and_act():
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+        action()
+
+    thread = threading.Thread(target=wait_and_act)
+    thread.start()
+    return thread
+
+
+def test_stopping_ends_a_check_with_its_children_and_starts_no_other(runner, slow_stage, tmp_path):
+    stopper = once_started(tmp_path, lambda: runner.stop("the limit was reached"))
+    outcome = runner.run_stage(slow_stage)
+    stopper.join()
+    assert outcome.counts == Counts(failed=2)
+
+
+def test_an_interrupt_ends_the_checks_at_once(runner, slow_stage, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGUSR1, interrupted)
+    try:
+        stopper = once_started(tmp_path, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        with pytest.raises(KeyboardInterrupt):
+            runner.run_stage(slow_stage)
+        stopper.join()
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    assert runner.stopping == "interrupted"
+
+
+def test_the_table_shows_the_common_budget_and_what_exceeds_it():
+    outcomes = [stages.Outcome(Stage(name, ()), Counts(passed=1), 130) for name in stages.STATIC_STAGES]
+    lines = list(stages.table(outcomes))
+    assert any("6:30" in line and "6:00" in line and "OVER BUDGET" in line for line in lines)
