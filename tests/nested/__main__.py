@@ -40,7 +40,9 @@ def main(arguments: Sequence[str]) -> int:
     add_guest.add_argument("--defined", action="store_true", help="leave it shut off")
     options = parser.parse_args(arguments)
     try:
-        return {"build": _build, "up": _up, "down": _down, "list": _list, "ssh": _ssh, "guest": _guest}[options.command](options)
+        return {"build": _build, "up": _up, "down": _down, "list": _list, "ssh": _ssh, "guest": _guest}[
+            options.command
+        ](options)
     except (machine.MachineError, BuildError) as error:
         print(error, file=sys.stderr)
         return 1
