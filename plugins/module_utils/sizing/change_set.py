@@ -229,8 +229,6 @@ def _vcpus(request: Request, facts: Facts) -> tuple[list[Change], list[str]]:
     if wanted is None:
         return [], []
     conf, live = facts.configured, facts.live
-    if request.max_vcpus is None and live is None and wanted > conf.vcpus_max and conf.topology is None:
-        pass  # the maximum grows with it
     online = len(facts.cpus.online) if facts.cpus else None
     effective = online if online is not None else (live.vcpus_current if live else conf.vcpus_current)
     action, obstacle, why = _vcpus_live(wanted, facts) if live else (None, "", "")
@@ -323,7 +321,9 @@ def _memory(request: Request, facts: Facts) -> tuple[list[Change], list[str]]:
     if decision.how == NONE:
         return [], pending
     before = have if have is not None else configured
-    return [Change("memory", before, wanted, decision.how, decision.why, action if decision.how == LIVE else None)], pending
+    return [
+        Change("memory", before, wanted, decision.how, decision.why, action if decision.how == LIVE else None)
+    ], pending
 
 
 def _memory_live(wanted: int, facts: Facts) -> tuple[MemoryAction | None, str, str]:
@@ -407,8 +407,10 @@ def _less_memory(wanted: int, have: int, facts: Facts, live: Domain) -> tuple[Me
         return None, "it has no balloon device to give memory back", ""
     if left:
         ways.append("the balloon takes it")
-    rest = wanted - sum(device.current for device in _virtio_mem(live)) + sum(
-        device.current - dict(shrunk).get(str(device.alias), device.current) for device in _virtio_mem(live)
+    rest = (
+        wanted
+        - sum(device.current for device in _virtio_mem(live))
+        + sum(device.current - dict(shrunk).get(str(device.alias), device.current) for device in _virtio_mem(live))
     )
     balloon = rest if left and live.has_balloon else None
     return MemoryAction(balloon, tuple(shrunk), 0, tuple(unplugged)), "", " and ".join(ways)
@@ -423,7 +425,13 @@ def _limits(request: Request, facts: Facts) -> tuple[list[Change], list[str]]:
     conf, live = facts.configured, facts.live
     at = "only a start can make room"
     for what, wanted, configured, running, least in (
-        ("max_vcpus", request.max_vcpus, conf.vcpus_max, live.vcpus_max if live else None, request.vcpus or conf.vcpus_current),
+        (
+            "max_vcpus",
+            request.max_vcpus,
+            conf.vcpus_max,
+            live.vcpus_max if live else None,
+            request.vcpus or conf.vcpus_current,
+        ),
         (
             "max_memory",
             request.max_memory,
@@ -479,7 +487,7 @@ def _disk(request: Request, wanted: DiskRequest, facts: Facts) -> list[Change]:
         size = wanted.size
     if wanted.grow_filesystem and size is not None:
         shrinks = any(isinstance(change.action, DiskShrink) for change in changes)
-        changes += [] if shrinks else _filesystem(wanted.target, size, known.size or size, facts)
+        changes += [] if shrinks else _filesystem(wanted.target, size, facts)
     return changes
 
 
@@ -499,7 +507,9 @@ def _check_disk(known: DiskFacts, facts: Facts) -> None:
     elif known.problem:
         reason = known.problem
     if reason:
-        raise Refused(f"Disk {disk.target!r} of domain {name!r} cannot be resized: {reason}", advice="Remove it from disks")
+        raise Refused(
+            f"Disk {disk.target!r} of domain {name!r} cannot be resized: {reason}", advice="Remove it from disks"
+        )
     if disk.job is not None:
         raise Busy(
             f"Disk {disk.target!r} of domain {name!r} is busy with a {disk.job.job}",
@@ -537,7 +547,9 @@ def _growth(request: Request, wanted: int, known: DiskFacts, size: int, facts: F
                 f"Disk {disk.target!r} of domain {facts.name!r} is in use, so its image cannot be changed beside QEMU",
                 advice="Use apply: auto; a disk grows live, the guest only sees more room",
             )
-        return Change(what, size, wanted, LIVE, "a disk grows while it is used", action, _ended_checkpoints(known, facts))
+        return Change(
+            what, size, wanted, LIVE, "a disk grows while it is used", action, _ended_checkpoints(known, facts)
+        )
     if known.checkpoints:
         raise Refused(
             f"Disk {disk.target!r} of domain {facts.name!r} has checkpoints, which libvirt keeps right only while it runs",
@@ -586,11 +598,12 @@ def _shrink(request: Request, wanted: int, known: DiskFacts, size: int, facts: F
             advice="Give the present size or more, or allow_shrink: true",
         )
     raise Unsupported(
-        f"{said}: shrinking is not possible on this host", advice="Copy the data to a new, smaller disk inside the guest"
+        f"{said}: shrinking is not possible on this host",
+        advice="Copy the data to a new, smaller disk inside the guest",
     )
 
 
-def _filesystem(target: str, size: int, present: int, facts: Facts) -> list[Change]:
+def _filesystem(target: str, size: int, facts: Facts) -> list[Change]:
     """What is on a disk of ``size`` bytes, where the guest can tell and act."""
     what = f"filesystem {target}"
     problem = "the domain is shut off" if facts.live is None else facts.filesystems_problem
@@ -602,8 +615,6 @@ def _filesystem(target: str, size: int, present: int, facts: Facts) -> list[Chan
     if problem is not None:
         return [Change(what, None, None, NONE, problem)]
     found = mine[0]
-    if found.fills(size) and size == present:
-        return []
     if found.fills(size):
         return []
     why = f"{found.type} at {found.mountpoint[:100]} grows while mounted"

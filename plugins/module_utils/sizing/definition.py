@@ -191,7 +191,7 @@ def _set_memory(root: ElementTree.Element, domain: Domain, wanted: int) -> None:
     _set_bytes(root, "memory", boot + dimms + capacity)
     _set_bytes(root, "currentMemory", boot + dimms)
     limit = root.find("maxMemory")
-    if limit is not None and domain.memory_limit is not None and domain.memory_limit < boot + dimms + capacity:
+    if limit is not None and _read_bytes(root, "maxMemory") < boot + dimms + capacity:
         _set_bytes(root, "maxMemory", boot + dimms + capacity)
     _fit_cells(root, boot)
 

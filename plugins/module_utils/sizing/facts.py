@@ -118,9 +118,7 @@ def read_facts(handle: Any, targets: Sequence[str] = (), *, grow: Sequence[str] 
         cpus=guest_cpus(handle, info),
         memory=guest_memory(handle, info),
         balloon=balloon(handle, now) if live is not None else None,
-        disks={
-            disk.target: _disk(handle, now, disk, now.checkpoints) for disk in now.disks if disk.target in targets
-        },
+        disks={disk.target: _disk(handle, now, disk, now.checkpoints) for disk in now.disks if disk.target in targets},
         filesystems=filesystems,
         filesystems_problem=filesystems_problem,
         host=read_host(handle.connect()),

@@ -18,6 +18,7 @@ from .._errors import AgentSilent, VmkeeperError
 from ..hypervisor import agent
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import message_of
+from .outcome import wait_for
 
 SECTOR = 512
 
@@ -124,7 +125,9 @@ def _last_number(text: str) -> int | None:
     return int(numbers[-1]) if numbers else None
 
 
-def _run(handle: Any, argv: Sequence[str], *, seconds: float = _LOOK_SECONDS, stdin: str | None = None) -> agent.Executed:
+def _run(
+    handle: Any, argv: Sequence[str], *, seconds: float = _LOOK_SECONDS, stdin: str | None = None
+) -> agent.Executed:
     return agent.execute(handle, argv, seconds=seconds, stdin=stdin)
 
 
@@ -195,3 +198,19 @@ def _grow_partition(handle: Any, filesystem: Filesystem) -> None:
             state="The disk has its new size; the partition table is as it was.",
             advice="Look at it with lsblk in the guest",
         )
+
+
+def wait_for_disk(handle: Any, filesystem: Filesystem, size: int) -> int | None:
+    """The size of the filesystem's disk as the guest sees it, waiting for ``size``: the controller's message takes a moment."""
+    last: list[int | None] = [None]
+
+    def noticed() -> bool:
+        now = _measure(handle, filesystem.target, filesystem.device, filesystem.mountpoint, filesystem.type)
+        last[0] = now.disk_size or None
+        return now.disk_size == size
+
+    try:
+        wait_for(noticed)
+    except AgentSilent:
+        return None
+    return last[0]

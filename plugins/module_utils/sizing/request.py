@@ -67,9 +67,7 @@ def check_request(params: Mapping[str, Any]) -> Request:
     )
     asked = (request.vcpus, request.max_vcpus, request.memory, request.max_memory, request.disks or None)
     if all(one is None for one in asked):
-        raise InvalidInput(
-            "Nothing to resize was named", advice="Give vcpus, memory, disks, max_vcpus or max_memory"
-        )
+        raise InvalidInput("Nothing to resize was named", advice="Give vcpus, memory, disks, max_vcpus or max_memory")
     if request.vcpus and request.max_vcpus and request.vcpus > request.max_vcpus:
         raise InvalidInput(
             f"vcpus {request.vcpus} is more than max_vcpus {request.max_vcpus}", advice="Raise max_vcpus"
@@ -95,9 +93,7 @@ def _memory(value: str | None, what: str) -> int | None:
         return None
     size = names.parse_size(value, what)
     if size < _LEAST_MEMORY or size % MIB:
-        raise InvalidInput(
-            f"{what} {value} is not a whole number of MiB", advice="Give a size such as 4G or 4608M"
-        )
+        raise InvalidInput(f"{what} {value} is not a whole number of MiB", advice="Give a size such as 4G or 4608M")
     return size
 
 
