@@ -638,7 +638,7 @@ def _check_host(request: Request, facts: Facts, changes: Iterable[Change]) -> No
             )
         if change.what == "memory":
             growth = change.after - change.before
-            page = conf.hugepages if conf.hugepages else host.default_hugepage
+            page = conf.hugepages or host.default_hugepage
             free = host.free_memory if conf.hugepages is None else host.free_hugepages.get(page, 0) * page
             if growth > free:
                 kind = "memory" if conf.hugepages is None else f"hugepages of {human(page)}"

@@ -19,6 +19,7 @@ from ..hypervisor.binding import libvirt
 from ..hypervisor.block_jobs import running_job
 from ..hypervisor.connection import explaining
 from ..hypervisor.domain_model import Disk, Domain, Layer, read_domain
+from ..hypervisor.image_header import BadHeader, read_qcow2
 from . import guest_filesystem
 from .guest_filesystem import Filesystem
 
@@ -158,7 +159,9 @@ def guest_cpus(handle: Any, info: AgentInfo | None) -> GuestCpus | None:
         reply = agent.command(handle, "guest-get-vcpus")
     except AgentSilent:
         return None
-    online, offline, movable = set(), set(), set()
+    online: set[int] = set()
+    offline: set[int] = set()
+    movable: set[int] = set()
     for vcpu in reply[:_MOST_ENTRIES] if isinstance(reply, list) else ():
         number = vcpu.get("logical-id") if isinstance(vcpu, dict) else None
         if not isinstance(number, int):
@@ -186,7 +189,8 @@ def guest_memory(handle: Any, info: AgentInfo | None) -> GuestMemory:
     except AgentSilent:
         text = None
     numbers = {key: int(value) * 1024 for key, value in _MEMINFO.findall(text or "")}
-    block_size, offline = None, ()
+    block_size: int | None = None
+    offline: tuple[int, ...] = ()
     if {"guest-get-memory-blocks", "guest-get-memory-block-info"} <= info.commands:
         try:
             size = agent.command(handle, "guest-get-memory-block-info")
@@ -228,8 +232,8 @@ def _disk(handle: Any, domain: Domain, disk: Disk, checkpoints: Sequence[str]) -
     try:
         layers = chain.chain_of(disk)
         if disk.active is not None and disk.active.format == "qcow2" and disk.path:
-            snapshots = chain.read_qcow2(disk.path).internal_snapshots
-    except (VmkeeperError, chain.BadHeader, OSError) as error:
+            snapshots = read_qcow2(disk.path).internal_snapshots
+    except (VmkeeperError, BadHeader, OSError) as error:
         problem = error.problem if isinstance(error, VmkeeperError) else str(error)
     if disk.active is not None:
         if domain.state.active:
