@@ -34,7 +34,7 @@ from .facts import Facts, read_facts
 from .guest_filesystem import Filesystem
 from .outcome import Outcome
 from .request import Request
-from .restart import restart
+from .restart import RolledBack, restart
 from .settle import OPERATION, SETTLERS
 
 
@@ -147,8 +147,8 @@ class _Run:
                     doing=f"Storing the new size in the definition of domain {self._facts.name!r}",
                     state="The guest has its new size; the next start would have the old one.",
                 )
-        except BaseException:
-            self._give_up()
+        except BaseException as error:
+            self._give_up(error)
             raise
         self._journal.finish()
         return self._resized(before, sizes(_facts(self._handle, self._request)), restarted=self._set.restart)
@@ -166,15 +166,12 @@ class _Run:
             "shutdown_timeout": self._request.shutdown_timeout,
         }
 
-    def _give_up(self) -> None:
-        """A failure leaves the journal only while something is still to be settled: the domain is off, or half checked."""
-        steps = self._journal.operation
-        if not steps.reached("shutdown"):
+    def _give_up(self, error: BaseException) -> None:
+        """A failure leaves the journal only while something is still to be settled: the guest may be shutting down."""
+        operation = self._journal.operation
+        accepted = operation.reached("start") and not self._request.rollback and isinstance(error, VmkeeperError)
+        if not operation.reached("shutdown") or isinstance(error, RolledBack) or accepted:
             self._journal.finish()
-            return
-        with contextlib.suppress(VmkeeperError):
-            if self._handle.isActive():
-                self._journal.finish()
 
     def _live_changes(self) -> None:
         for change in self._set.due:
