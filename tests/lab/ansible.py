@@ -110,15 +110,7 @@ def run_playbook(
             playbook = file
         inventory = "localhost,"
         variables = {"ansible_connection": "local", "ansible_python_interpreter": INTERPRETER, **(extra_vars or {})}
-        command = [
-            _program("ansible-playbook"),
-            "-i",
-            inventory,
-            str(playbook),
-            "-e",
-            json.dumps(variables),
-            *arguments,
-        ]
+        command = [_program("ansible-playbook"), "-i", inventory, str(playbook), "-e", json.dumps(variables), *arguments]
         command += ["--check"] * check + ["--diff"] * diff
         return _run(command, env or {}, timeout)
 

@@ -251,7 +251,8 @@ def _vcpus(request: Request, facts: Facts) -> tuple[list[Change], list[str]]:
         pending.append("vcpus: QEMU gives up the vCPUs that are offline in the guest at its next start")
     if decision.how == NONE:
         return [], pending
-    change = Change("vcpus", effective, wanted, decision.how, decision.why)
+    before = conf.vcpus_current if in_force else effective
+    change = Change("vcpus", before, wanted, decision.how, decision.why)
     if decision.how == LIVE:
         change = replace(change, action=action, completes_at_restart=bool(pending))
     return [change], pending
@@ -320,7 +321,7 @@ def _memory(request: Request, facts: Facts) -> tuple[list[Change], list[str]]:
     pending = [f"memory: {decision.why}"] if decision.pending else []
     if decision.how == NONE:
         return [], pending
-    before = have if have is not None else configured
+    before = configured if have is None or have == wanted else have
     return [
         Change("memory", before, wanted, decision.how, decision.why, action if decision.how == LIVE else None)
     ], pending

@@ -14,13 +14,13 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def guest(module_guest_factory: GuestFactory) -> Guest:
-    """One vCPU of four, 192 MiB of 1 GiB; a plain ext4 disk, a partitioned ext4 disk and an XFS disk."""
+    """One vCPU of four, 224 MiB of 1 GiB; a plain ext4 disk, a partitioned ext4 disk and an XFS disk."""
     return module_guest_factory(
         GuestSpec(
             "sizes",
             vcpus=1,
             max_vcpus=4,
-            memory=192,
+            memory=224,
             max_memory=1024,
             disks=(
                 DiskSpec("vda"),

@@ -75,10 +75,10 @@ def test_a_vcpu_that_cannot_be_unplugged_is_taken_offline(guest: Guest, calm: fl
 def test_the_balloon_takes_memory_and_gives_it_back(guest: Guest, calm: float) -> None:
     before = memory_total(guest)
     with writes(guest) as window:
-        taken = twice(guest, memory="160M")
+        taken = twice(guest, memory="208M")
         assert change(taken, "memory")["guest_sees"] == memory_total(guest)
-        assert before - memory_total(guest) == 32 * MIB
-        twice(guest, memory="192M")
+        assert before - memory_total(guest) == 16 * MIB
+        twice(guest, memory="224M")
     assert memory_total(guest) == before
     assert undisturbed(window.longest, calm), (window, calm)
 
@@ -86,12 +86,12 @@ def test_the_balloon_takes_memory_and_gives_it_back(guest: Guest, calm: float) -
 def test_a_dimm_is_plugged_and_its_way_out_is_explained(guest: Guest, calm: float) -> None:
     before = memory_total(guest)
     with writes(guest) as window:
-        made = twice(guest, memory="320M")
+        made = twice(guest, memory="352M")
     assert "DIMM" in change(made, "memory")["why"]
     # The page table of new memory is taken out of it.
     assert 0.95 * 128 * MIB < memory_total(guest) - before <= 128 * MIB
     assert "offline" not in guest.exec("cat /sys/devices/system/memory/memory*/state").text
-    back = twice(guest, memory="192M")
+    back = twice(guest, memory="224M")
     assert memory_total(guest) - before < 8 * MIB
     left = guest.xml().findall("devices/memory")
     assert not left or "the guest keeps the DIMM" in change(back, "memory")["why"]
@@ -104,10 +104,10 @@ def test_virtio_mem_grows_and_shrinks(guest: Guest, calm: float) -> None:
     guest.domain().attachDeviceFlags(VIRTIO_MEM, libvirt.VIR_DOMAIN_AFFECT_LIVE | libvirt.VIR_DOMAIN_AFFECT_CONFIG)
     before = memory_total(guest)
     with writes(guest) as window:
-        made = twice(guest, memory="256M")
+        made = twice(guest, memory="288M")
         assert "virtio-mem" in change(made, "memory")["why"]
         assert memory_total(guest) > before + 48 * MIB
-        twice(guest, memory="192M")
+        twice(guest, memory="224M")
     assert memory_total(guest) < before + 8 * MIB
     assert undisturbed(window.longest, calm), (window, calm)
 
@@ -163,7 +163,7 @@ def test_a_kill_at_any_step_is_repaired_by_the_next_run(guest: Guest, tmp_path: 
     for number, step in enumerate(steps):
         wanted = {
             "vcpus": 2 - number % 2,
-            "memory": f"{176 + 16 * (number % 2)}M",
+            "memory": f"{208 + 16 * (number % 2)}M",
             "disks": [{"target": "vdb", "size": f"{192 + 16 * number}M"}],
         }
         log = tmp_path / f"{number}"
