@@ -159,23 +159,16 @@ def _filesystem_size(handle: Any, filesystem: Filesystem) -> int:
     return int(pair[0]) * int(pair[1])
 
 
-def measure_again(handle: Any, filesystem: Filesystem) -> Filesystem:
-    """The same filesystem as it is now."""
-    return _measure(handle, filesystem.target, filesystem.device, filesystem.mountpoint, filesystem.type)
-
-
 def grow(handle: Any, filesystem: Filesystem) -> Filesystem:
     """Let the partition and then the filesystem fill the disk, while mounted; returns what the guest sees then."""
-    before = measure_again(handle, filesystem)
-    if before.problem:
-        raise VmkeeperError(f"The filesystem at {before.mountpoint[:100]} cannot be grown: {before.problem}")
-    if before.partition is not None and before.room(before.disk_size) - before.device_size > SLACK:
-        _grow_partition(handle, before)
-    if before.type == "xfs":
-        _must(handle, ["xfs_growfs", before.mountpoint], seconds=_GROW_SECONDS)
+    disk_size = _device_size(handle, filesystem.disk_device) or filesystem.disk_size
+    if filesystem.partition is not None and filesystem.room(disk_size) - filesystem.device_size > SLACK:
+        _grow_partition(handle, filesystem)
+    if filesystem.type == "xfs":
+        _must(handle, ["xfs_growfs", filesystem.mountpoint], seconds=_GROW_SECONDS)
     else:
-        _must(handle, ["resize2fs", f"/dev/{before.device}"], seconds=_GROW_SECONDS)
-    return measure_again(handle, before)
+        _must(handle, ["resize2fs", f"/dev/{filesystem.device}"], seconds=_GROW_SECONDS)
+    return _measure(handle, filesystem.target, filesystem.device, filesystem.mountpoint, filesystem.type)
 
 
 def _grow_partition(handle: Any, filesystem: Filesystem) -> None:
@@ -190,8 +183,8 @@ def _grow_partition(handle: Any, filesystem: Filesystem) -> None:
         stdin=", +\n",
     )
     _must(handle, ["partx", "--update", "--nr", number, disk], seconds=_GROW_SECONDS)
-    after = measure_again(handle, filesystem)
-    if after.device_size <= filesystem.device_size:
+    after = _device_size(handle, filesystem.device)
+    if after is None or after <= filesystem.device_size:
         raise VmkeeperError(
             f"The partition {filesystem.device} in the guest of domain {handle.name()!r} did not grow: another one lies behind it,"
             " or its table has no room",
@@ -205,12 +198,16 @@ def wait_for_disk(handle: Any, filesystem: Filesystem, size: int) -> int | None:
     last: list[int | None] = [None]
 
     def noticed() -> bool:
-        now = _measure(handle, filesystem.target, filesystem.device, filesystem.mountpoint, filesystem.type)
-        last[0] = now.disk_size or None
-        return now.disk_size == size
+        last[0] = _device_size(handle, filesystem.disk_device)
+        return last[0] == size
 
     try:
         wait_for(noticed)
     except AgentSilent:
         return None
     return last[0]
+
+
+def _device_size(handle: Any, device: str) -> int | None:
+    sectors = _last_number(_run(handle, ["cat", f"/sys/class/block/{device}/size"]).output)
+    return None if sectors is None else sectors * SECTOR
