@@ -47,7 +47,9 @@ options:
         type: str
         required: true
       size:
-        description: Virtual size, such as V(40G). Left out to grow only what lies on the disk.
+        description:
+          - Virtual size, such as V(40G). Left out to grow only what lies on the disk.
+          - A disk is never made smaller. A size below the present one is refused.
         type: str
       grow_filesystem:
         description:
@@ -66,11 +68,6 @@ options:
     default: auto
   allow_restart:
     description: Shut the guest down cleanly and start it again for what cannot be changed live.
-    type: bool
-    default: false
-  allow_shrink:
-    description:
-      - Allow a disk to become smaller. It is refused wherever it cannot be proved that the data fits.
     type: bool
     default: false
   overcommit:
@@ -245,7 +242,6 @@ def main() -> None:
             },
             "apply": {"type": "str", "choices": ["auto", "live", "next_boot"], "default": "auto"},
             "allow_restart": {"type": "bool", "default": False},
-            "allow_shrink": {"type": "bool", "default": False},
             "overcommit": {"type": "bool", "default": False},
             "rollback": {"type": "bool", "default": True},
             "health_command": {"type": "list", "elements": "str"},

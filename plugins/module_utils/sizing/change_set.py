@@ -69,16 +69,6 @@ class DiskGrowth:
 
 
 @dataclass(frozen=True)
-class DiskShrink:
-    """A disk that becomes smaller, as a copy beside the original."""
-
-    target: str
-    size: int
-    path: str
-    format: str
-
-
-@dataclass(frozen=True)
 class Change:
     """One thing: ``how`` is live, offline (now, on the stopped domain), restart, next_boot or none (``why`` says why)."""
 
@@ -484,11 +474,14 @@ def _disk(request: Request, wanted: DiskRequest, facts: Facts) -> list[Change]:
         if wanted.size > size:
             changes.append(_growth(request, wanted.size, known, size, facts))
         elif wanted.size < size:
-            changes.append(_shrink(request, wanted.size, known, size, facts))
+            raise Refused(
+                f"Disk {wanted.target!r} of domain {facts.name!r} has {human(size)} and would be cut to {human(wanted.size)}:"
+                " what lies behind that would be lost",
+                advice="Give the present size or more; for less, copy the data to a new disk inside the guest",
+            )
         size = wanted.size
     if wanted.grow_filesystem and size is not None:
-        shrinks = any(isinstance(change.action, DiskShrink) for change in changes)
-        changes += [] if shrinks else _filesystem(wanted.target, size, facts)
+        changes += _filesystem(wanted.target, size, facts)
     return changes
 
 
@@ -588,20 +581,6 @@ def _check_room(request: Request, wanted: int, known: DiskFacts, size: int, fact
             needed=wanted - size,
             free=free,
         )
-
-
-def _shrink(request: Request, wanted: int, known: DiskFacts, size: int, facts: Facts) -> Change:
-    target = known.disk.target
-    said = f"Disk {target!r} of domain {facts.name!r} has {human(size)} and would be cut to {human(wanted)}"
-    if not request.allow_shrink:
-        raise Refused(
-            f"{said}: everything behind that is lost unless its filesystem was made smaller first",
-            advice="Give the present size or more, or allow_shrink: true",
-        )
-    raise Unsupported(
-        f"{said}: shrinking is not possible on this host",
-        advice="Copy the data to a new, smaller disk inside the guest",
-    )
 
 
 def _filesystem(target: str, size: int, facts: Facts) -> list[Change]:

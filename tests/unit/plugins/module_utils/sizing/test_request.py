@@ -20,7 +20,6 @@ DEFAULTS: dict[str, Any] = {
     "disks": None,
     "apply": "auto",
     "allow_restart": False,
-    "allow_shrink": False,
     "overcommit": False,
     "rollback": True,
     "health_command": None,
