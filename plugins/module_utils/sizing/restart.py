@@ -18,6 +18,10 @@ from . import health
 from .outcome import wait_for
 
 
+#: The old size is known to boot: it gets time whatever the task allowed the new one.
+_OLD_SIZE_SECONDS = 300.0
+
+
 class RolledBack(VmkeeperError):
     """The new size did not work; the domain runs, or lies, as it was before."""
 
@@ -97,21 +101,28 @@ def _rolled_back(connection: Any, handle: Any, journal: Journal, problem: str, b
 def roll_back(connection: Any, journal: Journal) -> str | None:
     """The old definition, and the domain running on it; None when it is well then, else what is missing."""
     plan = journal.operation.plan
-    journal.step("rollback")
     domain = journal.operation.domains[0]
     handle = find_domain(connection, domain["uuid"])
+    if not (journal.operation.reached("start-old") and handle.isActive()):
+        _return(connection, handle, journal, plan["old_xml"])
+    if not plan["judge"]:
+        return None
+    # The agent alone is asked: health_command may speak of what only the new size would have made true.
+    return health.wait_until_well(handle, None, max(plan["health_timeout"], _OLD_SIZE_SECONDS))
+
+
+def _return(connection: Any, handle: Any, journal: Journal, old_xml: str) -> None:
+    journal.step("rollback")
     if handle.isActive():
         # It is not well, so it is not asked to shut down.
-        with explaining(f"Stopping domain {domain['name']!r}", state="It has its new definition."):
+        with explaining(f"Stopping domain {handle.name()!r}", state="It has its new definition."):
             handle.destroy()
     define(
         connection,
-        plan["old_xml"],
-        doing=f"Defining domain {domain['name']!r} with its old size",
+        old_xml,
+        doing=f"Defining domain {handle.name()!r} with its old size",
         state="It is shut off and has its new definition.",
     )
-    with explaining(f"Starting domain {domain['name']!r} again", state="It is shut off, with its old definition."):
+    journal.step("start-old")
+    with explaining(f"Starting domain {handle.name()!r} again", state="It is shut off, with its old definition."):
         handle.create()
-    if not plan["judge"]:
-        return None
-    return health.wait_until_well(handle, plan["health_command"], plan["health_timeout"])
