@@ -17,7 +17,6 @@ from ..safety.journal import Journal
 from . import health
 from .outcome import wait_for
 
-
 #: The old size is known to boot: it gets time whatever the task allowed the new one.
 _OLD_SIZE_SECONDS = 300.0
 
