@@ -16,6 +16,7 @@ from lab.evidence import host_state
 from lab.guest import Guest
 
 MIB = 1 << 20
+JOURNAL = Path("/var/lib/vmkeeper.libvirt/journal")
 KILLHOOK = CHECKOUT / "tests" / "lab" / "killhook"
 
 
@@ -67,6 +68,11 @@ def change(result: Result, what: str) -> dict[str, Any]:
     found = [one for one in result["changes"] if one["what"] == what]
     assert len(found) == 1, result["changes"]
     return dict(found[0])
+
+
+def unfinished(guest: Guest) -> bool:
+    """Whether the journal still holds an operation of this guest."""
+    return (JOURNAL / f"{guest.domain().UUIDString()}.json").exists()
 
 
 def online_cpus(guest: Guest) -> int:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 
 import libvirt
@@ -22,6 +22,7 @@ from ansible_collections.vmkeeper.libvirt.tests.integration.sizing.resizing impo
     resize,
     start,
     twice,
+    unfinished,
     writes,
 )
 
@@ -38,8 +39,9 @@ def calm(guest: Guest) -> float:
 
 
 def undisturbed(gap: float, calm: float) -> bool:
-    """No gap above a second, beyond what the machine's load makes anyway."""
-    return gap <= 1.0 + 2 * calm
+    """No gap above a second, beyond what the machine's load makes anyway: an emulated guest waits its turn on the host."""
+    crowd = os.getloadavg()[0] / (os.cpu_count() or 1)
+    return gap <= max(1.0, crowd) + 2 * calm
 
 
 def test_vcpus_are_plugged_and_brought_online_through_ansible(guest: Guest, calm: float) -> None:
@@ -104,9 +106,9 @@ def test_virtio_mem_grows_and_shrinks(guest: Guest, calm: float) -> None:
         pytest.skip(f"this host has no virtio-mem: {error}")
     before = memory_total(guest)
     with writes(guest) as window:
-        made = twice(guest, memory="288M")
+        made = twice(guest, memory="416M")  # more than a DIMM that the guest kept
         assert "virtio-mem" in change(made, "memory")["why"]
-        assert memory_total(guest) > before + 48 * MIB
+        assert memory_total(guest) > before + 176 * MIB
         twice(guest, memory="224M")
     assert memory_total(guest) < before + 8 * MIB
     assert undisturbed(window.longest, calm), (window, calm)
@@ -176,8 +178,7 @@ def test_a_kill_at_any_step_is_repaired_by_the_next_run(guest: Guest, tmp_path: 
         assert not resize(guest, **wanted)["changed"], (steps, made)
         assert online_cpus(guest) == wanted.get("vcpus", 2)
         assert guest.is_running()
-    journal = Path("/var/lib/vmkeeper.libvirt/journal")
-    assert not list(journal.iterdir()), json.dumps([path.name for path in journal.iterdir()])
+    assert not unfinished(guest)
 
 
 def test_bad_wishes_are_refused_before_anything_changes(guest: Guest) -> None:

@@ -18,9 +18,8 @@ from ansible_collections.vmkeeper.libvirt.tests.integration.sizing.resizing impo
     resize,
     start,
     twice,
+    unfinished,
 )
-
-JOURNAL = Path("/var/lib/vmkeeper.libvirt/journal")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +62,7 @@ def test_a_size_that_cannot_boot_comes_back_by_itself(small: Guest) -> None:
     small.wait_ready()
     assert memory_total(small) > 64 * MIB
     assert small.writer_log("vda").is_intact
-    assert not list(JOURNAL.iterdir())
+    assert not unfinished(small)
 
 
 def test_a_kill_at_any_step_of_a_restart_is_repaired(small: Guest, tmp_path: Path) -> None:
@@ -77,7 +76,7 @@ def test_a_kill_at_any_step_of_a_restart_is_repaired(small: Guest, tmp_path: Pat
         assert online_cpus(small) == 3 + number, step
         assert not resize(small, **wanted)["changed"], step
     assert small.writer_log("vda").is_intact
-    assert not list(JOURNAL.iterdir())
+    assert not unfinished(small)
 
 
 @pytest.mark.parametrize("step", ["rollback", "start-old"])
@@ -92,7 +91,7 @@ def test_a_kill_during_the_way_back_is_repaired(small: Guest, step: str) -> None
     assert small.xml_text(inactive=True) == before
     small.wait_ready()
     assert online_cpus(small) == now
-    assert not list(JOURNAL.iterdir())
+    assert not unfinished(small)
 
 
 def test_a_stopped_domain_and_its_disk_change_at_once(small: Guest) -> None:
