@@ -30,7 +30,11 @@ def apply(handle: Any, action: MemoryAction, info: AgentInfo | None, wanted: int
     if action.dimm and action.balloon is not None:
         _set_balloon(handle, action.balloon)  # before the DIMM: libvirt's balloon target counts it
     for alias, size in action.virtio_mem:
-        _request(handle, alias, size)
+        kept = _request(handle, alias, size)
+        if kept > size:
+            # Pages that cannot move hold some blocks. Asking for what it keeps makes that stable; the balloon does the rest.
+            _request(handle, alias, kept)
+            notes.append(f"the guest keeps {human(kept - size)} of virtio-mem, so the balloon takes as much")
     if action.dimm:
         _plug(handle, action.dimm)
     for alias in action.unplug:
@@ -39,6 +43,9 @@ def apply(handle: Any, action: MemoryAction, info: AgentInfo | None, wanted: int
             notes.append(f"the guest keeps the DIMM {alias} ({refusal}), so the balloon takes its size")
     if not action.dimm and action.balloon is not None:
         _set_balloon(handle, action.balloon)
+    surplus = _live(handle) - wanted
+    if surplus > 0 and read_domain(handle).has_balloon:
+        _set_balloon(handle, balloon(handle, read_domain(handle)) - surplus)
     if action.online:
         _bring_online(handle, info, expected=bool(action.dimm))
     have = _live(handle)
@@ -75,12 +82,12 @@ def _device(handle: Any, alias: str) -> ElementTree.Element | None:
     return None
 
 
-def _request(handle: Any, alias: str, size: int) -> None:
-    """virtio-mem: ask for a size, then wait until the guest's driver has plugged or unplugged it."""
+def _request(handle: Any, alias: str, size: int) -> int:
+    """virtio-mem: ask for a size and wait until the guest's driver has got there; returns how far it got, in bytes."""
     element = _device(handle, alias)
     target = element.find("target") if element is not None else None
     if element is None or target is None:
-        return
+        return 0
     requested = target.find("requested")
     if requested is None:
         requested = ElementTree.SubElement(target, "requested")
@@ -93,7 +100,12 @@ def _request(handle: Any, alias: str, size: int) -> None:
         handle.updateDeviceFlags(
             ElementTree.tostring(element, encoding="unicode"), constant("VIR_DOMAIN_AFFECT_LIVE") or 0
         )
-    wait_for(lambda: any(one.alias == alias and one.current == size for one in read_domain(handle).memory_devices))
+    wait_for(lambda: _plugged(handle, alias) == size)
+    return _plugged(handle, alias)
+
+
+def _plugged(handle: Any, alias: str) -> int:
+    return next((one.current for one in read_domain(handle).memory_devices if one.alias == alias), 0)
 
 
 def _plug(handle: Any, size: int) -> None:
