@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from .._errors import Unsupported, VmkeeperError
 
@@ -22,8 +24,40 @@ class ImageToolFailed(VmkeeperError):
     kind = "qemu_img"
 
 
-def run(arguments: Sequence[str], *, doing: str, timeout: float | None = None) -> str:
-    """Run ``qemu-img`` and return its standard output; raises :class:`ImageToolFailed` beginning with ``doing``."""
+@dataclass(frozen=True)
+class Confinement:
+    """Limits for a run on an image from outside: as whom it runs, and how much it may take (bytes, CPU seconds)."""
+
+    uid: int
+    gid: int
+    file_size: int
+    memory: int = 2 << 30
+    cpu_seconds: int = 24 * 3600
+    open_files: int = 64
+
+    def apply(self) -> None:
+        """Called in the child, before the program."""
+        for what, limit in (
+            (resource.RLIMIT_FSIZE, self.file_size),
+            (resource.RLIMIT_AS, self.memory),
+            (resource.RLIMIT_CPU, self.cpu_seconds),
+            (resource.RLIMIT_NOFILE, self.open_files),
+            (resource.RLIMIT_CORE, 0),
+        ):
+            resource.setrlimit(what, (limit, limit))
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(self.gid)
+            os.setuid(self.uid)
+
+
+def run(
+    arguments: Sequence[str], *, doing: str, timeout: float | None = None, confined: Confinement | None = None
+) -> str:
+    """Run ``qemu-img`` and return its standard output; raises :class:`ImageToolFailed` beginning with ``doing``.
+
+    ``facts['status']`` is its exit status (negative: the signal that ended it).
+    """
     program = shutil.which("qemu-img", path=_ENVIRONMENT["PATH"])
     if program is None:
         raise Unsupported(
@@ -39,12 +73,13 @@ def run(arguments: Sequence[str], *, doing: str, timeout: float | None = None) -
             timeout=timeout,
             check=False,
             umask=0o077,
+            preexec_fn=confined.apply if confined is not None else None,
         )
     except subprocess.TimeoutExpired as error:
         raise ImageToolFailed(f"{doing}: qemu-img did not finish within {timeout:.0f} s") from error
     if finished.returncode:
         said = " ".join(finished.stderr.decode(errors="replace").split()) or f"exit status {finished.returncode}"
-        raise ImageToolFailed(f"{doing}: {said}", stderr=said)
+        raise ImageToolFailed(f"{doing}: {said}", stderr=said, status=finished.returncode)
     return finished.stdout.decode(errors="replace")
 
 
