@@ -83,6 +83,14 @@ def run(
     return finished.stdout.decode(errors="replace")
 
 
+def create(path: str, size: int, owner: tuple[int, int]) -> None:
+    """Make an empty private qcow2 of ``size`` bytes at ``path``, which must not exist, owned as QEMU needs it."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    run(["create", "-q", "-f", "qcow2", path, str(size)], doing=f"Making the image {path}")
+    os.chown(path, *owner)
+    os.chmod(path, 0o600)
+
+
 def create_overlay(path: str, *, backing: str, backing_format: str, size: int | None, owner: tuple[int, int]) -> None:
     """Make a private qcow2 overlay of ``backing`` at ``path``, which must not exist, owned as QEMU needs it.
 

@@ -21,8 +21,13 @@ def convert(
     doing: str,
     confined: qemu_img.Confinement | None = None,
 ) -> None:
-    """Flatten ``source`` with all that it stands on into a new, sparse, self-contained file."""
+    """Flatten ``source`` with all that it stands on into a sparse, self-contained file.
+
+    ``confined``: the destination was made before, empty, since the confined program can make no file.
+    """
     arguments = ["convert", "-q", "-f", source_format, "-O", destination_format]
+    if confined is not None:
+        arguments += ["-n", "--target-is-zero"]
     if destination_format == "qcow2" and compression != "none":
         arguments += ["-c", "-o", f"compression_type={compression}"]
     elif destination_format == "vmdk" and compression != "none":

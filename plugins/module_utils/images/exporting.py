@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._errors import Conflict, LibvirtFailed, VmkeeperError
+from ..hypervisor import qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import message_of
 from ..hypervisor.domain_model import qemu_owner, read_domain
@@ -227,7 +228,7 @@ class _Export:
         journal.step("targets")
         for disk in plan.disks:
             size = int(self._handle.blockInfo(disk.target)[0])  # read again under the lock: it must match exactly
-            live_copy.make_target(targets[disk.target], size, self._owner)
+            qemu_img.create(targets[disk.target], size, self._owner)
         now = read_domain(self._handle)
         xml = live_copy.backup_xml(targets, [disk.target for disk in now.disks if disk.chain])
         member = instant.Member(

@@ -16,7 +16,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 from .._errors import LibvirtFailed, NoSpace
-from ..hypervisor import qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import constant, explaining, message_of
 from ..safety import space
@@ -25,13 +24,6 @@ _POLL_SECONDS = 0.2
 
 #: Below this much room the job is ended: in QEMU before 10 a target that is full fails the guest's own writes.
 LEAST_ROOM = 64 << 20
-
-
-def make_target(path: str, size: int, owner: tuple[int, int]) -> None:
-    """An empty qcow2 that QEMU can write, of exactly the disk's virtual size in bytes (else the job is refused)."""
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-    qemu_img.run(["create", "-q", "-f", "qcow2", path, str(size)], doing=f"Making {path}")
-    os.chown(path, *owner)
 
 
 def backup_xml(targets: Mapping[str, str], all_disks: list[str]) -> str:
