@@ -5,13 +5,16 @@ stages := .venv/bin/python scripts/stages.py
 in_copy := .venv/bin/python scripts/in_copy.py
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap test test-long lint sanity units integration docs build importer clean
+.PHONY: help bootstrap demo test test-long lint sanity units integration docs build importer clean
 
 help:  ## show this
 	@sed -n 's/^\([a-z-]*\):.*##/\1 #/p' Makefile | awk -F' # ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 bootstrap:  ## install what is missing: Debian packages (as root) and .venv
 	@scripts/bootstrap
+
+demo: bootstrap  ## a real guest, a consistent snapshot of it while it writes, and the proof; removes what it made
+	@tests/lab/enter --name demo -- .venv/bin/python tests/demo/run.py
 
 test: bootstrap  ## all that CI runs: lint, sanity, units, integration
 	@$(stages) lint sanity units integration

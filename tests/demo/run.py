@@ -116,7 +116,10 @@ def show_chain(info: dict, domain: str) -> None:
         for depth, layer in enumerate(layers):
             after = f"after {layer['after_snapshot']}" if layer["after_snapshot"] else "base"
             arrow = "  " * depth + ("└ " if depth else "")
-            say(f"{target if not depth else '':<4} {arrow}{Path(layer['path']).name}", f"{after}, {layer['allocated'] >> 10} KiB")
+            say(
+                f"{target if not depth else '':<4} {arrow}{Path(layer['path']).name}",
+                f"{after}, {layer['allocated'] >> 10} KiB",
+            )
 
 
 def main() -> int:
@@ -131,7 +134,9 @@ def main() -> int:
     acceleration = probe.acceleration()
     say(
         "acceleration",
-        "KVM (a probe guest booted with it)" if acceleration == "kvm" else "emulation (a probe guest does not boot with KVM here)",
+        "KVM (a probe guest booted with it)"
+        if acceleration == "kvm"
+        else "emulation (a probe guest does not boot with KVM here)",
     )
     guest = Guest(host, GuestSpec("demo", disks=(DiskSpec("vda"), DiskSpec("vdb"))))
     try:

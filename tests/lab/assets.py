@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import os
 import re
@@ -67,6 +68,8 @@ class Assets:
 
     kernel: Path
     initramfs: Path
+    sfdisk: Path
+    """Runs on the host: not every host has the fdisk package."""
     digest: str
 
 
@@ -76,6 +79,7 @@ def cache_directory() -> Path:
     return Path(configured) if configured else HERE.parent.parent / ".cache" / "lab"
 
 
+@functools.cache
 def guest_assets() -> Assets:
     """The kernel and initramfs, built if the cache has none for today's inputs.
 
@@ -89,7 +93,7 @@ def guest_assets() -> Assets:
         directory = cache / f"guest-{digest}"
         if not directory.exists():
             _build(directory, packages)
-    return Assets(directory / "vmlinuz", directory / "initramfs", digest)
+    return Assets(directory / "vmlinuz", directory / "initramfs", directory / "sfdisk", digest)
 
 
 @contextlib.contextmanager
@@ -171,6 +175,7 @@ def _build(directory: Path, packages: list[Path]) -> None:
         result.mkdir()
         kernel = next((unpacked / "boot").glob("vmlinuz-*"))
         shutil.copy(kernel, result / "vmlinuz")
+        shutil.copy(unpacked / "sbin/sfdisk", result / "sfdisk")
         (result / "initramfs").write_bytes(cpio(_tree(root)))
         result.rename(directory)
 

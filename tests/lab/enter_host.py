@@ -20,12 +20,13 @@ import pwd
 import select
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 from pathlib import Path
 from typing import NoReturn
 
-from . import daemons, kernel
+from . import assets, daemons, kernel, probe
 
 PREFIX = "vmk-lab-"
 EXIT_UNUSABLE = 125
@@ -43,6 +44,8 @@ PRIVATE = {
 # What of the real /etc/libvirt is copied: settings, never definitions of domains, networks or secrets, nor hooks.
 _ETC_COPIED = ("*.conf", "nwfilter")
 
+_CAPABILITIES = Path("qemu/capabilities")  # below /var/cache/libvirt
+
 NEEDED = {
     "libvirtd": "libvirt-daemon-system",
     "virtlogd": "libvirt-daemon-system",
@@ -58,6 +61,12 @@ def main(argv: list[str]) -> int:
     if problem:
         print(f"enter: {problem}", file=sys.stderr)
         return EXIT_UNUSABLE
+    if not options.no_libvirtd:
+        try:
+            probe.acceleration()  # builds the guest on first use
+        except assets.AssetError as error:
+            print(f"enter: {error}", file=sys.stderr)
+            return EXIT_UNUSABLE
     base = Path(os.environ.get("VMK_LAB_ROOT", "/var/tmp"))
     sweep(base)
     root = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{options.name}-", dir=base))
@@ -191,9 +200,28 @@ def _keeper(options: argparse.Namespace, root: Path, front: int, status: int) ->
     if init_fd not in {fd for fd, _event in poll.poll()}:
         os.kill(init, signal.SIGKILL)
     _pid, how = os.waitpid(init, 0)
+    if not options.no_libvirtd:
+        _keep_capabilities(root)
     _remove(root)
     os.write(status, f"{_exit_code(how)}\n".encode())
     return 0
+
+
+def _keep_capabilities(root: Path) -> None:
+    """Save what libvirtd has learnt about QEMU for the next host.
+
+    libvirt itself throws such a file away when QEMU, libvirt or the kernel have changed.
+    """
+    kept = _kept_capabilities()
+    kept.mkdir(parents=True, exist_ok=True)
+    for source in (root / "var-cache-libvirt" / _CAPABILITIES).glob("*.xml"):
+        partial = kept / f"{source.name}.{os.getpid()}"
+        shutil.copy2(source, partial)
+        partial.rename(kept / source.name)
+
+
+def _kept_capabilities() -> Path:
+    return assets.cache_directory() / f"capabilities-{probe.acceleration()}"
 
 
 def _exit_code(wait_status: int) -> int:
@@ -212,7 +240,13 @@ def _init(options: argparse.Namespace, root: Path) -> int:
     kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
     host_name = f"lab-{options.name}"
     kernel.set_hostname(host_name)
-    _lay_mounts(root, host_name)
+    _lay_mounts(root, host_name, not options.no_libvirtd)
+    if not options.no_libvirtd and probe.acceleration() == "qemu" and os.path.exists("/dev/kvm"):
+        # A KVM that hangs guests also hangs libvirt's questions to QEMU (20 s each): nobody is to see it. What
+        # stands there instead must be closed to QEMU's user, or libvirt asks QEMU again at every turn.
+        closed = root / "no-kvm"
+        os.mknod(closed, stat.S_IFCHR | 0o600, os.makedev(1, 3))  # a device: libvirt cannot move a file's mount
+        kernel.mount(str(closed), "/dev/kvm", None, kernel.MS_BIND)
     daemons.seed_run(options.name)
     if options.netns:
         os.system("ip link set lo up")
@@ -237,14 +271,14 @@ def _init(options: argparse.Namespace, root: Path) -> int:
             return _exit_code(how)
 
 
-def _lay_mounts(root: Path, host_name: str) -> None:
+def _lay_mounts(root: Path, host_name: str, libvirt_runs: bool) -> None:
     for path, mode in PRIVATE.items():
         own = root / path.strip("/").replace("/", "-")
         own.mkdir()
         own.chmod(mode)
         Path(path).mkdir(exist_ok=True)
     _seed_etc(root / "etc-libvirt")
-    _seed_var(root)
+    _seed_var(root, libvirt_runs)
     hosts = root / "hosts"
     hosts.write_text(Path("/etc/hosts").read_text() + f"127.0.1.1 {host_name}\n")
     # libvirtd looks its own name up; without this it waits for a resolver.
@@ -272,7 +306,7 @@ def _seed_etc(own: Path) -> None:
         )
 
 
-def _seed_var(root: Path) -> None:
+def _seed_var(root: Path, libvirt_runs: bool) -> None:
     """The directories that Debian's package makes, with its owners and modes."""
     libvirt = root / "var-lib-libvirt"
     for name in ("boot", "images"):
@@ -285,6 +319,11 @@ def _seed_var(root: Path) -> None:
     except KeyError:  # another distribution's user: libvirtd sets it right when it starts
         pass
     (root / "var-log-libvirt" / "qemu").mkdir()
+    known = root / "var-cache-libvirt" / _CAPABILITIES
+    known.mkdir(parents=True)
+    if libvirt_runs:
+        for source in _kept_capabilities().glob("*.xml"):
+            shutil.copy2(source, known)
 
 
 def _group_of(user: pwd.struct_passwd) -> int:

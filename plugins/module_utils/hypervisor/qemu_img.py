@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -89,6 +90,14 @@ def create(path: str, size: int, owner: tuple[int, int]) -> None:
     run(["create", "-q", "-f", "qcow2", path, str(size)], doing=f"Making the image {path}")
     os.chown(path, *owner)
     os.chmod(path, 0o600)
+
+
+def holds_data(path: str) -> bool:
+    """Whether anything was ever written to this qcow2 layer itself. Its backing file is not opened; nobody may hold it."""
+    image = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": path}}
+    extents = run(["map", "--output=json", f"json:{json.dumps(image)}"], doing=f"Reading the map of {path}")
+    # ``present`` came with QEMU 6.1; before, an untouched layer cannot be told from one full of zeroes.
+    return any(extent.get("present", extent["data"] or extent["zero"]) for extent in json.loads(extents))
 
 
 def create_overlay(path: str, *, backing: str, backing_format: str, size: int | None, owner: tuple[int, int]) -> None:

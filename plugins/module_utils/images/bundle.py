@@ -18,6 +18,7 @@ from typing import IO
 from .._errors import InvalidInput, NotFound
 from ..safety import places
 from . import manifest as manifests
+from . import strict_json
 from .manifest import Manifest, refuse
 
 _CHUNK = 1 << 20
@@ -126,15 +127,15 @@ class Opened:
 
     def read_manifest(self) -> tuple[Manifest, str]:
         """The checked manifest, and the sha256 of its bytes: the image's identity."""
-        with self._open(manifests.FILE_NAME) as stream:
-            content = stream.read(manifests.strict_json.LARGEST + 1)
+        with self.open(manifests.FILE_NAME) as stream:
+            content = stream.read(strict_json.LARGEST + 1)
         return manifests.parse(content), sha256_of_bytes(content)
 
     def copy(self, name: str, size: int, sha256: str, destination: str) -> None:
         """A private copy of one file, which from then on nobody else can change; its size and digest are as promised."""
         value, copied = hashlib.sha256(), 0
         descriptor = os.open(destination, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with self._open(name, size) as source, os.fdopen(descriptor, "wb", buffering=0) as target:
+        with self.open(name, size) as source, os.fdopen(descriptor, "wb", buffering=0) as target:
             while chunk := source.read(_CHUNK):
                 value.update(chunk)
                 copied += len(chunk)
@@ -150,10 +151,11 @@ class Opened:
 
     def digest(self, name: str, size: int) -> str:
         """sha256 of one file."""
-        with self._open(name, size) as stream:
+        with self.open(name, size) as stream:
             return _digest(stream)
 
-    def _open(self, name: str, size: int | None = None) -> IO[bytes]:
+    def open(self, name: str, size: int | None = None) -> IO[bytes]:
+        """One file of the bundle for reading, of ``size`` bytes where that is known; raises where it is not a plain file."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
         try:
             # Look first: merely opening some devices has an effect.

@@ -1,7 +1,7 @@
 # Copyright: vmkeeper.libvirt contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Finish or undo exports, imports and pulls that were interrupted.
+"""Finish or undo exports, imports, pushes and pulls that were interrupted.
 
 What is whole is kept: the same task then finds it done.  Anything else is removed, down to the last file, and nothing is
 removed that the run did not make.
@@ -25,6 +25,7 @@ from .manifest import FILE_NAME
 EXPORT = "export_image"
 IMPORT = "import_image"
 PULL = "pull_image"
+PUSH = "push_image"
 
 
 def settle_export(uri: str, pending: Journal) -> dict[str, str]:
@@ -77,6 +78,14 @@ def settle_pull(_uri: str, pending: Journal) -> dict[str, str]:
     }
 
 
+def settle_push(_uri: str, pending: Journal) -> dict[str, str]:
+    """A push leaves nothing but its copy of the layers; the registry shows an image only when it is whole."""
+    plan = pending.operation.plan
+    bundle.remove(plan["staging"])
+    pending.finish()
+    return {"what": f"an interrupted push to {plan['reference']}", "action": "taken back"}
+
+
 def settle_path(uri: str, key: str, *, check: bool) -> dict[str, str] | None:
     """Settle what is journalled under a path or a domain's name (see :func:`.bundle.lock_key`), under its lock."""
     if check:
@@ -114,4 +123,4 @@ def _remove_placed(files: list[Mapping[str, Any]]) -> None:
 
 
 #: For :func:`..safety.settlement.settle_before_change` and ``recover_domain``.
-SETTLERS = {EXPORT: settle_export, IMPORT: settle_import, PULL: settle_pull}
+SETTLERS = {EXPORT: settle_export, IMPORT: settle_import, PULL: settle_pull, PUSH: settle_push}

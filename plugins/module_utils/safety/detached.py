@@ -40,8 +40,11 @@ def keep_payload(destination: str) -> str:
     root = payload_root()
     if not os.path.isfile(root):
         return root
-    shutil.copyfile(root, destination)
-    os.chmod(destination, 0o600)
+    # Another worker may be importing from an older copy: it keeps the old file, and never sees half of a new one.
+    new = f"{destination}.{os.getpid()}"
+    shutil.copyfile(root, new)
+    os.chmod(new, 0o600)
+    os.replace(new, destination)
     return destination
 
 

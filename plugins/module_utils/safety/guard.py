@@ -67,7 +67,8 @@ def post(ticket: Ticket) -> None:
         description=f"thaw guard for {ticket.names}",
     )
     give_up = time.monotonic() + _ARMING_SECONDS
-    while not ticket.watched():
+    # A guard whose wards' owner is dead may be done, and the ticket gone, before we look.
+    while os.path.exists(ticket.path) and not ticket.watched():
         if time.monotonic() > give_up:
             raise VmkeeperError(
                 f"The guard that would thaw {ticket.names} did not come up within {_ARMING_SECONDS:.0f} s",

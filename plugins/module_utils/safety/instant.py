@@ -101,6 +101,7 @@ class _Seat:
     held: bool = False
     thaw_ended: float | None = None
     thawed: bool = True
+    answering: Any = None
     pause_began: float | None = None
     pause_ended: float | None = None
     value: Any = None
@@ -142,6 +143,7 @@ class _Window:
     def run(self, cut: Callable[[Member], T]) -> dict[str, Outcome[T]]:
         freezing = [seat for seat in self._seats if seat.member.freeze]
         pausing = [seat for seat in self._seats if self._suspends and seat.member.state.running]
+        _in_threads(lambda seat: agent.flush(seat.member.handle, seat.member.info), freezing)
         if freezing or pausing:
             self._arm(freezing, pausing)
         try:
@@ -154,6 +156,14 @@ class _Window:
                 self._resume(pausing)
                 self._look_at_standing()
                 self._thaw(freezing)
+        except VmkeeperError as error:
+            left = [seat.member.name for seat in freezing if not seat.thawed]
+            if left:
+                error.state = (
+                    f"No snapshot was taken. The agent of {', '.join(left)} did not confirm the thaw;"
+                    " the guard on this host goes on thawing"
+                )
+            raise
         finally:
             self._stand_down(freezing)
         outcomes = {seat.member.uuid: seat.outcome() for seat in self._seats}
@@ -311,6 +321,7 @@ class _Window:
                     handle.fsThaw()
                 seat.thaw_ended = time.monotonic()
                 seat.thawed = not agent.is_frozen(handle)
+                seat.answering = handle
                 break
             except (libvirt.libvirtError, VmkeeperError):
                 if not _still_running(handle):
@@ -338,7 +349,7 @@ class _Window:
         for seat in freezing:
             if seat.thawed:
                 with contextlib.suppress(VmkeeperError):
-                    agent.set_response_timeout(seat.member.handle, seat.previous_timeout)
+                    agent.set_response_timeout(seat.answering or seat.member.handle, seat.previous_timeout)
         paused = any(seat.pause_began is not None and seat.pause_ended is None for seat in self._seats)
         if all(seat.thawed for seat in freezing) and not paused:
             self._ticket.tear_up()
@@ -351,10 +362,11 @@ def _still_running(handle: Any) -> bool:
         return True
 
 
-def _in_threads(work: Callable[[_Seat], None], seats: Sequence[_Seat]) -> None:
+def _in_threads(work: Callable[[_Seat], object], seats: Sequence[_Seat]) -> None:
     """Do the work for all seats at once; libvirt calls release the interpreter lock."""
-    if len(seats) == 1:
-        work(seats[0])
-        return
-    with ThreadPoolExecutor(max_workers=max(1, len(seats))) as pool:
-        list(pool.map(work, seats))
+    if len(seats) > 1:
+        with ThreadPoolExecutor(max_workers=len(seats)) as pool:
+            list(pool.map(work, seats))
+    else:
+        for seat in seats:
+            work(seat)

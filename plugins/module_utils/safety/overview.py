@@ -45,7 +45,7 @@ def describe(handle: Any) -> dict[str, Any]:
         "disks": disks,
         "agent": _agent(live, info, problem),
         "frozen": _frozen(handle, info),
-        "freeze_deadline_at": next((ticket.deadline_at for ticket in tickets_of(live.uuid)), None),
+        "freeze_deadline_at": next((ticket.deadline_at for ticket in tickets_of(live.uuid) if ticket.watched()), None),
         "filesystems": list(mountpoints_of(handle)) if info is not None else [],
         "would_capture": [disk.target for disk in capture.disks],
         "not_captured": [part.as_result() for part in capture.left_out],

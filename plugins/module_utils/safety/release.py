@@ -9,7 +9,7 @@ import os
 import time
 
 from .._errors import Busy
-from . import watch
+from . import guard
 from .processes import ProcessIdentity
 from .ticket import Ticket, tickets_of
 
@@ -29,7 +29,7 @@ def release_orphans(uuid: str) -> bool:
         give_up = time.monotonic() + _PATIENCE_SECONDS
         while os.path.exists(ticket.path):
             if not ticket.watched():
-                watch.main(ticket.path)  # its guard is dead too: be the guard
+                guard.post(ticket)  # its guard is dead too
             elif time.monotonic() > give_up:
                 raise Busy(
                     f"{ticket.names} was left frozen or paused by an interrupted run, and its agent does not answer the guard",

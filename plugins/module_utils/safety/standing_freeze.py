@@ -69,7 +69,8 @@ def freeze(
 ) -> list[Condition]:
     """``state: frozen``. All domains or none: where one cannot be frozen, those that were are thawed again."""
     with _locked(handles, "fsfreeze", check):
-        domains = [_ready(handle, check) for handle in handles]
+        readied = [_ready(handle, check) for handle in handles]
+        domains = [domain for domain, _info in readied]
         present = [agent.is_frozen(handle) for handle in handles]
         tickets = [standing_ticket(domain.uuid) for domain in domains]
         missing = [number for number, frozen in enumerate(present) if not (frozen and tickets[number])]
@@ -79,6 +80,9 @@ def freeze(
         ]
         new: Ticket | None = None
         if missing and not check:
+            for number in missing:
+                if not present[number]:
+                    agent.flush(handles[number], readied[number][1])
             new = _freeze_under_guard(uri, handles, domains, missing, present, mountpoints, deadline)
         conditions = []
         for number, domain in enumerate(domains):
@@ -102,7 +106,7 @@ def _locked(handles: Sequence[Any], operation: str, check: bool) -> Any:
     return locks.hold([(handle.UUIDString(), handle.name()) for handle in handles], operation)
 
 
-def _ready(handle: Any, check: bool) -> Domain:
+def _ready(handle: Any, check: bool) -> tuple[Domain, agent.AgentInfo | None]:
     domain = read_domain(handle)
     if not check:
         release.release_orphans(domain.uuid)
@@ -118,7 +122,7 @@ def _ready(handle: Any, check: bool) -> Domain:
             f"Domain {domain.name!r} cannot be frozen: {obstacle}",
             advice="It must run, with qemu-guest-agent started in the guest and its channel in the definition",
         )
-    return domain
+    return domain, info
 
 
 def _check_mountpoints(domain: Domain, existing: tuple[str, ...], wanted: Sequence[str] | None) -> tuple[str, ...]:

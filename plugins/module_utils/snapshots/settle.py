@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..hypervisor.connection import explaining, open_connection
+from ..hypervisor import block_jobs
+from ..hypervisor.binding import libvirt
+from ..hypervisor.connection import code_of, explaining, open_connection
 from ..hypervisor.domain_model import read_state
 from ..safety import consistency, release
 from ..safety import ticket as tickets
@@ -70,8 +72,12 @@ def settle(uri: str, pending: Journal) -> dict[str, str]:
     judged = operation.reached("label")  # the run had all the evidence, and found every cut good, before it died
     found = {}
     for uuid, plan in operation.plan["domains"].items():
-        handle = connection.lookupByUUIDString(uuid)
         release.release_orphans(uuid)
+        handle = _lookup(connection, uuid)
+        if handle is None:
+            found[uuid] = Found(False, plan["freeze"], False)
+            continue
+        block_jobs.wait_idle(handle)
         held = f"held:{uuid}" in phases and phases[f"held:{uuid}"] <= phases.get("fired", float("inf"))
         found[uuid] = Found(by_name(read_snapshots(handle), name) is not None, plan["freeze"], held or judged)
     keep = worth_keeping(list(found.values()))
@@ -126,16 +132,29 @@ def undo(uri: str, pending: Journal) -> None:
     pending.step("undo")
     connection = open_connection(uri)  # the one that failed may be dead
     for uuid, plan in operation.plan["domains"].items():
-        handle = connection.lookupByUUIDString(uuid)
+        handle = _lookup(connection, uuid)
+        if handle is None:
+            continue
+        block_jobs.wait_idle(handle)
         retract.take_back(handle, operation.plan["name"], plan["overlays"], plan["memory_file"])
     _start_again(connection, operation.plan["domains"])
     pending.finish()
 
 
+def _lookup(connection: Any, uuid: str) -> Any:
+    """The domain, or None when it is gone: undefined meanwhile, or transient and stopped. Its files are then left alone."""
+    try:
+        return connection.lookupByUUIDString(uuid)
+    except libvirt.libvirtError as error:
+        if code_of(error) == libvirt.VIR_ERR_NO_DOMAIN:
+            return None
+        raise
+
+
 def _start_again(connection: Any, plans: Mapping[str, Mapping[str, Any]]) -> None:
     for uuid, plan in plans.items():
-        handle = connection.lookupByUUIDString(uuid)
-        if plan["shutdown"] and not read_state(handle).active:
+        handle = _lookup(connection, uuid)
+        if handle is not None and plan["shutdown"] and not read_state(handle).active:
             with explaining(f"Starting domain {handle.name()!r} again", state="It is shut off."):
                 handle.create()
 

@@ -238,6 +238,16 @@ class _Taking:
                     f"Domain {now.name!r} was saved meanwhile",
                     advice="Start it, or drop the saved state, then run this again",
                 )
+            if now.state.active != (plan.domain.state.active and not plan.shutdown):
+                raise Refused(
+                    f"Domain {now.name!r} was {'started' if now.state.active else 'stopped'} meanwhile",
+                    advice="Run this again",
+                )
+            if plan.freeze and not now.state.running and self._request.quiesce == "required":
+                raise Refused(
+                    f"Domain {now.name!r} is {now.state.name} now and cannot be frozen, and quiesce is required",
+                    advice="Resume it, then run this again",
+                )
             members.append(
                 instant.Member(
                     handle=handle,
@@ -300,6 +310,13 @@ class _Taking:
                 f"{', '.join(broken)} did not stay frozen until the snapshot was cut, and quiesce is required",
                 state="The snapshot was taken back.",
                 advice="Look at what thawed it (the agent's log), or give a longer deadline",
+            )
+        unclean = [plan.domain.name for plan in self._plans if plan.shutdown and levels[plan.domain.uuid] != "offline"]
+        if unclean:
+            raise VmkeeperError(
+                f"{', '.join(unclean)} stopped without a clean shutdown",
+                state="The snapshot was taken back and the domain started again.",
+                advice="Look at the guest's own log; quiesce: auto takes a snapshot without stopping it",
             )
         return levels
 
