@@ -170,14 +170,14 @@ def _unreachable(library: str, principals: Sequence[Principal]) -> list[str]:
     return closed
 
 
-def entry(manifest: Manifest, digest: str, readers: Sequence[str]) -> str:
+def entry(name: str, manifest: Manifest, digest: str, readers: Sequence[str]) -> str:
     """One image of the catalogue, for people. Pure."""
     size = space.human(sum(disk.stored_size for disk in manifest.disks))
     disks = ", ".join(f"{disk.target} {space.human(disk.virtual_size)}" for disk in manifest.disks)
     tags = ", ".join(f"{key}={value}" for key, value in sorted(manifest.tags.items())) or "none"
     machine = manifest.machine
     return (
-        f"## {manifest.name}\n\n"
+        f"## {name}\n\n"
         f"- from `{manifest.source.domain}`, {manifest.created}, {manifest.consistency}-consistent\n"
         f"- {machine.arch}, {machine.firmware}, {machine.vcpus} vCPUs, {space.human(machine.memory)} of memory\n"
         f"- disks: {disks}; {size} stored\n"
@@ -206,7 +206,7 @@ def write_catalogue(library: str) -> bool:
         except VmkeeperError:
             continue  # somebody's directory that only looks like an image
         readers |= named
-        entries.append(entry(manifest, digest, sorted(_name(kind, number) for kind, number in named)))
+        entries.append(entry(name, manifest, digest, sorted(_name(kind, number) for kind, number in named)))
     text = "\n".join(["# Shared images\n", *entries])
     path = os.path.join(library, CATALOGUE)
     principals = sorted(Principal(kind, "", number) for kind, number in readers)
