@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from .._errors import Unsupported, VmkeeperError
+from .confinement import Confinement
 
 # Messages are shown to people and matched nowhere; C.UTF-8 keeps them in one language.
 _ENVIRONMENT = {"LC_ALL": "C.UTF-8", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -25,35 +24,13 @@ class ImageToolFailed(VmkeeperError):
     kind = "qemu_img"
 
 
-@dataclass(frozen=True)
-class Confinement:
-    """Limits for a run on an image from outside: as whom it runs, and how much it may take (bytes, CPU seconds)."""
-
-    uid: int
-    gid: int
-    file_size: int
-    memory: int = 2 << 30
-    cpu_seconds: int = 24 * 3600
-    open_files: int = 64
-
-    def apply(self) -> None:
-        """Called in the child, before the program."""
-        for what, limit in (
-            (resource.RLIMIT_FSIZE, self.file_size),
-            (resource.RLIMIT_AS, self.memory),
-            (resource.RLIMIT_CPU, self.cpu_seconds),
-            (resource.RLIMIT_NOFILE, self.open_files),
-            (resource.RLIMIT_CORE, 0),
-        ):
-            resource.setrlimit(what, (limit, limit))
-        if os.geteuid() == 0:
-            os.setgroups([])
-            os.setgid(self.gid)
-            os.setuid(self.uid)
-
-
 def run(
-    arguments: Sequence[str], *, doing: str, timeout: float | None = None, confined: Confinement | None = None
+    arguments: Sequence[str],
+    *,
+    doing: str,
+    timeout: float | None = None,
+    pass_fds: Sequence[int] = (),
+    confined: Confinement | None = None,
 ) -> str:
     """Run ``qemu-img`` and return its standard output; raises :class:`ImageToolFailed` beginning with ``doing``.
 
@@ -74,6 +51,7 @@ def run(
             timeout=timeout,
             check=False,
             umask=0o077,
+            pass_fds=pass_fds,
             preexec_fn=confined.apply if confined is not None else None,
         )
     except subprocess.TimeoutExpired as error:
@@ -103,22 +81,22 @@ def holds_data(path: str) -> bool:
 def create_overlay(path: str, *, backing: str, backing_format: str, size: int | None, owner: tuple[int, int]) -> None:
     """Make a private qcow2 overlay of ``backing`` at ``path``, which must not exist, owned as QEMU needs it.
 
-    The name is claimed with O_EXCL first, so that two runs cannot make the same file and nothing is overwritten.
-    ``-u`` leaves the backing file closed: it may be in use by the running guest.
+    The name is claimed with O_EXCL first, so that two runs cannot make the same file and nothing is overwritten, and
+    everything else goes through that descriptor: whoever may write to the directory cannot put a link in its place.
+    ``-u`` leaves the backing file closed: it may be in use by the running guest.  Raises FileExistsError.
     """
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        arguments = ["create", "-q", "-f", "qcow2", "-u", "-F", backing_format, "-b", backing, path]
+        claimed = f"/proc/self/fd/{descriptor}"
+        arguments = ["create", "-q", "-f", "qcow2", "-u", "-F", backing_format, "-b", backing, claimed]
         if size is not None:
             arguments.append(str(size))
-        run(arguments, doing=f"Making the overlay {path}")
-        os.chown(path, *owner)
-        os.chmod(path, 0o600)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        run(arguments, doing=f"Making the overlay {path}", pass_fds=(descriptor,))
+        os.fchown(descriptor, *owner)
+        os.fchmod(descriptor, 0o600)
+        os.fsync(descriptor)
     except BaseException:
         os.unlink(path)
         raise
+    finally:
+        os.close(descriptor)

@@ -9,6 +9,7 @@ import json
 
 from .._errors import VmkeeperError
 from ..hypervisor import qemu_img
+from ..hypervisor.confinement import Confinement
 
 
 def convert(
@@ -19,7 +20,7 @@ def convert(
     compression: str = "none",
     *,
     doing: str,
-    confined: qemu_img.Confinement | None = None,
+    confined: Confinement | None = None,
 ) -> None:
     """Flatten ``source`` with all that it stands on into a sparse, self-contained file.
 

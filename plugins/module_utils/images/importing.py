@@ -22,6 +22,7 @@ from ..hypervisor import definition as definitions
 from ..hypervisor import qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.chain import virtual_size
+from ..hypervisor.confinement import Confinement
 from ..hypervisor.connection import explaining, find_domain
 from ..hypervisor.domain_model import Layer, qemu_owner, read_domain, read_state
 from ..safety import locks, places, space
@@ -294,7 +295,7 @@ class _Import:
         os.chown(copy, os.geteuid(), self._owner[1])
         os.chmod(copy, 0o440)
         qemu_img.create(fresh, disk.virtual_size, self._owner)
-        confined = qemu_img.Confinement(*self._owner, file_size=limit_of(disk))
+        confined = Confinement(*self._owner, file_size=limit_of(disk))
         try:
             conversion.convert(copy, disk.format, fresh, "qcow2", doing=f"Converting {disk.file}", confined=confined)
         except qemu_img.ImageToolFailed as error:
