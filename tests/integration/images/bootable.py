@@ -24,7 +24,8 @@ def make_bootable(guest: Guest) -> None:
     """Call after ``define()``: put a boot loader on the guest's first disk, and take its kernel out of the definition."""
     spec = guest.spec
     disk = spec.disks[0]
-    assert disk.partitioned and disk.format == "qcow2"
+    assert disk.partitioned
+    assert disk.format == "qcow2"
     work = guest.directory / "boot"
     work.mkdir()
     try:
@@ -58,11 +59,10 @@ def _write_disk(spec: GuestSpec, disk: DiskSpec, work: Path, image: Path) -> Non
     run(built.sfdisk, "-q", raw, stdin="label: dos\nstart=1MiB, type=83, bootable\n")
     config = work / "grub.cfg"
     line = command_line(spec)
-    config.write_text(
-        f"set root=(hd0,msdos1)\nlinux /vmlinuz {line}\ninitrd /initramfs\nboot\n", encoding="ascii"
-    )
+    config.write_text(f"set root=(hd0,msdos1)\nlinux /vmlinuz {line}\ninitrd /initramfs\nboot\n", encoding="ascii")
     core = work / "core.img"
-    run("grub-mkimage", "-O", "i386-pc", "-p", "/", "-c", config, "-o", core, "biosdisk", "part_msdos", "ext2", "linux", "boot")  # fmt: skip
+    modules = ("biosdisk", "part_msdos", "ext2", "linux", "boot")
+    run("grub-mkimage", "-O", "i386-pc", "-p", "/", "-c", config, "-o", core, *modules)
     with raw.open("r+b") as stream:
         stream.write((GRUB / "boot.img").read_bytes()[:440])
         stream.seek(SECTOR)
