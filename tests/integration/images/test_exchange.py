@@ -253,7 +253,7 @@ def test_an_export_that_is_killed_at_any_step_is_finished_by_the_same_task(
 ) -> None:
     options = {
         "domain": running.name, "dest": str(library), "name": "kept",
-        "compression": "zlib", "quiesce": "required", "deadline": "20s",
+        "disks": ["vdb"], "compression": "zlib", "quiesce": "required", "deadline": "20s",
     }  # fmt: skip
     chain = running.xml_text()
     steps = tasks.steps_of("export_image", tmp_path / "log", **options)
@@ -269,7 +269,7 @@ def test_an_export_that_is_killed_at_any_step_is_finished_by_the_same_task(
     assert running.xml_text() == chain
     with pytest.raises(libvirt.libvirtError):
         running.domain().backupGetXMLDesc(0)
-    checked = evidence.fsck(library / "kept" / "vda.qcow2", 1)
+    checked = evidence.fsck(library / "kept" / "vdb.qcow2")
     assert checked.clean, checked.output
     assert not checked.needs_recovery
 
