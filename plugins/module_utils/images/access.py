@@ -126,6 +126,7 @@ def share(src: str, principals: tuple[Principal, ...], *, check: bool = False) -
         if not check:
             stack.enter_context(locks.hold([(bundle.lock_key(library), library)], f"sharing of {src}"))
         with bundle.Opened(src) as opened:
+            opened.require_ours()
             manifest, digest = opened.read_manifest()
         files = [os.path.join(src, name) for name in [FILE_NAME, *(name for name, _size, _sha in manifest.files())]]
         wanted = {(one.kind, one.number) for one in principals}

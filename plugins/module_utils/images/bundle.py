@@ -15,7 +15,7 @@ import stat
 import uuid
 from typing import IO
 
-from .._errors import InvalidInput, NotFound
+from .._errors import InvalidInput, NotFound, Refused
 from ..safety import places
 from . import manifest as manifests
 from . import strict_json
@@ -124,6 +124,15 @@ class Opened:
 
     def __exit__(self, *_exception: object) -> None:
         os.close(self._directory)
+
+    def require_ours(self) -> None:
+        """Raise :class:`Refused` where somebody else could exchange the files, so that using them by name is not safe."""
+        status = os.fstat(self._directory)
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            raise Refused(
+                f"Somebody else than this user can change what is in {self.path}",
+                advice="Use an image that export_image or pull_image made here; import_image takes any",
+            )
 
     def read_manifest(self) -> tuple[Manifest, str]:
         """The checked manifest, and the sha256 of its bytes: the image's identity."""

@@ -388,7 +388,7 @@ def _disk_plan(request: Request, facts: Facts, disk: Disk) -> DiskPlan:
             f"The virtual size of disk {disk.target!r} of domain {name!r} cannot be read",
             advice="See that its image exists",
         )
-    size = facts.sizes[disk.target]
+    size = -(-facts.sizes[disk.target] // 512) * 512  # QEMU shows the guest whole sectors
     allocated = facts.allocated.get(disk.target, size)
     return DiskPlan(
         target=disk.target,

@@ -71,6 +71,7 @@ def _compare_existing(request: Request, facts: Facts, plan: ExportPlan) -> Expor
     """An image of that name exists: the same content is what was asked for, anything else is not overwritten."""
     advice = "Choose another name, or remove that directory first"
     with bundle.Opened(request.path) as opened:
+        opened.require_ours()
         manifest, digest = opened.read_manifest()
         if facts.live:
             raise Conflict(

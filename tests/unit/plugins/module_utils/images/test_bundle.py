@@ -65,3 +65,12 @@ def test_a_bundle_s_directory_is_not_a_link(tmp_path: Path) -> None:
         bundle.Opened(str(tmp_path / "none"))
     with pytest.raises(InvalidInput):
         bundle.Opened("relative")
+
+
+def test_files_that_others_can_exchange_are_not_used_by_name(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    with bundle.Opened(str(tmp_path)) as opened:
+        opened.require_ours()
+        tmp_path.chmod(0o777)
+        with pytest.raises(Refused, match="Somebody else"):
+            opened.require_ours()
