@@ -92,7 +92,7 @@ attributes:
 notes:
   - An image holds whatever is on the disks, also secrets such as SSH host keys. It is readable by root only.
   - Encrypted disks are refused, since an image would hold their data in the clear.
-  - UEFI variables and TPM state are not part of an image.
+  - UEFI variables are part of an image, except of a snapshot's. TPM state is not.
   - While a stopped domain is exported it cannot be started, since its images are locked.
 seealso:
   - module: vmkeeper.libvirt.import_image

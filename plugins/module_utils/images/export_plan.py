@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +70,7 @@ class Facts:
     allocated: Mapping[str, int]
     interfaces: int = 0
     direct_kernel: bool = False
+    nvram: str | None = None
     snapshot: str | None = None
     level: str | None = None
     agent: agent.AgentInfo | None = None
@@ -103,6 +105,7 @@ def read_facts(handle: Any, request: Request) -> Facts:
         allocated={disk.target: _allocated(disk) for disk in current.disks if disk.active},
         interfaces=len(root.findall("devices/interface")),
         direct_kernel=root.find("os/kernel") is not None,
+        nvram=_nvram_path(current),
         agent=info,
         agent_problem=problem,
         frozen=frozen,
@@ -117,6 +120,18 @@ def _live_size(handle: Any, disk: Disk) -> int | None:
         return int(handle.blockInfo(disk.target)[0])
     except libvirt.libvirtError:
         return None
+
+
+def _nvram_path(domain: Domain) -> str | None:
+    """The file with the UEFI variables, where it can be copied as it is. A domain that never ran has none yet."""
+    if domain.nvram is None or domain.nvram.format != "raw":
+        return None
+    try:
+        status = os.lstat(domain.nvram.path)
+    except OSError:
+        return None
+    fits = stat.S_ISREG(status.st_mode) and 0 < status.st_size <= manifests.LARGEST_NVRAM
+    return domain.nvram.path if fits else None
 
 
 def _allocated(disk: Disk) -> int:
@@ -204,6 +219,7 @@ class DiskPlan:
     size: int
     estimate: int
     file: str
+    serial: str | None
 
 
 @dataclass(frozen=True)
@@ -222,6 +238,7 @@ class ExportPlan:
     expected_level: str
     converts: bool
     copy_directory: str | None
+    nvram: str | None
     not_captured: tuple[Mapping[str, str], ...]
 
     def needs(self, dest: str) -> list[tuple[str, int]]:
@@ -308,7 +325,7 @@ def plan_export(request: Request, facts: Facts, *, direct: bool, scratch: str) -
                 f"Disk {disk.target!r} of domain {domain.name!r} has a running block job ({disk.job.job})",
                 advice="Wait for it (domain_job shows it), then run this again",
             )
-    capture = choose(domain, disks=request.disks, exclude=request.exclude)
+    capture = choose(domain, disks=request.disks, exclude=request.exclude, carries_nvram=facts.nvram is not None)
     if not capture.disks:
         raise Refused(
             f"Domain {domain.name!r} has no disk that an image can hold",
@@ -355,6 +372,7 @@ def plan_export(request: Request, facts: Facts, *, direct: bool, scratch: str) -
         expected_level=level,
         converts=converts,
         copy_directory=None if direct or not facts.live else scratch,
+        nvram=facts.nvram,
         not_captured=tuple(not_captured),
     )
 
@@ -397,4 +415,5 @@ def _disk_plan(request: Request, facts: Facts, disk: Disk) -> DiskPlan:
         size=size,
         estimate=min(size, allocated + allocated // 10) + (1 << 20),
         file=f"{disk.target}.{manifests.FORMATS[request.format]}",
+        serial=disk.serial if manifests.is_serial(disk.serial) else None,
     )

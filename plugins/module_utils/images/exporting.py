@@ -22,7 +22,7 @@ from ..safety.journal import Journal
 from . import bundle, conversion, export_plan, foreign_header, live_copy, settle
 from .bundle import lock_key
 from .export_plan import ExportPlan, Facts, Request
-from .manifest import ImageDisk, Manifest, Source
+from .manifest import LARGEST_NVRAM, NVRAM_FILE, ImageDisk, Manifest, Nvram, Source
 
 
 @dataclass
@@ -88,6 +88,10 @@ def _compare_existing(request: Request, facts: Facts, plan: ExportPlan) -> Expor
             differences.append("the format or the compression")
         if dict(manifest.tags) != dict(request.tags):
             differences.append("the tags")
+        if (manifest.nvram.sha256 if manifest.nvram else None) != (
+            bundle.digest_of(plan.nvram) if plan.nvram else None
+        ):
+            differences.append("the UEFI variables")
         if not differences:
             wanted = {disk.target: disk for disk in plan.disks}
             for disk in manifest.disks:
@@ -128,6 +132,7 @@ def _predict(request: Request, plan: ExportPlan) -> Exported:
                 "stored_size": None,
                 "content_size": None,
                 "sha256": None,
+                "serial": disk.serial,
             }
             for disk in plan.disks
         ],
@@ -205,7 +210,8 @@ class _Export:
             level, frozen_ms, why_not = self._plan.expected_level, None, self._plan.why_not_frozen
             if self._plan.live:
                 level, frozen_ms, why_not = self._copy_live(journal)
-            manifest = self._manifest(self._write(journal), level, frozen_ms)
+            disks = self._write(journal)
+            manifest = self._manifest(disks, self._copy_nvram(), level, frozen_ms)
             journal.step("seal", manifest=bundle.sha256_of_bytes(manifest.to_bytes()))
             digest = bundle.seal(self._staging, self._request.path, manifest)
             journal.step("sealed")
@@ -315,11 +321,21 @@ class _Export:
                     stored_size=os.stat(path).st_size,
                     content_size=content_size,
                     sha256=bundle.digest_of(path),
+                    serial=disk.serial,
                 )
             )
         return written
 
-    def _manifest(self, disks: list[ImageDisk], level: str, frozen_ms: int | None) -> Manifest:
+    def _copy_nvram(self) -> Nvram | None:
+        """The UEFI variables as they are now: they change when somebody changes the firmware's settings, not with the disks."""
+        if self._plan.nvram is None:
+            return None
+        path = os.path.join(self._staging, NVRAM_FILE)
+        with open(self._plan.nvram, "rb") as stream:
+            bundle.write_private(path, stream.read(LARGEST_NVRAM))
+        return Nvram(NVRAM_FILE, os.stat(path).st_size, bundle.digest_of(path))
+
+    def _manifest(self, disks: list[ImageDisk], nvram: Nvram | None, level: str, frozen_ms: int | None) -> Manifest:
         domain = self._plan.domain
         return Manifest(
             name=self._request.name,
@@ -329,7 +345,7 @@ class _Export:
             frozen_ms=frozen_ms,
             machine=self._plan.machine,
             disks=tuple(disks),
-            nvram=None,
+            nvram=nvram,
             not_captured=self._plan.not_captured,
             tags=self._request.tags,
         )

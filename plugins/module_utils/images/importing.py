@@ -17,7 +17,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._errors import Conflict, NotFound, Refused, VmkeeperError
+from .._errors import Conflict, NotFound, Refused, Unsupported, VmkeeperError
 from ..hypervisor import definition as definitions
 from ..hypervisor import qemu_img
 from ..hypervisor.binding import libvirt
@@ -29,11 +29,14 @@ from ..safety import locks, places, space
 from ..safety.journal import Journal
 from ..safety.names import file_stem
 from . import bundle, conversion, exporting, foreign_header, machine, settle
-from .manifest import ImageDisk, Manifest
+from .manifest import ImageDisk, Manifest, Nvram
 from .manifest import refuse as refusal
 
 #: A linked disk's overlay begins nearly empty; room for what the guest writes first.
 OVERLAY_ROOM = 64 << 20
+
+#: VIR_DOMAIN_UNDEFINE_KEEP_NVRAM: the file is removed by name and inode with the others.
+_KEEP_NVRAM = 1 << 3
 
 #: Bases of linked disks, below the directory of the disks.
 BASES = ".vmkeeper-bases"
@@ -123,6 +126,13 @@ def _plan(request: Request, manifest: Manifest, digest: str) -> _Plan:
             advice="Choose another name for the domain or another directory",
             paths=taken,
         )
+    if manifest.nvram is not None:
+        path = os.path.join(request.directory, f"{file_stem(request.domain, 'nvram')}.fd")
+        if os.path.lexists(path):
+            raise Conflict(f"{path} exists already", advice="Choose another name for the domain or another directory")
+        nvram = path
+    else:
+        nvram = None
     bases = {}
     if request.mode == "linked":
         bases = {
@@ -139,6 +149,7 @@ def _plan(request: Request, manifest: Manifest, digest: str) -> _Plan:
             network=request.network,
             paths=paths,
             bases=bases,
+            nvram=nvram,
         ),
         staging=os.path.join(request.directory, f".{file_stem(request.domain)}.import-{secrets.token_hex(6)}"),
         missing=tuple(
@@ -149,7 +160,7 @@ def _plan(request: Request, manifest: Manifest, digest: str) -> _Plan:
 
 def _warnings(request: Request, manifest: Manifest) -> list[str]:
     warnings = []
-    if manifest.machine.firmware == "uefi":
+    if manifest.machine.firmware == "uefi" and manifest.nvram is None:
         warnings.append(f"{request.domain}: the image has no UEFI variables; it boots from its disks' default loader")
     if manifest.machine.interfaces and request.network is None:
         warnings.append(f"{request.domain} has no network interface; set network to give it one")
@@ -258,14 +269,14 @@ class _Import:
             if launch.bases:
                 self._keep_bases(journal, made)
                 made = {disk.target: self._overlay(disk) for disk in self._manifest.disks}
-            journal.step(
-                "place",
-                files=[{"path": launch.paths[target], "inode": inode_of(path)} for target, path in made.items()],
-            )
-            for target, path in made.items():
+            places_of = {made[target]: launch.paths[target] for target in made}
+            if self._manifest.nvram is not None and launch.nvram is not None:
+                places_of[self._receive_nvram(self._manifest.nvram)] = launch.nvram
+            journal.step("place", files=[{"path": place, "inode": inode_of(path)} for path, place in places_of.items()])
+            for path, place in places_of.items():
                 os.chown(path, *self._owner)
                 bundle.fsync_file(path)
-                os.link(path, launch.paths[target])  # never replaces what somebody else has put there meanwhile
+                os.link(path, place)  # never replaces what somebody else has put there meanwhile
                 os.unlink(path)
             bundle.remove(staging)
             places.fsync_directory(self._request.directory)
@@ -274,6 +285,7 @@ class _Import:
             definitions.define(
                 self._connection, xml, doing=f"Defining domain {launch.name!r}", state="Nothing of the image was kept."
             )
+            self._check_nvram()
             journal.step("defined")
             journal.finish()
         except BaseException as error:
@@ -305,6 +317,29 @@ class _Import:
         if virtual_size(Layer(path=fresh, format="qcow2")) != disk.virtual_size:
             raise refusal(f"{disk.file} is not a disk of {disk.virtual_size} bytes")
         return fresh
+
+    def _receive_nvram(self, nvram: Nvram) -> str:
+        """The UEFI variables, which only the guest's own firmware ever reads."""
+        path = os.path.join(self._plan.staging, nvram.file)
+        self._opened.copy(nvram.file, nvram.size, nvram.sha256, path)
+        return path
+
+    def _check_nvram(self) -> None:
+        """Firmware and variables have to be of one size, else QEMU does not start; raises with what does not fit."""
+        if self._manifest.nvram is None:
+            return
+        xml = self._connection.lookupByUUIDString(self._plan.launch.uuid).XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+        template = machine.nvram_template(xml)
+        if template is None:
+            return  # chosen at the start, by an older libvirt
+        size = os.stat(template).st_size
+        if size != self._manifest.nvram.size:
+            self._connection.lookupByUUIDString(self._plan.launch.uuid).undefineFlags(_KEEP_NVRAM)
+            raise Unsupported(
+                f"The image's UEFI variables have {self._manifest.nvram.size} bytes, and this host's firmware takes {size}",
+                state="Nothing of the image was kept.",
+                advice="Install firmware of the same build as where it was exported (Debian: ovmf, Fedora and RHEL: edk2-ovmf)",
+            )
 
     def _keep_bases(self, journal: Journal, made: dict[str, str]) -> None:
         """Put new bases where later launches find them, read-only for QEMU's user and owned by root."""

@@ -38,6 +38,7 @@ class Launch:
     network: str | None
     paths: dict[str, str]
     bases: dict[str, str]
+    nvram: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def definition(launch: Launch, machine: Machine, disks: Sequence[ImageDisk], hos
     if machine.firmware == "uefi":
         system.set("firmware", "efi")
     ElementTree.SubElement(system, "type", arch=machine.arch, machine=machine.family).text = "hvm"
+    if launch.nvram is not None:
+        ElementTree.SubElement(system, "nvram").text = launch.nvram
     if machine.arch in ("x86_64", "i686", "aarch64"):
         features = ElementTree.SubElement(root, "features")
         ElementTree.SubElement(features, "acpi")
@@ -155,8 +158,16 @@ def _disk(launch: Launch, disk: ImageDisk, bus: str, order: int) -> ElementTree.
         ElementTree.SubElement(source, "seclabel", model="dac", relabel="no")
         ElementTree.SubElement(backing, "backingStore")
     ElementTree.SubElement(element, "target", dev=_target(disk, bus), bus=bus)
+    if disk.serial is not None:
+        ElementTree.SubElement(element, "serial").text = disk.serial
     ElementTree.SubElement(element, "boot", order=str(order))
     return element
+
+
+def nvram_template(xml: str) -> str | None:
+    """The empty variable store that this host's libvirt chose for a domain's firmware, once it has chosen."""
+    element = ElementTree.fromstring(xml).find("os/nvram")
+    return element.get("template") if element is not None else None
 
 
 def launched_from(xml: str) -> str | None:

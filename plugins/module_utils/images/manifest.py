@@ -36,6 +36,7 @@ LARGEST_DISK = 1 << 46  # 64 TiB
 LARGEST_MEMORY = 1 << 44  # 16 TiB
 MOST_VCPUS = 4096
 MOST_DISKS = 64
+NVRAM_FILE = "nvram.fd"
 LARGEST_NVRAM = 64 << 20  # AAVMF's variable store; OVMF's has half a MiB
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@=-]{0,99}")
@@ -45,13 +46,15 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ARCH = re.compile(r"[a-z0-9_]{1,16}")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\+00:00|Z)")
+_SERIAL = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
 class ImageDisk:
     """One disk of an image. Sizes in bytes: ``virtual_size`` as the guest sees it, ``stored_size`` of ``file``,
-    ``content_size`` of the same content as a plain qcow2 (what a launch will need at least)."""
+    ``content_size`` of the same content as a plain qcow2 (what a launch will need at least).  ``serial`` is what the guest
+    may know the disk by (``/dev/disk/by-id``)."""
 
     target: str
     bus: str
@@ -62,6 +65,7 @@ class ImageDisk:
     stored_size: int
     content_size: int
     sha256: str
+    serial: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """As stored."""
@@ -200,6 +204,11 @@ def refuse(why: str) -> Refused:
     )
 
 
+def is_serial(value: Any) -> bool:
+    """What libvirt takes as a disk's serial number without changing it."""
+    return isinstance(value, str) and bool(_SERIAL.fullmatch(value))
+
+
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -252,6 +261,7 @@ def _disk(value: Any) -> ImageDisk:
         stored_size=reader.number("stored_size", 1, LARGEST_DISK * 2),
         content_size=reader.number("content_size", 0, LARGEST_DISK * 2),
         sha256=reader.text("sha256", _SHA256),
+        serial=reader.take("serial", lambda found: found is None or is_serial(found), "a serial number"),
     )
     reader.done()
     if disk.file != f"{disk.target}.{FORMATS[disk.format]}":
@@ -280,7 +290,7 @@ def _nvram(value: Any) -> Nvram | None:
         return None
     reader = _Reader(value, "the UEFI variables")
     nvram = Nvram(
-        file=reader.one_of("file", ("nvram.fd",)),
+        file=reader.one_of("file", (NVRAM_FILE,)),
         size=reader.number("size", 1, LARGEST_NVRAM),
         sha256=reader.text("sha256", _SHA256),
     )

@@ -159,6 +159,11 @@ def build(opened: bundle.Opened, manifest: Manifest, digest: str, layout: Layout
         with opened.open(disk.file, disk.stored_size) as stream:
             pieces = _pieces(stream, disk.file, disk.sha256)
             layers.append(layout.add(LAYER_TYPE, layer(DISK_FOLDER, disk.file, disk.stored_size, pieces)))
+    if manifest.nvram is not None:
+        nvram = manifest.nvram
+        with opened.open(nvram.file, nvram.size) as stream:
+            pieces = _pieces(stream, nvram.file, nvram.sha256)
+            layers.append(layout.add(LAYER_TYPE, layer(OUR_FOLDER, nvram.file, nvram.size, pieces)))
     content = manifest.to_bytes()
     if bundle.sha256_of_bytes(content) != digest:
         raise refuse("its manifest is not written as this version writes it")
@@ -211,7 +216,7 @@ def parse_remote(raw: bytes, reference: str) -> Remote:
             advice="Push it with vmkeeper.libvirt.push_image",
         )
     layers = value.get("layers")
-    if not isinstance(layers, list) or not 2 <= len(layers) <= manifests.MOST_DISKS + 1:
+    if not isinstance(layers, list) or not 2 <= len(layers) <= manifests.MOST_DISKS + 2:
         raise refuse(f"{reference} has no layers, or too many")
     return Remote(f"sha256:{bundle.sha256_of_bytes(raw)}", named, tuple(_blob(one) for one in layers))
 
@@ -237,13 +242,14 @@ def unpack(layout: str, remote: Remote, destination: str) -> Manifest:
     if f"sha256:{bundle.sha256_of_bytes(content)}" != remote.manifest_digest:
         raise refuse("its manifest is not the one that the registry named")
     manifest = manifests.parse(content)
-    if len(manifest.disks) != len(blobs) - 1 or manifest.nvram is not None:
+    files = manifest.files()
+    if len(files) != len(blobs) - 1:
         raise refuse("its layers are not those of its manifest")
-    for blob, disk in zip(blobs, manifest.disks):
-        path = os.path.join(destination, disk.file)
-        _unpack_one(blob, DISK_FOLDER, disk.file, path, disk.stored_size)
-        if os.stat(path).st_size != disk.stored_size or bundle.digest_of(path) != disk.sha256:
-            raise refuse(f"{disk.file} is not what the manifest says (its sha256 or size differs)")
+    for blob, (name, size, sha256) in zip(blobs, files):
+        path = os.path.join(destination, name)
+        _unpack_one(blob, OUR_FOLDER if name == manifests.NVRAM_FILE else DISK_FOLDER, name, path, size)
+        if os.stat(path).st_size != size or bundle.digest_of(path) != sha256:
+            raise refuse(f"{name} is not what the manifest says (its sha256 or size differs)")
     return manifest
 
 

@@ -97,8 +97,8 @@ def pull(uri: str, reference: oci.Reference, path: str, access: Access, *, check
             manifest = oci.unpack(blobs, remote, staging)
             for disk in manifest.disks:
                 foreign_header.check(os.path.join(staging, disk.file), disk.format, disk.virtual_size, disk.file)
-                bundle.fsync_file(os.path.join(staging, disk.file))
-            bundle.fsync_file(os.path.join(staging, FILE_NAME))
+            for name in [FILE_NAME, *(file for file, _size, _sha256 in manifest.files())]:
+                bundle.fsync_file(os.path.join(staging, name))
             journal.step("publish")
             bundle.publish(staging, path)
             journal.step("published")
@@ -111,7 +111,7 @@ def pull(uri: str, reference: oci.Reference, path: str, access: Access, *, check
 def _compare_existing(path: str, remote: oci.Remote, reference: oci.Reference) -> Transferred:
     with bundle.Opened(path) as opened:
         manifest, digest = opened.read_manifest()
-        damaged = [disk.file for disk in manifest.disks if opened.digest(disk.file, disk.stored_size) != disk.sha256]
+        damaged = [name for name, size, sha256 in manifest.files() if opened.digest(name, size) != sha256]
     if f"sha256:{digest}" != remote.manifest_digest or damaged:
         what = f"its {', '.join(damaged)} is damaged" if damaged else f"it is not the one of {reference}"
         raise Conflict(

@@ -8,16 +8,19 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import libvirt
 import libvirt_qemu
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.tests.lab import evidence
-from ansible_collections.vmkeeper.libvirt.tests.lab.guest import Guest
+from ansible_collections.vmkeeper.libvirt.tests.lab.guest import Guest, GuestSpec
 from ansible_collections.vmkeeper.libvirt.tests.lab.host import TestHost
+from ansible_collections.vmkeeper.libvirt.tests.lab.spec import DiskSpec
 from ansible_collections.vmkeeper.libvirt.tests.lab.waiting import until
 
 from . import tasks
@@ -302,3 +305,33 @@ def test_an_import_that_is_killed_at_any_step_is_finished_by_the_same_task(
             assert evidence.same_content(still.images[disk["target"]], Path(disk["path"])), step
         assert leftovers(images) in ([], [".vmkeeper-bases"]), step
         assert not list(JOURNAL.iterdir()), step
+
+
+def test_a_uefi_machine_takes_its_variables_along(
+    guest_factory: Callable[..., Guest], host: TestHost, library: Path, launched: list[str]
+) -> None:
+    spec = GuestSpec("uefi", disks=(DiskSpec("vda", size=24 << 20),), firmware="uefi", agent="absent", memory=192)
+    guest = guest_factory(spec, start=False)
+    guest.start(wait=False)  # libvirt makes the variables at the first start
+    variables = Path(guest.xml().findtext("os/nvram", ""))
+    guest.destroy()
+    content = variables.read_bytes()
+    image = tasks.ok("export_image", domain=guest.name, dest=str(library), name="one")["image"]
+    assert "nvram" not in [part["kind"] for part in image["not_captured"]]
+    assert (library / "one" / "nvram.fd").read_bytes() == content
+    assert not tasks.ok("export_image", domain=guest.name, dest=str(library), name="one").changed
+    launched.append("lab-efi")
+    tasks.ok("import_image", src=str(library / "one"), domain="lab-efi", virt_type="qemu")
+    connection = host.connect()
+    domain = connection.lookupByName("lab-efi")
+    path = Path(ElementTree.fromstring(domain.XMLDesc()).findtext("os/nvram", ""))
+    try:
+        assert path.parent == Path("/var/lib/libvirt/images")
+        assert path.read_bytes() == content
+        domain.create()
+        assert domain.isActive()
+        domain.destroy()
+        domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_NVRAM)
+    finally:
+        path.unlink(missing_ok=True)
+    connection.close()

@@ -45,7 +45,7 @@ class Bundle:
             },
             "disks": [{
                 "target": "vda", "bus": "virtio", "file": "vda.qcow2", "format": "qcow2", "compression": "none",
-                "virtual_size": 4 * MIB, "stored_size": 0, "content_size": MIB, "sha256": "",
+                "virtual_size": 4 * MIB, "stored_size": 0, "content_size": MIB, "sha256": "", "serial": None,
             }],
             "nvram": None, "not_captured": [], "tags": {},
         }  # fmt: skip

@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 from __future__ import annotations
 
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -73,6 +74,12 @@ def test_a_disk_keeps_its_place_on_a_bus_that_the_machine_has(
 ) -> None:
     found = built(disk(target, bus)).find("devices/disk/target")
     assert (found.get("dev"), found.get("bus")) == (new_target, new_bus)
+
+
+def test_a_disk_keeps_the_serial_number_that_its_guest_may_know_it_by() -> None:
+    named = replace(disk("vda", "virtio"), serial="disk-1")
+    assert built(named).findtext("devices/disk/serial") == "disk-1"
+    assert built(disk("vda", "virtio")).find("devices/disk/serial") is None
 
 
 def test_a_linked_disk_leaves_its_base_s_owner_alone() -> None:

@@ -18,7 +18,7 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.manifest i
     Source,
 )
 
-DISK = ImageDisk("vda", "virtio", "vda.qcow2", "qcow2", "zstd", 1 << 30, 4096, 8192, "a" * 64)
+DISK = ImageDisk("vda", "virtio", "vda.qcow2", "qcow2", "zstd", 1 << 30, 4096, 8192, "a" * 64, "lab-vda")
 MANIFEST = Manifest(
     name="golden",
     created="2026-11-20T20:15:00+00:00",
@@ -86,6 +86,8 @@ def test_every_key_is_needed() -> None:
         (("disks", 0, "stored_size"), -1),
         (("disks", 0, "sha256"), "A" * 64),
         (("disks", 0, "backing"), "x"),
+        (("disks", 0, "serial"), "a b"),
+        (("disks", 0, "serial"), "x'/>"),
         (("nvram",), {"file": "../x", "size": 1, "sha256": "a" * 64}),
         (("not_captured",), [{"kind": "x"}]),
         (("tags",), {"a": {}}),
