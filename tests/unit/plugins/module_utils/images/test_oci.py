@@ -17,6 +17,7 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.manifest i
     ImageDisk,
     Machine,
     Manifest,
+    Nvram,
     Source,
 )
 
@@ -28,12 +29,14 @@ def image(tmp_path: Path) -> Path:
     path = tmp_path / "image"
     path.mkdir()
     (path / "vda.qcow2").write_bytes(CONTENT)
+    (path / "nvram.fd").write_bytes(b"variables")
+    nvram = Nvram("nvram.fd", 9, bundle.sha256_of_bytes(b"variables"))
     disk = ImageDisk(
         "vda", "virtio", "vda.qcow2", "qcow2", "none", 1 << 20, len(CONTENT), 1, bundle.sha256_of_bytes(CONTENT)
     )
     manifest = Manifest(
         "golden", "2026-11-20T20:15:00+00:00", Source("web", "00000000-0000-4000-8000-000000000001", None), "offline",
-        None, Machine("x86_64", "q35", "bios", 1, 1 << 30, 0), (disk,), None, (), {},
+        None, Machine("x86_64", "q35", "bios", 1, 1 << 30, 0), (disk,), nvram, (), {},
     )  # fmt: skip
     (path / "manifest.json").write_bytes(manifest.to_bytes())
     return path
