@@ -41,11 +41,11 @@ options:
     type: str
   allow_restart:
     description:
-      - With O(state=reverted), allow that a running guest is stopped at once and booted on the snapshot.
-      - Without it the task refuses, since a snapshot without memory cannot be resumed. A guest that is shut off stays so, and one
-        with memory is resumed, so these need no permission.
+      - With O(state=reverted), a running guest is stopped at once and booted on a snapshot that holds no memory. V(false) forbids
+        that, and the task refuses instead.
+      - A guest that is shut off stays so, and one whose snapshot holds memory is resumed, so these need no permission.
     type: bool
-    default: false
+    default: true
   protected:
     description:
       - Protect the snapshot from being removed, by O(state=absent) or by M(vmkeeper.libvirt.blockcommit).
@@ -121,7 +121,7 @@ notes:
     foreign process uses together with this domain, a managed-save image, a broken chain, a layer smaller than the one below it,
     internal snapshots in a layer that would go or below external ones, an encrypted disk of a stopped domain, and another job
     on the domain or the disk.
-  - V(reverted) refuses, before anything is changed, a running guest without O(allow_restart) and without memory, a snapshot that is
+  - V(reverted) refuses, before anything is changed, a running guest with O(allow_restart=false) and without memory, a snapshot that is
     being removed, missing images, a disk that the domain no longer has, a managed-save image, a transient domain, a running
     job, an internal snapshot under external layers that stand on it, and an internal one under dirty bitmaps, which would kill
     QEMU.
@@ -165,7 +165,6 @@ EXAMPLES = r"""
     name: before-upgrade
     state: reverted
     keep_present_as: failed-upgrade
-    allow_restart: true
 
 - name: Remove a snapshot and merge its layer
   vmkeeper.libvirt.snapshot:
@@ -401,7 +400,7 @@ def main() -> None:
             "tags": {"type": "raw"},
             "deadline": {"type": "str", "default": "60s"},
             "keep_present_as": {"type": "str"},
-            "allow_restart": {"type": "bool", "default": False},
+            "allow_restart": {"type": "bool", "default": True},
             "protected": {"type": "bool"},
         },
         handle,

@@ -30,7 +30,7 @@ class Request:
 
     name: str
     keep_present_as: str | None = None
-    allow_restart: bool = False
+    allow_restart: bool = True
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _choose_start(request: Request, ground: Ground, snapshot: Snapshot) -> str:
         raise Refused(
             f"Domain {ground.domain.name!r} is {ground.domain.state.name}, and snapshot {snapshot.name!r} holds no memory:"
             " going back to it means to stop the guest at once and boot it again",
-            advice="Give allow_restart: true, or shut the guest down first",
+            advice="Allow it (allow_restart: true), or shut the guest down first",
         )
     return "boot"
 
@@ -281,7 +281,7 @@ def _plan_internal(request: Request, ground: Ground, snapshot: Snapshot) -> Reve
         raise Refused(
             f"Domain {domain.name!r} is {domain.state.name}, and snapshot {snapshot.name!r} holds no memory:"
             " going back to it means to stop the guest at once and boot it again",
-            advice="Give allow_restart: true, or shut the guest down first",
+            advice="Allow it (allow_restart: true), or shut the guest down first",
         )
     if with_memory:
         start = "resume-paused" if snapshot.state == "paused" else "resume"

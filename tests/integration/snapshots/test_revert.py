@@ -56,7 +56,7 @@ def test_a_running_guest_is_booted_on_the_snapshot_only_if_that_is_allowed(guest
     tasks.ok("snapshot", domain=guest.name, name="one")
     ways.write(guest, "two")
     before = ways.files(guest)
-    refused = tasks.run("snapshot", domain=guest.name, name="one", state="reverted")
+    refused = tasks.run("snapshot", domain=guest.name, name="one", state="reverted", allow_restart=False)
     assert refused.failed
     assert "allow_restart" in refused.message
     assert ways.files(guest) == before
@@ -233,7 +233,7 @@ def test_what_cannot_be_gone_back_to_is_refused_before_anything_is_changed(guest
     memory = next(guest.directory.glob("*.memory"))
     memory.rename(hidden)
     try:
-        refused = tasks.run("snapshot", domain=guest.name, name="one", state="reverted")
+        refused = tasks.run("snapshot", domain=guest.name, name="one", state="reverted", allow_restart=False)
         assert refused.failed
         assert str(memory) in refused.message
     finally:
