@@ -86,9 +86,7 @@ def list_points(
     for uuid in repository.domain_uuids():
         history = repository.history(uuid)
         warnings += [f"point {broken.id} of {uuid}: {broken.problem}" for broken in history.broken]
-        for point in history.points:
-            if filters.want(point):
-                found.append(describe(repository, history, point, now))
+        found += [describe(repository, history, point, now) for point in history.points if filters.want(point)]
     return found, warnings
 
 

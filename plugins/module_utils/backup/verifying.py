@@ -21,6 +21,12 @@ from .repository import Repository
 LEVELS = ("digest", "structure")
 
 
+class NotProved(VmkeeperError):
+    """A point that does not restore; ``facts['findings']`` say why."""
+
+    kind = "not_proved"
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that is wrong. ``disk`` and ``point`` say where; None where it concerns the point as a whole."""
@@ -169,3 +175,22 @@ def record(repository: Repository, found: Found, level: str, findings: list[Find
     directory = repository.point_directory(found.point.domain_uuid, found.point.id)
     places.write_json(os.path.join(directory, "verify.json"), outcome)
     return outcome
+
+
+def prove(repository: Repository, found: Found, level: str, *, check: bool = False) -> None:
+    """Verify a point, keep the outcome (not with ``check``), and raise :class:`NotProved` on any finding."""
+    with repository.locked(found.point.domain_uuid, f"verifying {found.point.id}", shared=True):
+        findings = verify(repository, found, level)
+        if not check:
+            record(repository, found, level, findings)
+    if findings:
+        raise NotProved(
+            f"Point {found.point.id} of domain {found.point.domain!r} is not proved: "
+            + "; ".join(finding.problem for finding in findings[:4]),
+            state="Nothing of the point was changed.",
+            advice="Look at the storage below the repository, and make a new full; other points may still be good",
+            verified=False,
+            id=found.point.id,
+            level=level,
+            findings=[finding.as_result() for finding in findings],
+        )
