@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import constant, explaining
 from ..hypervisor.domain_model import Domain, read_domain
 from ..hypervisor.image_header import BadHeader, read_qcow2
+
+#: Eight characters of the repository's UUID, then the point's id.
+OURS = re.compile(r"vmk-[0-9a-f]{8}-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{4}")
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,12 @@ def read_ours(handle: Any, prefix: str, active: bool) -> dict[str, Checkpoint]:
             xml = one.getXMLDesc(constant("VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN") or 0)
         found[one.getName()] = parse_checkpoint(xml)
     return found
+
+
+def names_of_ours(handle: Any) -> list[str]:
+    """The names of all checkpoints that this collection made, for whichever repository."""
+    with explaining(f"Reading the checkpoints of domain {handle.name()!r}"):
+        return [name for one in handle.listAllCheckpoints() if OURS.match(name := one.getName())]
 
 
 def full_xml(handle: Any, name: str) -> str:

@@ -68,7 +68,7 @@ def _check_disk(repository: Repository, found: Found, target: str, level: str) -
         return [Finding(point.id, target, error.problem)]
     findings: list[Finding] = []
     for holder in lineage:
-        findings += _check_link(repository, holder, target)
+        findings += check_link(repository, holder, target)
     if findings:
         return findings  # what stands on a broken link cannot be read any further
     if level == "structure":
@@ -86,7 +86,7 @@ def image_path(repository: Repository, point: Point, target: str) -> str:
     return os.path.join(repository.point_directory(point.domain_uuid, point.id), f"{target}.qcow2")
 
 
-def _check_link(repository: Repository, point: Point, target: str) -> list[Finding]:
+def check_link(repository: Repository, point: Point, target: str) -> list[Finding]:
     """The header, read by our own parser before any tool follows what it says."""
     path = image_path(repository, point, target)
     disk = point.disk(target)
