@@ -42,8 +42,13 @@ class AgentInfo:
     commands: frozenset[str]
 
     @property
+    def can_tell_frozen(self) -> bool:
+        """It can be asked whether the guest is frozen."""
+        return "guest-fsfreeze-status" in self.commands
+
+    @property
     def can_freeze(self) -> bool:
-        """Freezing, thawing and asking for the state are all allowed."""
+        """Freezing, thawing and asking for the state are all allowed. Never so while the guest is frozen: ask that first."""
         return {"guest-fsfreeze-freeze", "guest-fsfreeze-thaw", "guest-fsfreeze-status"} <= self.commands
 
     @property
@@ -151,6 +156,23 @@ def write_file(domain: Any, path: str, content: bytes) -> bool:
         return False
 
 
+def mountpoints(domain: Any) -> tuple[str, ...]:
+    """The guest's mounted filesystems as the agent lists them, bounded; empty when it cannot say.
+
+    Not ``virDomainGetFSInfo``, which waits for ever by default: a dead network mount in the guest hangs it.
+    """
+    try:
+        entries = command(domain, "guest-get-fsinfo")
+    except AgentSilent:
+        return ()
+    found = (
+        [entry.get("mountpoint") for entry in entries[:256] if isinstance(entry, dict)]
+        if isinstance(entries, list)
+        else []
+    )
+    return tuple(name for name in found if isinstance(name, str) and len(name) <= 1024 and name.isprintable())
+
+
 def flush(domain: Any, info: AgentInfo | None, *, seconds: float = 30.0) -> bool:
     """Let a Linux guest write its dirty pages while it still runs, so that the freeze has little left to write.
 
@@ -199,6 +221,11 @@ def finite_timeout(domain: Any, seconds: int) -> Iterator[None]:
     finally:
         with contextlib.suppress(AgentSilent):
             set_response_timeout(domain, previous)
+
+
+def freeze_limit(deadline: float) -> int:
+    """Seconds that a freeze may take of a deadline; the rest is for the cut and two thaws."""
+    return max(2, int(deadline * 0.6))
 
 
 def set_response_timeout(domain: Any, seconds: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from .._errors import LibvirtFailed
+from .._errors import Busy, LibvirtFailed
 from .binding import libvirt
 from .connection import constant, explaining, message_of
 from .domain_model import Disk, read_domain
@@ -77,6 +77,22 @@ def _pivot(domain: Any, target: str) -> bool:
             state="The guest runs; the commit goes on.",
             advice="Run this again to take it up",
         ) from error
+
+
+def wait_idle(domain: Any, *, seconds: float = 60.0) -> None:
+    """Wait until libvirt has no domain-wide job; raises :class:`Busy` after ``seconds``.
+
+    A call whose caller was killed goes on inside libvirtd: until it is over, what the domain looks like says nothing.
+    """
+    give_up = time.monotonic() + seconds
+    while (job := running_job(domain)) is not None:
+        if time.monotonic() > give_up:
+            raise Busy(
+                f"libvirt is still busy with {job} of domain {domain.name()!r}",
+                state="What an interrupted run left there is kept.",
+                advice="Wait for it (domain_job shows it), then run this again",
+            )
+        time.sleep(_POLL_SECONDS)
 
 
 def running_job(domain: Any) -> str | None:

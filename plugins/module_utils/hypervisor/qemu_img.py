@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ class ImageToolFailed(VmkeeperError):
     kind = "qemu_img"
 
 
-def run(arguments: Sequence[str], *, doing: str, timeout: float | None = None) -> str:
+def run(arguments: Sequence[str], *, doing: str, timeout: float | None = None, pass_fds: Sequence[int] = ()) -> str:
     """Run ``qemu-img`` and return its standard output; raises :class:`ImageToolFailed` beginning with ``doing``."""
     program = shutil.which("qemu-img", path=_ENVIRONMENT["PATH"])
     if program is None:
@@ -39,6 +40,7 @@ def run(arguments: Sequence[str], *, doing: str, timeout: float | None = None) -
             timeout=timeout,
             check=False,
             umask=0o077,
+            pass_fds=pass_fds,
         )
     except subprocess.TimeoutExpired as error:
         raise ImageToolFailed(f"{doing}: qemu-img did not finish within {timeout:.0f} s") from error
@@ -48,25 +50,33 @@ def run(arguments: Sequence[str], *, doing: str, timeout: float | None = None) -
     return finished.stdout.decode(errors="replace")
 
 
+def holds_data(path: str) -> bool:
+    """Whether anything was ever written to this qcow2 layer itself. Its backing file is not opened; nobody may hold it."""
+    image = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": path}}
+    extents = run(["map", "--output=json", f"json:{json.dumps(image)}"], doing=f"Reading the map of {path}")
+    # ``present`` came with QEMU 6.1; before, an untouched layer cannot be told from one full of zeroes.
+    return any(extent.get("present", extent["data"] or extent["zero"]) for extent in json.loads(extents))
+
+
 def create_overlay(path: str, *, backing: str, backing_format: str, size: int | None, owner: tuple[int, int]) -> None:
     """Make a private qcow2 overlay of ``backing`` at ``path``, which must not exist, owned as QEMU needs it.
 
-    The name is claimed with O_EXCL first, so that two runs cannot make the same file and nothing is overwritten.
-    ``-u`` leaves the backing file closed: it may be in use by the running guest.
+    The name is claimed with O_EXCL first, so that two runs cannot make the same file and nothing is overwritten, and
+    everything else goes through that descriptor: whoever may write to the directory cannot put a link in its place.
+    ``-u`` leaves the backing file closed: it may be in use by the running guest.  Raises FileExistsError.
     """
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        arguments = ["create", "-q", "-f", "qcow2", "-u", "-F", backing_format, "-b", backing, path]
+        claimed = f"/proc/self/fd/{descriptor}"
+        arguments = ["create", "-q", "-f", "qcow2", "-u", "-F", backing_format, "-b", backing, claimed]
         if size is not None:
             arguments.append(str(size))
-        run(arguments, doing=f"Making the overlay {path}")
-        os.chown(path, *owner)
-        os.chmod(path, 0o600)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        run(arguments, doing=f"Making the overlay {path}", pass_fds=(descriptor,))
+        os.fchown(descriptor, *owner)
+        os.fchmod(descriptor, 0o600)
+        os.fsync(descriptor)
     except BaseException:
         os.unlink(path)
         raise
+    finally:
+        os.close(descriptor)

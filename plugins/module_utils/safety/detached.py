@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from .._errors import VmkeeperError
 from . import places
@@ -40,16 +41,23 @@ def keep_payload(destination: str) -> str:
     root = payload_root()
     if not os.path.isfile(root):
         return root
-    shutil.copyfile(root, destination)
-    os.chmod(destination, 0o600)
+    # Another worker may be importing from an older copy: it keeps the old file, and never sees half of a new one.
+    new = f"{destination}.{os.getpid()}"
+    shutil.copyfile(root, new)
+    os.chmod(new, 0o600)
+    os.replace(new, destination)
     return destination
 
 
-def launch(entry: str, ticket: str, *, payload: str, unit: str, description: str) -> str:
+def launch(
+    entry: str, ticket: str, *, payload: str, unit: str, description: str, before_end_of: Sequence[str] = ()
+) -> str:
     """Start ``entry.main(ticket)`` detached; returns how (``systemd`` or ``fork``).
 
-    ``entry`` is the absolute name of a module of this collection; ``ticket`` the path of the file that tells it what
-    to do.  The caller must wait for its own sign that the process is at work.
+    ``entry`` is the absolute name of a module of this collection, which the caller must import itself, or Ansible ships
+    the caller's module without it; ``ticket`` the path of the file that tells it what to do.  The caller must wait for
+    its own sign that the process is at work.  ``before_end_of`` names systemd services that must still be there when the
+    process is told to end.
     """
     values = {"payload": payload, "entry": entry, "ticket": ticket}
     runner = shutil.which("systemd-run")
@@ -62,6 +70,8 @@ def launch(entry: str, ticket: str, *, payload: str, unit: str, description: str
             f"--description={description}",
             "--property=UMask=0077",
         ]
+        # Ordered after them at start means ended before them at shutdown.
+        command += [f"--property=After={service}" for service in before_end_of]
         if _run([*command, sys.executable, "-I", "-c", _BOOTSTRAP.format(**values)]) == 0:
             return "systemd"
     if _run([sys.executable, "-I", "-c", _DOUBLE_FORK.format(**values)]) != 0:

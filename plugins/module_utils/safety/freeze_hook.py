@@ -16,8 +16,9 @@ from typing import Any
 from ..hypervisor import agent
 
 HOOK = "/etc/qemu/fsfreeze-hook.d/50-vmkeeper"
-NONCE = "/run/vmkeeper/nonce"
-STAMP = "/run/vmkeeper/stamp"
+#: Files, not a directory: nothing has to be made in the guest at boot. /run is never frozen.
+NONCE = "/run/vmkeeper.nonce"
+STAMP = "/run/vmkeeper.stamp"
 
 
 def prepare(domain: Any, info: agent.AgentInfo | None) -> str | None:

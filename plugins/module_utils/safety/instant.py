@@ -21,15 +21,11 @@ from ..hypervisor import agent
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import message_of, open_connection
 from ..hypervisor.domain_model import DomainState, read_state
-from . import freeze_hook, guard
+from . import freeze_hook, guard, thaw
 from .journal import Journal
 from .ticket import Ticket, Ward
 
 T = TypeVar("T")
-
-#: Share of the deadline that the freeze itself may take; the rest is for the cut and two thaws.
-_FREEZE_SHARE = 0.6
-_THAW_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,8 @@ class Member:
 class Outcome(Generic[T]):
     """What happened to one member. Exactly one of ``value`` and ``error`` is set; times are in milliseconds.
 
-    ``frozen_over_cut``: the agent said ``frozen`` after the cut and no guard had fired.  ``thawed`` is False only when
-    the agent could not confirm the thaw; the guard is then still at it.
+    ``frozen_over_cut``: the agent said ``frozen`` after the cut and no guard had fired.  ``thawed`` and ``resumed`` are False
+    only when that could not be confirmed; the guard is then still at it.
     """
 
     member: Member
@@ -67,6 +63,7 @@ class Outcome(Generic[T]):
     frozen_over_cut: bool = False
     hook_proved: bool = False
     thawed: bool = True
+    resumed: bool = True
     why_not_frozen: str | None = None
 
 
@@ -101,6 +98,7 @@ class _Seat:
     held: bool = False
     thaw_ended: float | None = None
     thawed: bool = True
+    answering: Any = None
     pause_began: float | None = None
     pause_ended: float | None = None
     value: Any = None
@@ -124,6 +122,7 @@ class _Seat:
             cut_ms=self.cut_ms,
             frozen_over_cut=self.held,
             thawed=self.thawed,
+            resumed=self.pause_began is None or self.pause_ended is not None,
             why_not_frozen=self.freeze_error,
         )
 
@@ -152,9 +151,17 @@ class _Window:
                 self._suspend(pausing)
                 self._cut(cut)
             finally:
-                self._resume(pausing)
-                self._look_at_standing()
-                self._thaw(freezing)
+                # Each of the three whatever becomes of the one before it.
+                try:
+                    self._resume(pausing)
+                finally:
+                    try:
+                        self._look_at_standing()
+                    finally:
+                        self._thaw(freezing)
+        except VmkeeperError as error:
+            error.state = self._state_after_failure()
+            raise
         finally:
             self._stand_down(freezing)
         outcomes = {seat.member.uuid: seat.outcome() for seat in self._seats}
@@ -162,6 +169,15 @@ class _Window:
             if seat.held and freeze_hook.proved(seat.member.handle, seat.nonce):
                 outcomes[seat.member.uuid] = replace(outcomes[seat.member.uuid], hook_proved=True)
         return outcomes
+
+    def _state_after_failure(self) -> str:
+        left = [seat.member.name for seat in self._seats if not seat.thawed or not seat.outcome().resumed]
+        if left:
+            return (
+                f"No snapshot was taken. It is not confirmed that {', '.join(left)} is thawed and running;"
+                " the guard on this host goes on with that"
+            )
+        return "No snapshot was taken; every guest runs as before."
 
     def _arm(self, freezing: Sequence[_Seat], pausing: Sequence[_Seat]) -> None:
         wards = []
@@ -181,9 +197,7 @@ class _Window:
                     )
                 )
         self._journal.step("arm")
-        self._ticket = guard.arm(
-            self._uri, wards, seconds=self._deadline, purpose=self._purpose, bound_to_this_run=True
-        )
+        self._ticket = guard.arm(self._uri, wards, seconds=self._deadline, purpose=self._purpose)
         self._journal.step("armed", ticket=self._ticket.path)
 
     def _phase(self, name: str) -> None:
@@ -191,16 +205,25 @@ class _Window:
             self._ticket.enter_phase(name)
         self._journal.moment(name)
 
+    def _late_phase(self, name: str) -> None:
+        """A phase of the way back, where nothing may keep a guest from being thawed."""
+        with contextlib.suppress(OSError):
+            self._phase(name)
+
     def _prepare(self, freezing: Sequence[_Seat]) -> None:
-        for seat in freezing:
+        def prepare_one(seat: _Seat) -> None:
             seat.nonce = freeze_hook.prepare(seat.member.handle, seat.member.info)
             # Finite before any freeze: this limit alone frees libvirtd, and us, from an agent that hangs.
-            agent.set_response_timeout(seat.member.handle, max(2, int(self._deadline * _FREEZE_SHARE)))
+            agent.set_response_timeout(seat.member.handle, agent.freeze_limit(self._deadline))
+
+        _in_threads(prepare_one, freezing)
 
     def _freeze(self, freezing: Sequence[_Seat]) -> None:
         if not freezing:
             return
         self._phase("freeze")
+        if self._ticket is not None:
+            guard.check(self._ticket)
         _in_threads(self._freeze_one, freezing)
         self._phase("frozen")
         refused = [seat for seat in freezing if not seat.frozen and seat.member.required]
@@ -208,7 +231,6 @@ class _Window:
             raise AgentSilent(
                 "; ".join(f"Domain {seat.member.name!r} could not be frozen: {seat.freeze_error}" for seat in refused),
                 advice="See the guest agent's log in the guest, or use quiesce: auto to accept a crash-consistent result",
-                state="No snapshot was taken and every guest was thawed.",
             )
         for seat in freezing:
             if not seat.frozen:
@@ -217,6 +239,7 @@ class _Window:
 
     def _freeze_one(self, seat: _Seat) -> None:
         seat.freeze_began = time.monotonic()
+        seat.thawed = False  # until it is proved again
         try:
             seat.frozen = seat.member.handle.fsFreeze() > 0
             if not seat.frozen:
@@ -228,6 +251,8 @@ class _Window:
         if not pausing:
             return
         self._phase("suspend")
+        if self._ticket is not None:
+            guard.check(self._ticket)
         _in_threads(self._suspend_one, pausing)
         self._phase("suspended")
         for seat in pausing:
@@ -239,10 +264,7 @@ class _Window:
         try:
             seat.member.handle.suspend()
         except libvirt.libvirtError as error:
-            seat.error = LibvirtFailed(
-                f"Domain {seat.member.name!r} could not be paused: {message_of(error)}",
-                state="Nothing was taken of any domain of the group.",
-            )
+            seat.error = LibvirtFailed(f"Domain {seat.member.name!r} could not be paused: {message_of(error)}")
 
     def _cut(self, cut: Callable[[Member], Any]) -> None:
         def cut_one(seat: _Seat) -> None:
@@ -262,6 +284,9 @@ class _Window:
         self._phase("cut")
         _in_threads(cut_one, self._seats)
         self._phase("cut-done")
+        if self._suspends and self._guard_fired():
+            for seat in self._seats:
+                seat.error = seat.error or VmkeeperError("The deadline passed before every domain of the group was cut")
 
     def _resume(self, pausing: Sequence[_Seat]) -> None:
         if any(seat.pause_began is not None for seat in pausing):
@@ -282,7 +307,7 @@ class _Window:
         for seat in self._seats:
             if seat.member.standing:
                 with contextlib.suppress(VmkeeperError):
-                    seat.held = agent.is_frozen(seat.member.handle, seconds=_THAW_SECONDS)
+                    seat.held = agent.is_frozen(seat.member.handle)
 
     def _thaw(self, freezing: Sequence[_Seat]) -> None:
         begun = [seat for seat in freezing if seat.freeze_began is not None]
@@ -290,35 +315,23 @@ class _Window:
             return
         self._journal.moment("thaw")
         _in_threads(self._thaw_one, begun)
-        self._phase("thawed")
+        self._late_phase("thawed")
 
     def _thaw_one(self, seat: _Seat) -> None:
-        if seat.thaw_ended is not None:
+        if seat.thaw_ended is not None and seat.thawed:
             return
         with contextlib.suppress(VmkeeperError):
             # Proof that the freeze held: the agent still says so after the cut, and nobody thawed in between.
             if seat.frozen:
-                seat.held = agent.is_frozen(seat.member.handle, seconds=_THAW_SECONDS) and not self._guard_fired()
-                if seat.held:
-                    self._phase(f"held:{seat.member.uuid}")
-        # A freeze that failed or timed out may have frozen all the same: thaw it always, and then twice.
-        times = 1 if seat.frozen else 2
-        seat.thawed = False
+                seat.held = agent.is_frozen(seat.member.handle) and not self._guard_fired()
+        if seat.held:
+            self._late_phase(f"held:{seat.member.uuid}")
         for handle in self._handles(seat):
-            try:
-                with contextlib.suppress(VmkeeperError):
-                    agent.set_response_timeout(handle, _THAW_SECONDS)
-                for _time in range(times):
-                    handle.fsThaw()
-                seat.thaw_ended = time.monotonic()
-                seat.thawed = not agent.is_frozen(handle)
+            # A freeze that failed or timed out may have frozen all the same: thaw it always, and then twice.
+            seat.thawed, seat.thaw_ended = thaw.thaw(handle, times=1 if seat.frozen else 2)
+            if seat.thawed:
+                seat.answering = handle
                 break
-            except (libvirt.libvirtError, VmkeeperError):
-                if not _still_running(handle):
-                    seat.thawed = True
-                    break
-        if seat.thaw_ended is None:
-            seat.thaw_ended = time.monotonic()
 
     def _guard_fired(self) -> bool:
         return self._ticket is not None and self._ticket.fired()
@@ -339,17 +352,10 @@ class _Window:
         for seat in freezing:
             if seat.thawed:
                 with contextlib.suppress(VmkeeperError):
-                    agent.set_response_timeout(seat.member.handle, seat.previous_timeout)
+                    agent.set_response_timeout(seat.answering or seat.member.handle, seat.previous_timeout)
         paused = any(seat.pause_began is not None and seat.pause_ended is None for seat in self._seats)
         if all(seat.thawed for seat in freezing) and not paused:
             self._ticket.tear_up()
-
-
-def _still_running(handle: Any) -> bool:
-    try:
-        return bool(handle.isActive())
-    except libvirt.libvirtError:
-        return True
 
 
 def _in_threads(work: Callable[[_Seat], object], seats: Sequence[_Seat]) -> None:

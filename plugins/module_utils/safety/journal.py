@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .._errors import Unfinished
-from . import places, processes
+from . import places, processes, ticket
 
 FORMAT = 1
 
@@ -90,9 +90,14 @@ class Journal:
 
     def finish(self) -> None:
         """The operation is over, or wholly undone."""
-        for path in [*self._links, self._path]:
-            places.unlink_quietly(path)
+        # The operation itself first: a link that is left over names nothing, and is not taken for one.
+        places.unlink_quietly(self._path)
         places.fsync_directory(self._directory)
+        for link in self._links:
+            places.unlink_quietly(link)
+        armed = self.operation.last("armed")
+        if armed is not None:
+            ticket.forget(armed["ticket"])
 
 
 def unfinished(uuid: str, *, directory: str = places.JOURNAL) -> Journal | None:

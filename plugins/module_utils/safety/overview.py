@@ -14,7 +14,6 @@ from ..hypervisor.block_jobs import running_job
 from ..hypervisor.capture import choose
 from ..hypervisor.domain_model import Disk, Domain, read_domain
 from . import consistency, journal, locks
-from .standing_freeze import mountpoints_of
 from .ticket import tickets_of
 
 
@@ -45,8 +44,10 @@ def describe(handle: Any) -> dict[str, Any]:
         "disks": disks,
         "agent": _agent(live, info, problem),
         "frozen": _frozen(handle, info),
-        "freeze_deadline_at": next((ticket.deadline_at for ticket in tickets_of(live.uuid)), None),
-        "filesystems": list(mountpoints_of(handle)) if info is not None else [],
+        "freeze_deadline_at": next(
+            (ticket.deadline_at() for ticket in tickets_of(live.uuid) if ticket.watched()), None
+        ),
+        "filesystems": list(agent.mountpoints(handle)) if info is not None else [],
         "would_capture": [disk.target for disk in capture.disks],
         "not_captured": [part.as_result() for part in capture.left_out],
         "checkpoints": list(live.checkpoints),
@@ -81,7 +82,7 @@ def _agent(domain: Domain, info: agent.AgentInfo | None, problem: str | None) ->
 
 
 def _frozen(handle: Any, info: agent.AgentInfo | None) -> bool | None:
-    if info is None or not info.can_freeze:
+    if info is None or not info.can_tell_frozen:
         return None
     try:
         return agent.is_frozen(handle)

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import stat
+import subprocess
 import tempfile
 from typing import Any
 
@@ -36,6 +37,23 @@ def private_directory(path: str) -> str:
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         raise Refused(f"{path} is not a directory of this user", advice="Remove it; it is made again when it is needed")
     return path
+
+
+def reachable_by(path: str, owner: tuple[int, int]) -> bool:
+    """Whether that uid and gid get into a directory: asked of the kernel as that user, for ACLs count too."""
+    if owner[0] == 0:
+        return True
+    finished = subprocess.run(  # pylint: disable=ansible-bad-function
+        ["/usr/bin/test", "-x", path],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        user=owner[0],
+        group=owner[1],
+        extra_groups=[],
+        cwd="/",
+        check=False,
+    )
+    return finished.returncode == 0
 
 
 def fsync_directory(path: str) -> None:

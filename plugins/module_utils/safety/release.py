@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 from .._errors import Busy
-from . import watch
-from .processes import ProcessIdentity
+from . import guard
 from .ticket import Ticket, tickets_of
 
 #: A living guard notices a dead owner within its poll interval; a hung agent makes it take longer.
@@ -18,24 +16,31 @@ _PATIENCE_SECONDS = 60.0
 
 
 def orphaned(ticket: Ticket) -> bool:
-    """Whether the run that armed this ticket is dead. A freeze on request (fsfreeze) has no owner and is no orphan."""
-    return ticket.owner is not None and not ProcessIdentity(*ticket.owner).alive
+    """Whether nobody looks after this ticket: its run is dead, and the freeze was not meant to outlive it."""
+    return not ticket.owner_alive and not ticket.standing()
 
 
 def release_orphans(uuid: str) -> bool:
-    """Wait for, or do, the thaw of a domain whose owner is dead; True when there was something to do."""
-    found = [ticket for ticket in tickets_of(uuid) if orphaned(ticket)]
-    for ticket in found:
+    """Wait for the thaw of a domain whose owner is dead, with a new guard where the guard is dead too.
+
+    True when there was something to do.  A freeze on request (``standing``) is no orphan, but never without a guard.
+    """
+    found = False
+    for ticket in tickets_of(uuid):
+        if ticket.standing() and not ticket.watched():
+            guard.post(ticket)
+        if not orphaned(ticket):
+            continue
+        found = True
         give_up = time.monotonic() + _PATIENCE_SECONDS
-        while os.path.exists(ticket.path):
+        while ticket.exists:
             if not ticket.watched():
-                watch.main(ticket.path)  # its guard is dead too: be the guard
-            elif time.monotonic() > give_up:
+                guard.post(ticket)
+            if time.monotonic() > give_up:
                 raise Busy(
                     f"{ticket.names} was left frozen or paused by an interrupted run, and its agent does not answer the guard",
                     state="The guard on this host goes on thawing.",
                     advice="Look at the guest; if it hangs, restart its qemu-guest-agent",
                 )
-            else:
-                time.sleep(0.1)
-    return bool(found)
+            time.sleep(0.1)
+    return found

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from .._errors import AgentSilent, NotFound, VmkeeperError
+from .._errors import AgentSilent, Conflict, NotFound, VmkeeperError
 from ..hypervisor import agent
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import message_of
 from ..hypervisor.domain_model import Domain, read_domain
 from . import consistency, guard, locks, release
-from .ticket import Ticket, Ward, tickets_of
-
-_FREEZE_SHARE = 0.6
-_LONGEST_LIST = 256
-_LONGEST_NAME = 1024
+from . import thaw as thawing
+from .ticket import Ticket, Ward, forget, tickets_of
 
 
 @dataclass(frozen=True)
@@ -44,60 +42,74 @@ class Condition:
         }
 
 
-def mountpoints_of(handle: Any) -> tuple[str, ...]:
-    """The guest's mounted filesystems as the agent lists them, bounded; empty when it cannot say."""
-    try:
-        filesystems = handle.fsInfo()
-    except libvirt.libvirtError:
-        return ()
-    names = [str(filesystem[0])[:_LONGEST_NAME] for filesystem in filesystems[:_LONGEST_LIST]]
-    return tuple(name for name in names if name.isprintable())
-
-
 def standing_ticket(uuid: str) -> Ticket | None:
     """The ticket of a freeze on request that is still under guard."""
-    return next((ticket for ticket in tickets_of(uuid) if ticket.owner is None and ticket.watched()), None)
+    return next((ticket for ticket in tickets_of(uuid) if ticket.standing() and ticket.watched()), None)
 
 
 def freeze(
-    uri: str,
-    handles: Sequence[Any],
-    *,
-    mountpoints: Sequence[str] | None,
-    deadline: float,
-    check: bool = False,
+    uri: str, handles: Sequence[Any], *, mountpoints: Sequence[str] | None, deadline: float, check: bool = False
 ) -> list[Condition]:
     """``state: frozen``. All domains or none: where one cannot be frozen, those that were are thawed again."""
     with _locked(handles, "fsfreeze", check):
-        readied = [_ready(handle, check) for handle in handles]
-        domains = [domain for domain, _info in readied]
-        present = [agent.is_frozen(handle) for handle in handles]
-        tickets = [standing_ticket(domain.uuid) for domain in domains]
-        missing = [number for number, frozen in enumerate(present) if not (frozen and tickets[number])]
-        lists = [
-            _check_mountpoints(domains[n], () if present[n] else mountpoints_of(handles[n]), mountpoints)
-            for n in range(len(handles))
-        ]
-        new: Ticket | None = None
+        candidates = [_Candidate.of(handle, mountpoints, check) for handle in handles]
+        missing = [candidate for candidate in candidates if candidate.ticket is None]
         if missing and not check:
-            for number in missing:
-                if not present[number]:
-                    agent.flush(handles[number], readied[number][1])
-            new = _freeze_under_guard(uri, handles, domains, missing, present, mountpoints, deadline)
-        conditions = []
-        for number, domain in enumerate(domains):
-            ticket = new if number in missing else tickets[number]
-            conditions.append(
-                Condition(
-                    domain.name,
-                    frozen=True,
-                    filesystems=tuple(mountpoints or lists[number] or (ticket.mountpoints if ticket else ())),
-                    deadline_at=ticket.deadline_at if ticket else None,
-                    changed=number in missing,
-                    was_frozen=present[number],
-                )
+            _freeze_under_guard(uri, missing, mountpoints, deadline)
+        return [
+            Condition(
+                candidate.domain.name,
+                frozen=True,
+                filesystems=tuple(mountpoints or candidate.mountpoints),
+                deadline_at=candidate.ticket.deadline_at() if candidate.ticket else None,
+                changed=candidate in missing,
+                was_frozen=candidate.frozen,
             )
-        return conditions
+            for candidate in candidates
+        ]
+
+
+@dataclass
+class _Candidate:
+    """A domain that is to be frozen; ``ticket`` is that of the freeze that it has, or gets."""
+
+    handle: Any
+    domain: Domain
+    info: agent.AgentInfo | None
+    frozen: bool
+    mountpoints: tuple[str, ...]
+    ticket: Ticket | None
+
+    @classmethod
+    def of(cls, handle: Any, wanted: Sequence[str] | None, check: bool) -> _Candidate:
+        """Look at a domain; raises where it cannot be frozen as asked."""
+        domain = read_domain(handle)
+        if not check:
+            release.release_orphans(domain.uuid)
+        info, problem, frozen = None, None, False
+        if domain.state.running and domain.agent_configured:
+            try:
+                info = agent.ask_info(handle)
+                frozen = info.can_tell_frozen and agent.is_frozen(handle)
+            except AgentSilent as error:
+                problem = error.problem
+        # A frozen guest's agent has the freeze itself switched off, which is no obstacle.
+        obstacle = None if frozen else consistency.agent_obstacle(domain, info, problem)
+        if obstacle:
+            raise AgentSilent(
+                f"Domain {domain.name!r} cannot be frozen: {obstacle}",
+                advice="It must run, with qemu-guest-agent started in the guest and its channel in the definition",
+            )
+        ticket = standing_ticket(domain.uuid) if frozen else None
+        if ticket is not None and ticket.mountpoints != tuple(wanted or ()):
+            raise Conflict(
+                f"The guest of domain {domain.name!r} is frozen already, on "
+                + (", ".join(ticket.mountpoints) or "all filesystems"),
+                advice="Thaw it first (state: thawed)",
+            )
+        mountpoints = () if frozen else agent.mountpoints(handle)
+        _check_mountpoints(domain, mountpoints, wanted)
+        return cls(handle, domain, info, frozen, mountpoints, ticket)
 
 
 def _locked(handles: Sequence[Any], operation: str, check: bool) -> Any:
@@ -106,26 +118,7 @@ def _locked(handles: Sequence[Any], operation: str, check: bool) -> Any:
     return locks.hold([(handle.UUIDString(), handle.name()) for handle in handles], operation)
 
 
-def _ready(handle: Any, check: bool) -> tuple[Domain, agent.AgentInfo | None]:
-    domain = read_domain(handle)
-    if not check:
-        release.release_orphans(domain.uuid)
-    info, problem = None, None
-    if domain.state.running and domain.agent_configured:
-        try:
-            info = agent.ask_info(handle)
-        except AgentSilent as error:
-            problem = error.problem
-    obstacle = consistency.agent_obstacle(domain, info, problem)
-    if obstacle:
-        raise AgentSilent(
-            f"Domain {domain.name!r} cannot be frozen: {obstacle}",
-            advice="It must run, with qemu-guest-agent started in the guest and its channel in the definition",
-        )
-    return domain, info
-
-
-def _check_mountpoints(domain: Domain, existing: tuple[str, ...], wanted: Sequence[str] | None) -> tuple[str, ...]:
+def _check_mountpoints(domain: Domain, existing: tuple[str, ...], wanted: Sequence[str] | None) -> None:
     """The agent silently ignores mountpoints that do not exist; a person who named one believes that it is frozen."""
     unknown = [name for name in wanted or () if existing and name not in existing]
     if unknown:
@@ -134,74 +127,63 @@ def _check_mountpoints(domain: Domain, existing: tuple[str, ...], wanted: Sequen
             advice="Its mountpoints are: " + ", ".join(existing),
             existing=list(existing),
         )
-    return existing
 
 
 def _freeze_under_guard(
-    uri: str,
-    handles: Sequence[Any],
-    domains: Sequence[Domain],
-    missing: Sequence[int],
-    present: Sequence[bool],
-    mountpoints: Sequence[str] | None,
-    deadline: float,
-) -> Ticket:
-    wards = [
-        Ward(
-            domains[n].uuid,
-            domains[n].name,
-            domains[n].runtime_id,
-            True,
-            False,
-            agent.response_timeout(handles[n]),
-        )
-        for n in missing
-    ]
-    ticket = guard.arm(
-        uri,
-        wards,
-        seconds=deadline,
-        purpose="fsfreeze",
-        bound_to_this_run=False,
-        mountpoints=mountpoints or (),
-    )
-    begun: list[Any] = []
+    uri: str, candidates: Sequence[_Candidate], mountpoints: Sequence[str] | None, deadline: float
+) -> None:
+    """Freeze all, each under a ticket of its own, so that each can be thawed for itself later."""
+    names = ", ".join(candidate.domain.name for candidate in candidates)
     try:
-        for number in missing:
-            handle = handles[number]
-            if present[number]:
-                continue  # frozen by other means, without a deadline: now it has one
-            begun.append(handle)
-            with agent.finite_timeout(handle, max(2, int(deadline * _FREEZE_SHARE))):
-                frozen = handle.fsFreeze(list(mountpoints) if mountpoints else None)
-            if not frozen:
-                raise AgentSilent(f"The guest agent of domain {domains[number].name!r} froze no filesystem", state="")
+        for candidate in candidates:
+            if not candidate.frozen:
+                agent.flush(candidate.handle, candidate.info)
+            candidate.ticket = _arm(uri, candidate, mountpoints, deadline)
+        with ThreadPoolExecutor(max_workers=len(candidates)) as pool:
+            list(pool.map(lambda one: _freeze_one(one, mountpoints, deadline), candidates))
+        for candidate in candidates:
+            if candidate.ticket is not None:
+                guard.check(candidate.ticket)
+                candidate.ticket.enter_phase("standing")
     except BaseException as error:
-        # Thaw always, also when the freeze failed, and then twice: it may have frozen all the same.
-        thawed = [_thaw_surely(handle) for handle in begun]
-        if all(thawed):
-            ticket.tear_up()
-        if isinstance(error, (libvirt.libvirtError, VmkeeperError)):
-            raise AgentSilent(
-                f"Freezing {', '.join(domains[n].name for n in missing)} failed: {message_of(error)}",
-                state="Every guest was thawed." if not ticket.watched() else "The guard on this host goes on thawing.",
-                advice="See the guest agent's log in the guest",
-            ) from error
-        raise
-    return ticket
+        left = [candidate.domain.name for candidate in candidates if not _give_up(candidate)]
+        if not isinstance(error, (libvirt.libvirtError, VmkeeperError)):
+            raise
+        raise AgentSilent(
+            f"Freezing {names} failed: {error.problem if isinstance(error, VmkeeperError) else message_of(error)}",
+            state=f"The guard on this host goes on thawing {', '.join(left)}." if left else "Every guest was thawed.",
+            advice="See the guest agent's log in the guest",
+        ) from error
 
 
-def _thaw_surely(handle: Any) -> bool:
-    for _time in range(2):
-        with (
-            contextlib.suppress(libvirt.libvirtError, VmkeeperError),
-            agent.finite_timeout(handle, agent.PROMPT_SECONDS),
-        ):
-            handle.fsThaw()
-    try:
-        return not agent.is_frozen(handle)
-    except VmkeeperError:
-        return not handle.isActive()
+def _arm(uri: str, candidate: _Candidate, mountpoints: Sequence[str] | None, deadline: float) -> Ticket:
+    domain = candidate.domain
+    previous = agent.response_timeout(candidate.handle)
+    ward = Ward(domain.uuid, domain.name, domain.runtime_id, thaw=True, resume=False, agent_timeout=previous)
+    return guard.arm(uri, [ward], seconds=deadline, purpose="fsfreeze", mountpoints=mountpoints or ())
+
+
+def _freeze_one(candidate: _Candidate, mountpoints: Sequence[str] | None, deadline: float) -> None:
+    if candidate.ticket is None:
+        return
+    candidate.ticket.enter_phase("freeze")
+    guard.check(candidate.ticket)
+    if candidate.frozen:
+        return  # frozen by other means, without a deadline: now it has one
+    with agent.finite_timeout(candidate.handle, agent.freeze_limit(deadline)):
+        if not candidate.handle.fsFreeze(list(mountpoints) if mountpoints else None):
+            raise AgentSilent(f"The guest agent of domain {candidate.domain.name!r} froze no filesystem", state="")
+
+
+def _give_up(candidate: _Candidate) -> bool:
+    """Thaw what may be frozen, also when the freeze failed, and then twice; False leaves it to the guard."""
+    if candidate.ticket is None:
+        return True
+    if candidate.ticket.began() is not None and not thawing.thaw(candidate.handle, times=2)[0]:
+        return False
+    candidate.ticket.tear_up()
+    forget(candidate.ticket.path)
+    return True
 
 
 def thaw(handles: Sequence[Any], *, check: bool = False) -> list[Condition]:
@@ -217,49 +199,23 @@ def _thaw_one(handle: Any, check: bool) -> Condition:
         return Condition(domain.name, frozen=False, filesystems=(), deadline_at=None, changed=False)
     if not domain.state.running:
         raise AgentSilent(
-            f"Domain {domain.name!r} is {domain.state.name}, so its agent cannot thaw",
-            advice="Resume it first",
+            f"Domain {domain.name!r} is {domain.state.name}, so its agent cannot thaw", advice="Resume it first"
         )
     was_frozen = agent.is_frozen(handle)
-    if was_frozen and not check:
-        try:
-            with agent.finite_timeout(handle, agent.PROMPT_SECONDS):
-                handle.fsThaw()
-        except libvirt.libvirtError as error:
-            raise AgentSilent(
-                f"Thawing domain {domain.name!r} failed: {message_of(error)}",
-                state="The guest may be frozen; a guard on this host goes on thawing."
-                if tickets
-                else "The guest may be frozen.",
-                advice="Run this again; if the agent hangs, restart qemu-guest-agent in the guest",
-            ) from error
-        if agent.is_frozen(handle):
-            raise AgentSilent(
-                f"Domain {domain.name!r} is still frozen after the thaw", state="", advice="Run this again"
-            )
+    mountpoints: tuple[str, ...] = ()
     if not check:
+        if was_frozen:
+            with agent.finite_timeout(handle, agent.PROMPT_SECONDS):
+                proven, _ended = thawing.thaw(handle)
+            if not proven:
+                raise AgentSilent(
+                    f"Domain {domain.name!r} is not known to be thawed after the thaw",
+                    state="A guard on this host goes on thawing." if tickets else "The guest may be frozen.",
+                    advice="Run this again; if the agent hangs, restart qemu-guest-agent in the guest",
+                )
+            mountpoints = agent.mountpoints(handle)
         for ticket in tickets:
-            if len(ticket.wards) == 1 or not any(
-                _other_frozen(handle, ward.uuid) for ward in ticket.wards if ward.uuid != domain.uuid
-            ):
+            if ticket.standing():
                 ticket.tear_up()
-    filesystems = mountpoints_of(handle) if was_frozen and not check else ()
-    return Condition(
-        domain.name,
-        frozen=False,
-        filesystems=filesystems,
-        deadline_at=None,
-        changed=was_frozen,
-        was_frozen=was_frozen,
-    )
-
-
-def _other_frozen(handle: Any, uuid: str) -> bool:
-    """Whether another ward of a shared ticket still needs its guard."""
-    try:
-        other = handle.connect().lookupByUUIDString(uuid)
-        return bool(other.isActive()) and agent.is_frozen(other)
-    except libvirt.libvirtError:
-        return False
-    except VmkeeperError:
-        return True
+                forget(ticket.path)
+    return Condition(domain.name, False, mountpoints, None, changed=was_frozen, was_frozen=was_frozen)

@@ -3,9 +3,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The guard's own process: it thaws and resumes guests that whoever froze them can no longer thaw.
 
-Started by :mod:`guard` through :mod:`detached`.  It holds a lock on its ticket for as long as it is on watch, acts at the
-deadline or as soon as the process that armed it is dead, and does not stop until the agent says ``thawed``, or the
-domain has stopped.  It imports nothing of Ansible.
+Started by :mod:`guard` through :mod:`detached`.  It holds a lock on its ticket for as long as it is on watch.  It acts when the
+deadline has passed, when the process that armed it is dead, or when it is told to end itself (a host that shuts down), and
+does not stop until the agent says ``thawed``, or the domain has stopped.  While the owner lives and has not torn up the
+ticket the guard stays, and thaws whatever is frozen again.  It imports nothing of Ansible.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import signal
 import syslog
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .._errors import VmkeeperError
@@ -22,14 +26,11 @@ from ..hypervisor import agent
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import code_of, open_connection
 from ..hypervisor.domain_model import read_state
-from .processes import ProcessIdentity
+from . import thaw
 from .ticket import Ticket, Ward
 
 _POLL_SECONDS = 0.1
 _LONGEST_PAUSE = 5.0
-
-#: Attempts before a domain that is thawed but whose agent cannot say so is believed (an agent without fsfreeze-status).
-_UNPROVEN_ATTEMPTS = 3
 
 
 def main(path: str) -> None:
@@ -42,104 +43,112 @@ def main(path: str) -> None:
     ticket = Ticket.read(path)
     if ticket is None:
         return
-    # A connection proves, before anything is frozen, that the guard will be able to act.
-    connection = _Connection(ticket.uri)
-    connection.get()
+    watch = _Watch(ticket)
+    signal.signal(signal.SIGTERM, watch.told_to_end)
+    watch.connection()  # proves, before anything is frozen, that the guard will be able to act
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    fired = False
-    try:
-        fired = _wait(ticket)
-        if fired:
-            _rescue(ticket, connection)
-    finally:
-        # A run that died mid-window leaves it to the next run to judge, by the phases, what its cut is worth.
-        ticket.tear_up(keep_phases=fired and ticket.owner is not None)
+    watch.keep()
 
 
-def _wait(ticket: Ticket) -> bool:
-    """True when it is time to act; False when the ticket was torn up: everybody is safe."""
-    owner = ProcessIdentity(*ticket.owner) if ticket.owner else None
-    while True:
-        current = Ticket.read(ticket.path)
-        if current is None:
-            return False
-        if time.monotonic() >= current.deadline:
-            syslog.syslog(syslog.LOG_WARNING, f"deadline of {current.purpose} passed: thawing {current.names}")
-            return True
-        if owner is not None and not owner.alive:
-            syslog.syslog(syslog.LOG_WARNING, f"the run behind {current.purpose} ended early: thawing {current.names}")
-            return True
-        time.sleep(min(_POLL_SECONDS, max(0.0, current.deadline - time.monotonic())))
-
-
-class _Connection:
-    """A connection that comes back after a libvirtd restart."""
-
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
+class _Watch:
+    def __init__(self, ticket: Ticket) -> None:
+        self._ticket = ticket
         self._connection: Any = None
+        self._connecting = threading.Lock()
+        self._ending = False
+        # Wards that were seen saved to disk: their freeze is in the image, and comes back with the next start.
+        self._saved: set[str] = set()
 
-    def get(self) -> Any:
-        if self._connection is not None:
-            with contextlib.suppress(libvirt.libvirtError):
-                if self._connection.isAlive():
-                    return self._connection
-            with contextlib.suppress(libvirt.libvirtError):
-                self._connection.close()
-        self._connection = open_connection(self._uri)
-        return self._connection
+    def told_to_end(self, _signal: int, _frame: object) -> None:
+        """SIGTERM: the host goes down, and a guest that it suspends would be suspended frozen."""
+        self._ending = True
 
+    def connection(self) -> Any:
+        """A connection that comes back after a libvirtd restart."""
+        with self._connecting:
+            if self._connection is not None:
+                with contextlib.suppress(libvirt.libvirtError):
+                    if self._connection.isAlive():
+                        self._connection.getLibVersion()  # a dead daemon's socket can still look alive
+                        return self._connection
+            self._connection = open_connection(self._ticket.uri)
+            return self._connection
 
-def _rescue(ticket: Ticket, connection: _Connection) -> None:
-    # Before the first thaw: whoever is still inside the window must be able to see that it was broken.
-    ticket.mark_fired()
-    waiting = {ward.uuid: ward for ward in ticket.wards}
-    attempts = 0
-    pause = 0.2
-    while waiting:
-        attempts += 1
-        for ward in list(waiting.values()):
-            if _safe_now(ward, ticket, connection, attempts):
-                syslog.syslog(syslog.LOG_NOTICE, f"{ward.name} is neither frozen nor paused")
-                del waiting[ward.uuid]
-        if waiting:
-            if not os.path.exists(ticket.path):
+    def keep(self) -> None:
+        """Wait, act, and go home only when nobody needs a guard any more."""
+        while True:
+            if not self._wait():
                 return
+            self._rescue()
+            orphaned = not self._ticket.owner_alive
+            if orphaned or self._ending or self._ticket.standing():
+                self._ticket.tear_up()
+                return
+            time.sleep(_POLL_SECONDS)
+
+    def _wait(self) -> bool:
+        """True when it is time to act; False when the ticket was torn up: everybody is safe."""
+        ticket = self._ticket
+        while True:
+            # The owner first: what it tore up before it died is torn up.
+            alive = ticket.owner_alive
+            if not ticket.exists:
+                return False
+            if ticket.overdue():
+                return self._say(f"the deadline of {ticket.purpose} has passed")
+            if not alive and not ticket.standing():
+                return self._say(f"the run behind {ticket.purpose} ended early")
+            if self._ending:
+                return self._say("the guard is told to end")
+            time.sleep(_POLL_SECONDS)
+
+    def _say(self, why: str) -> bool:
+        if not self._ticket.fired():
+            syslog.syslog(syslog.LOG_WARNING, f"{why}: thawing {self._ticket.names}")
+        return True
+
+    def _rescue(self) -> None:
+        """Thaw and resume all wards, side by side, until each is safe."""
+        with contextlib.suppress(OSError):
+            # Before the first thaw: whoever is still inside the window must be able to see that it was broken.
+            self._ticket.enter_phase("fired")
+        with ThreadPoolExecutor(max_workers=len(self._ticket.wards)) as pool:
+            list(pool.map(self._rescue_one, self._ticket.wards))
+        with contextlib.suppress(OSError):
+            self._ticket.enter_phase("thawed")
+
+    def _rescue_one(self, ward: Ward) -> None:
+        pause = 0.2
+        while self._ticket.exists:
+            try:
+                if self._safe_now(ward):
+                    return
+            except Exception as error:  # noqa: BLE001 nothing that one guest answers may end the guard of the others
+                syslog.syslog(syslog.LOG_WARNING, f"{ward.name}: {error}")
             time.sleep(pause)
             pause = min(pause * 1.5, _LONGEST_PAUSE)
-    ticket.enter_phase("thawed")
 
-
-def _safe_now(ward: Ward, ticket: Ticket, connection: _Connection, attempts: int) -> bool:
-    """Thaw and resume one domain; True when nothing more is to be done for it."""
-    try:
-        domain = connection.get().lookupByUUIDString(ward.uuid)
-        if not domain.isActive() or (ward.runtime_id is not None and domain.ID() != ward.runtime_id):
-            return True  # it stopped, and whatever runs now was never frozen by us
-        if ward.resume and ticket.suspending() and read_state(domain).name == "paused":
-            domain.resume()
+    def _safe_now(self, ward: Ward) -> bool:
+        """Thaw and resume one domain; True when nothing more is to be done for it."""
+        try:
+            domain = self.connection().lookupByUUIDString(ward.uuid)
+            if not domain.isActive():
+                if ward.thaw and domain.isPersistent() and domain.hasManagedSaveImage():
+                    self._saved.add(ward.uuid)
+                    return False
+                return True
+            if ward.runtime_id not in (None, domain.ID()) and ward.uuid not in self._saved:
+                return True  # it stopped, and what runs now was never frozen by us
+            if ward.resume and "suspend" in self._ticket.phases() and read_state(domain).name == "paused":
+                domain.resume()
+        except libvirt.libvirtError as error:
+            if code_of(error) == libvirt.VIR_ERR_NO_DOMAIN:
+                return True
+            raise
         if not ward.thaw:
             return True
-        with contextlib.suppress(VmkeeperError):
-            agent.set_response_timeout(domain, agent.PROMPT_SECONDS)
-        proven = _thaw(domain, attempts)
+        proven, _ended = thaw.thaw(domain, times=2)
         if proven:
             with contextlib.suppress(VmkeeperError):
                 agent.set_response_timeout(domain, ward.agent_timeout)
         return proven
-    except libvirt.libvirtError as error:
-        return bool(code_of(error) == libvirt.VIR_ERR_NO_DOMAIN)
-    except VmkeeperError:
-        return False
-
-
-def _thaw(domain: Any, attempts: int) -> bool:
-    thawed_call = True
-    try:
-        domain.fsThaw()
-    except libvirt.libvirtError:
-        thawed_call = False
-    try:
-        return not agent.is_frozen(domain)
-    except VmkeeperError:
-        return thawed_call and attempts >= _UNPROVEN_ATTEMPTS

@@ -12,6 +12,7 @@ from ..hypervisor import agent, chain
 from ..hypervisor.binding import libvirt
 from ..hypervisor.block_jobs import running_job
 from ..hypervisor.domain_model import Disk, Domain, read_domain
+from ..safety.standing_freeze import standing_ticket
 from .model import read_snapshots
 from .plan import Facts
 
@@ -23,7 +24,7 @@ def read_facts(handle: Any, *, ask_agent: bool = True) -> Facts:
     if ask_agent and domain.state.running and domain.agent_configured:
         try:
             info = agent.ask_info(handle)
-            frozen = info.can_freeze and agent.is_frozen(handle)
+            frozen = info.can_tell_frozen and agent.is_frozen(handle)
         except AgentSilent as error:
             problem = str(error.facts.get("libvirt") or error.problem)
     return Facts(
@@ -34,7 +35,15 @@ def read_facts(handle: Any, *, ask_agent: bool = True) -> Facts:
         agent_problem=problem,
         job=running_job(handle),
         frozen=frozen,
+        frozen_whole=frozen and _frozen_whole(domain.uuid),
+        next_start=read_domain(handle, inactive=True) if domain.state.active and domain.persistent else None,
     )
+
+
+def _frozen_whole(uuid: str) -> bool:
+    """Whether the freeze that stands is ours and of all filesystems: only then does it prove anything."""
+    ticket = standing_ticket(uuid)
+    return ticket is not None and not ticket.mountpoints
 
 
 def virtual_size(handle: Any, domain: Domain, disk: Disk) -> int | None:

@@ -112,7 +112,7 @@ class Snapshot:
             return self.labels.consistency
         if self.memory_mode in ("internal", "external") and self.state in ("running", "paused"):
             return "memory"
-        return "offline" if self.state == "shutoff" else "crash"
+        return "crash"  # libvirt says shutoff of a destroyed guest too
 
     def as_result(self, domain: str) -> dict[str, Any]:
         """The ``snapshot`` of a module's result (DESIGN: public interface)."""

@@ -47,7 +47,8 @@ class Request:
 class Facts:
     """One domain as it is now. ``sizes`` are virtual sizes by target; ``job`` names what libvirt is busy with.
 
-    ``frozen``: the agent says that filesystems are frozen already, by the fsfreeze module or by somebody else.
+    ``frozen``: the agent says that filesystems are frozen already; ``frozen_whole``: by the fsfreeze module, and all of them.
+    ``next_start`` is the persistent definition of a running domain.
     """
 
     domain: Domain
@@ -57,6 +58,8 @@ class Facts:
     agent_problem: str | None = None
     job: str | None = None
     frozen: bool = False
+    frozen_whole: bool = False
+    next_start: Domain | None = None
 
 
 @dataclass(frozen=True)
@@ -180,15 +183,25 @@ def plan_take(request: Request, facts: Facts, exists: Callable[[str], bool] = os
             advice="See not_captured for the reasons",
             not_captured=[part.as_result() for part in capture.left_out],
         )
+    if shutdown and facts.next_start is not None:
+        _refuse_other_disks(domain, facts.next_start, [disk.target for disk in capture.disks])
     mode, reason = choose_mode(request, facts, capture, memory=memory, offline=shutdown or not domain.state.active)
     if facts.frozen and (memory or shutdown):
         raise Refused(
             f"The guest of domain {domain.name!r} is frozen: its memory would come back frozen, and it cannot shut down",
             advice="Thaw it first (vmkeeper.libvirt.fsfreeze with state: thawed)",
         )
+    why_not = (
+        "it was frozen by other means, and perhaps not wholly" if facts.frozen and not facts.frozen_whole else None
+    )
+    if why_not and request.quiesce == "required":
+        raise Refused(
+            f"The guest of domain {domain.name!r} is frozen already, by other means and perhaps not wholly; quiesce is required",
+            advice="Thaw it first (vmkeeper.libvirt.fsfreeze with state: thawed)",
+        )
     if facts.frozen:
         # A second freeze would fail, and the thaw belongs to whoever froze it.
-        freeze = consistency.FreezeDecision(False)
+        freeze = consistency.FreezeDecision(False, why_not)
     elif domain.state.active:
         obstacle = consistency.agent_obstacle(domain, facts.agent, facts.agent_problem)
         freeze = consistency.decide_freeze(request.quiesce, domain, obstacle, with_memory=request.memory)
@@ -206,7 +219,7 @@ def plan_take(request: Request, facts: Facts, exists: Callable[[str], bool] = os
         mode_reason=reason,
         memory=memory,
         freeze=freeze.freeze,
-        standing=facts.frozen,
+        standing=facts.frozen_whole,
         why_not_frozen=freeze.why_not,
         shutdown=shutdown,
         overlays=overlays,
@@ -215,6 +228,17 @@ def plan_take(request: Request, facts: Facts, exists: Callable[[str], bool] = os
         description=request.description or "",
         tags=request.tags or {},
     )
+
+
+def _refuse_other_disks(live: Domain, next_start: Domain, targets: Sequence[str]) -> None:
+    """What is cut after a shutdown is the persistent definition; it must stand on the same images."""
+    for target in targets:
+        now, then = live.disk(target), next_start.disk(target)
+        if now is None or then is None or (now.path, now.format) != (then.path, then.format):
+            raise Refused(
+                f"Disk {target!r} of domain {live.name!r} will be another one at its next start",
+                advice="Shut it down, or bring definition and running guest together, then run this again",
+            )
 
 
 def choose_mode(request: Request, facts: Facts, capture: Capture, *, memory: bool, offline: bool) -> tuple[str, str]:

@@ -16,14 +16,26 @@ from .._errors import Refused
 from ..hypervisor import block_jobs, chain, definition, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import code_of, constant, explaining
-from ..hypervisor.domain_model import Layer, read_domain
+from ..hypervisor.domain_model import Domain, Layer, read_domain
 from ..safety import places, processes
+from .model import read_snapshot
+
+#: Ends of the names of an overlay that is being removed, and of one that is being merged.
+_ASIDE = ".removed"
+_MERGING = ".merging"
 
 
 def take_back(handle: Any, name: str, overlays: Sequence[Mapping[str, Any]], memory_file: str | None) -> None:
     """``overlays`` are ``{target, path, base, base_format}`` as planned; ``name`` is the snapshot's."""
     domain = read_domain(handle)
     in_use = [overlay for overlay in overlays if _stands_on(domain.disk(overlay["target"]), overlay["path"])]
+    if in_use and domain.managed_save:
+        raise Refused(
+            f"Domain {domain.name!r} was saved while an interrupted snapshot {name!r} was unsettled; its saved RAM needs the overlays",
+            state="Everything was kept.",
+            advice="Start it, then run this again",
+        )
+    _merge_strays(handle, domain, [overlay for overlay in overlays if overlay not in in_use])
     if in_use:
         _refuse_shared(handle, in_use)
         if domain.state.active:
@@ -35,16 +47,62 @@ def take_back(handle: Any, name: str, overlays: Sequence[Mapping[str, Any]], mem
     remove_files(handle, [overlay["path"] for overlay in overlays] + ([memory_file] if memory_file else []))
 
 
+def _merge_strays(handle: Any, domain: Domain, strays: Sequence[Mapping[str, Any]]) -> None:
+    """Bring home what a guest wrote to overlays that libvirt does not know.
+
+    A libvirtd that is killed after QEMU switched to the overlays, and before it wrote that down, comes back believing that
+    the guest writes to the bases.  Then the overlays hold all that the guest wrote since; without them it is lost.
+    """
+    mentioned = mentioned_paths(handle.connect())
+    for overlay in strays:
+        path, base = overlay["path"], overlay["base"]
+        merging = path + _MERGING
+        resumed = os.path.lexists(merging)
+        if path in mentioned or not (resumed or os.path.lexists(path)):
+            continue
+        holders = processes.holders_of(path)
+        if holders and domain.state.active:
+            raise Refused(
+                f"QEMU (process {holders[0]}) writes disk {overlay['target']!r} of domain {domain.name!r} to {path},"
+                f" and libvirt, which was interrupted while it switched, believes that it writes to {base}",
+                state="The guest runs and nothing is lost; the file was kept.",
+                advice="Shut the guest down from inside and run this again before it is started: what it wrote is then merged"
+                f" into {base}. Started first, it would lose that",
+            )
+        if holders or not (resumed or qemu_img.holds_data(path)):
+            continue
+        if domain.state.active or not (resumed or _younger(path, than=base)):
+            raise Refused(
+                f"{path} holds what the guest of domain {domain.name!r} wrote to disk {overlay['target']!r} while libvirt did"
+                f" not know of it, and {base} has been written since",
+                state="Both were kept.",
+                advice=f"Look into {path} (qemu-img convert), then move it away and run this again",
+            )
+        _refuse_shared(handle, [overlay])
+        if not resumed:
+            os.rename(
+                path, merging
+            )  # the mark of a merge that was begun: it may be repeated, though the base is newer now
+        _commit_file(merging, base)
+        os.unlink(merging)
+
+
+def _younger(path: str, *, than: str) -> bool:
+    """Whether ``path`` was written last: nothing has written to ``than`` since the guest's writes went elsewhere."""
+    return os.stat(path).st_mtime_ns >= os.stat(than).st_mtime_ns
+
+
+def _commit_file(path: str, base: str) -> None:
+    qemu_img.run(["commit", "-q", "-f", "qcow2", "-d", path], doing=f"Committing {path} into {base}")
+
+
 def _stands_on(disk: Any, path: str) -> bool:
     return disk is not None and any(layer.path == path for layer in disk.chain[:1])
 
 
 def _commit_offline(handle: Any, overlays: Sequence[Mapping[str, Any]]) -> None:
     for overlay in overlays:
-        qemu_img.run(
-            ["commit", "-q", "-f", "qcow2", "-d", overlay["path"]],
-            doing=f"Committing {overlay['path']} into {overlay['base']}",
-        )
+        _commit_file(overlay["path"], overlay["base"])
     layers = {
         overlay["target"]: Layer(overlay["base"], overlay["base_format"], _kind(overlay["base"]))
         for overlay in overlays
@@ -68,8 +126,10 @@ def _forget(handle: Any, name: str) -> None:
         if code_of(error) == constant("VIR_ERR_NO_DOMAIN_SNAPSHOT"):
             return
         raise
-    with explaining(f"Removing the record of snapshot {name!r}", state="Its layers are merged; run this again."):
-        snapshot.delete(constant("VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY") or 0)
+    # What lies inside the images goes with the record; of an external one only the record is left by now.
+    internal = read_snapshot(snapshot).mode == "internal"
+    with explaining(f"Removing snapshot {name!r}", state="Its layers are merged; run this again."):
+        snapshot.delete(0 if internal else constant("VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY") or 0)
 
 
 def mentioned_paths(connection: Any, *, besides: str | None = None) -> dict[str, str]:
@@ -105,15 +165,21 @@ def remove_files(handle: Any, paths: Sequence[str]) -> None:
     """Delete files that this operation made, unless anything still mentions or holds them."""
     mentioned = mentioned_paths(handle.connect())
     for path in paths:
-        if not os.path.lexists(path):
+        if not os.path.lexists(path) and not os.path.lexists(path + _ASIDE):
             continue
-        holders = processes.holders_of(path)
+        # Renamed first: from then on nobody can open it by its name, and whoever did before is seen.
+        aside = path + _ASIDE
+        if path not in mentioned and os.path.lexists(path):
+            os.rename(path, aside)
+        holders = processes.holders_of(aside)
         if path in mentioned or holders:
+            if holders:
+                os.rename(aside, path)
             who = f"domain {mentioned[path]!r}" if path in mentioned else f"process {holders[0]}"
             raise Refused(
                 f"{path} is still in use by {who}",
                 state="It was kept.",
-                advice="See domain_info; if QEMU writes to an image that libvirt does not know, shut the guest down and run recover_domain",
+                advice="See domain_info for what uses it, end that, then run this again",
             )
-        places.unlink_quietly(path)
+        places.unlink_quietly(aside)
         places.fsync_directory(os.path.dirname(path))

@@ -9,15 +9,17 @@ a good one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..hypervisor.connection import explaining, open_connection
+from ..hypervisor import block_jobs
+from ..hypervisor.binding import libvirt
+from ..hypervisor.connection import code_of, explaining, open_connection
 from ..hypervisor.domain_model import read_state
-from ..safety import consistency, release
+from ..safety import consistency, processes, release
 from ..safety import ticket as tickets
-from ..safety.journal import Journal
+from ..safety.journal import Journal, Operation, peek
 from . import retract
 from .model import Labels, by_name, read_snapshots, write_labels
 from .plan import TakePlan
@@ -48,67 +50,95 @@ def intention(plans: Sequence[TakePlan], quiesce: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Found:
-    """What an interrupted run left of one domain's snapshot."""
+    """What an interrupted run left of one domain's snapshot.
+
+    ``held``: proved frozen after the cut, before any guard thawed.  ``in_time``: all cuts of the group were done before the
+    guard let any guest run on.
+    """
 
     exists: bool
     wanted_frozen: bool
     held: bool
+    in_time: bool
 
 
 def worth_keeping(found: Sequence[Found]) -> bool:
-    """Keep a cut only if every domain of the group has it, as consistent as it was meant to be. Pure."""
-    return all(one.exists and (one.held or not one.wanted_frozen) for one in found)
+    """Keep a cut only if every domain has it, as consistent as it was meant to be, and a group's at one instant. Pure."""
+    one_instant = len(found) == 1 or all(one.in_time for one in found)
+    return one_instant and all(one.exists and (one.held or not one.wanted_frozen) for one in found)
 
 
 def settle(uri: str, pending: Journal) -> dict[str, str]:
     """Finish or undo one interrupted snapshot; returns ``{what, action}``."""
     operation = pending.operation
     name = operation.plan["name"]
-    armed = operation.last("armed")
-    phases = tickets.phases_of(armed["ticket"]) if armed else {}
     connection = open_connection(uri)
-    judged = operation.reached("label")  # the run had all the evidence, and found every cut good, before it died
-    found = {}
-    for uuid, plan in operation.plan["domains"].items():
-        handle = connection.lookupByUUIDString(uuid)
+    for uuid in operation.plan["domains"]:
         release.release_orphans(uuid)
-        held = f"held:{uuid}" in phases and phases[f"held:{uuid}"] <= phases.get("fired", float("inf"))
-        found[uuid] = Found(by_name(read_snapshots(handle), name) is not None, plan["freeze"], held or judged)
-    keep = worth_keeping(list(found.values()))
+        handle = _lookup(connection, uuid)
+        if handle is not None:
+            block_jobs.wait_idle(handle)
+    phases = _phases(operation)
+    found = {uuid: _found(connection, operation, uuid, phases) for uuid in operation.plan["domains"]}
+    keep = _keeps(operation, found.values())
     if keep:
         for uuid, plan in operation.plan["domains"].items():
-            _finish(
-                connection.lookupByUUIDString(uuid),
-                name,
-                plan,
-                operation.last("label"),
-                uuid,
-                phases,
-                found[uuid].held,
-            )
-        _start_again(connection, operation.plan["domains"])
+            _finish(connection.lookupByUUIDString(uuid), operation, uuid, plan, phases, found[uuid].held)
+        _start_again(connection, operation)
         pending.finish()
     else:
         undo(uri, pending)
-    if armed:
-        tickets.forget(armed["ticket"])
     return {"what": f"an interrupted snapshot {name!r}", "action": "finished" if keep else "taken back"}
+
+
+def _keeps(operation: Operation, found: Iterable[Found]) -> bool:
+    # An undo that was begun has written to the bases: what is left of the snapshot is no snapshot any more.
+    return worth_keeping(list(found)) and not operation.reached("undo")
+
+
+def doomed(connection: Any, uuid: str) -> str | None:
+    """For check mode: the name of the domain's interrupted snapshot that the real run would first take back."""
+    operation = peek(uuid)
+    if operation is None or operation.kind != OPERATION:
+        return None
+    phases = _phases(operation)
+    found = [_found(connection, operation, one, phases) for one in operation.plan["domains"]]
+    return None if _keeps(operation, found) else str(operation.plan["name"])
+
+
+def _phases(operation: Operation) -> dict[str, float]:
+    armed = operation.last("armed")
+    moments = tickets.phases_of(armed["ticket"]) if armed else {}
+    return {name: moment.monotonic for name, moment in moments.items()}
+
+
+def _found(connection: Any, operation: Operation, uuid: str, phases: Mapping[str, float]) -> Found:
+    plan = operation.plan["domains"][uuid]
+    handle = _lookup(connection, uuid)
+    exists = handle is not None and by_name(read_snapshots(handle), operation.plan["name"]) is not None
+    judged = operation.reached("label")  # the run had all the evidence, and found every cut good, before it died
+    fired = phases.get("fired", float("inf"))
+
+    def before_fired(phase: str) -> bool:
+        return phase in phases and phases[phase] <= fired
+
+    return Found(exists, plan["freeze"], judged or before_fired(f"held:{uuid}"), judged or before_fired("cut-done"))
 
 
 def _finish(
     handle: Any,
-    name: str,
-    plan: Mapping[str, Any],
-    labelled: Mapping[str, Any] | None,
+    operation: Operation,
     uuid: str,
+    plan: Mapping[str, Any],
     phases: Mapping[str, float],
     held: bool,
 ) -> None:
     labels = Labels.from_text(plan["labels"])
-    snapshot = by_name(read_snapshots(handle), name)
+    snapshot = by_name(read_snapshots(handle), operation.plan["name"])
     if labels is None or snapshot is None or snapshot.labels is not None:
         return
     level = labels.consistency
+    labelled = operation.last("label")
     if labelled is not None:
         level = labelled["levels"][uuid]
     elif level in consistency.QUIESCED:
@@ -117,7 +147,7 @@ def _finish(
     if plan["freeze"] and "thawed" in phases and "freeze" in phases:
         frozen_ms = round((phases["thawed"] - phases["freeze"]) * 1000)
     kept = Labels(level, frozen_ms, None, labels.mode_reason, labels.tags, labels.not_captured)
-    write_labels(handle, name, kept, state="The snapshot exists, without its labels; run this again.")
+    write_labels(handle, snapshot.name, kept, state="The snapshot exists, without its labels; run this again.")
 
 
 def undo(uri: str, pending: Journal) -> None:
@@ -126,16 +156,37 @@ def undo(uri: str, pending: Journal) -> None:
     pending.step("undo")
     connection = open_connection(uri)  # the one that failed may be dead
     for uuid, plan in operation.plan["domains"].items():
-        handle = connection.lookupByUUIDString(uuid)
-        retract.take_back(handle, operation.plan["name"], plan["overlays"], plan["memory_file"])
-    _start_again(connection, operation.plan["domains"])
+        handle = _lookup(connection, uuid)
+        if handle is None:
+            continue
+        block_jobs.wait_idle(handle)
+        foreign = {step["path"] for step in operation.steps if step["name"] == "not-ours"}
+        overlays = [overlay for overlay in plan["overlays"] if overlay["path"] not in foreign]
+        retract.take_back(handle, operation.plan["name"], overlays, plan["memory_file"])
+    _start_again(connection, operation)
     pending.finish()
 
 
-def _start_again(connection: Any, plans: Mapping[str, Mapping[str, Any]]) -> None:
-    for uuid, plan in plans.items():
-        handle = connection.lookupByUUIDString(uuid)
-        if plan["shutdown"] and not read_state(handle).active:
+def _lookup(connection: Any, uuid: str) -> Any:
+    """The domain, or None when it is gone: undefined meanwhile, or transient and stopped. Its files are then left alone."""
+    try:
+        return connection.lookupByUUIDString(uuid)
+    except libvirt.libvirtError as error:
+        if code_of(error) == libvirt.VIR_ERR_NO_DOMAIN:
+            return None
+        raise
+
+
+def _start_again(connection: Any, operation: Operation) -> None:
+    """Start what this operation itself has shut down, in this boot; anything else that is off is off for other reasons."""
+    if not operation.reached("shutdown") or operation.boot_id != processes.boot_id():
+        return
+    for uuid, plan in operation.plan["domains"].items():
+        handle = _lookup(connection, uuid)
+        if handle is None or not plan["shutdown"]:
+            continue
+        state = read_state(handle)
+        if not state.active and state.reason in ("shutdown", "unknown"):
             with explaining(f"Starting domain {handle.name()!r} again", state="It is shut off."):
                 handle.create()
 

@@ -9,20 +9,30 @@ import contextlib
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .._errors import LibvirtFailed, Refused, VmkeeperError
+from .._errors import Conflict, InvalidInput, LibvirtFailed, Refused, VmkeeperError
 from ..hypervisor import qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import constant, explaining, message_of
 from ..hypervisor.domain_model import qemu_owner, read_domain
-from ..safety import consistency, instant, locks, settlement, space
+from ..safety import consistency, instant, locks, places, settlement, space
 from ..safety.journal import Journal
 from . import facts as reading
 from . import settle
 from .model import by_name, read_snapshots, write_labels
-from .plan import Existing, Facts, Request, TakePlan, check_group, compare_existing, plan_take, snapshot_xml
+from .plan import (
+    Existing,
+    Facts,
+    OverlayPlan,
+    Request,
+    TakePlan,
+    check_group,
+    compare_existing,
+    plan_take,
+    snapshot_xml,
+)
 
 #: How long a guest may take to shut down before the task gives up and leaves it running.
 SHUTDOWN_SECONDS = 300.0
@@ -47,6 +57,8 @@ def take(connection: Any, uri: str, handles: Sequence[Any], request: Request, *,
             stack.enter_context(locks.hold(named, f"snapshot {request.name!r}"))
         settlement.settle_before_change(uri, handles, settle.SETTLERS, check=check)
         facts = [reading.read_facts(handle) for handle in handles]
+        if check:
+            facts = [_without_doomed(connection, one) for one in facts]
         existing = [compare_existing(request, one) for one in facts]
         check_group([(one.domain.name, found) for one, found in zip(facts, existing)], request.name)
         if existing[0] is not None:
@@ -55,10 +67,17 @@ def take(connection: Any, uri: str, handles: Sequence[Any], request: Request, *,
             ]
         plans = [plan_take(request, one) for one in facts]
         _check_group_plan(plans)
+        _check_reachable(connection, request)
         space.require([need for plan in plans for need in plan.needs()], f"Taking snapshot {request.name!r}")
         if check:
             return [_predict(plan, one) for plan, one in zip(plans, facts)]
         return _Taking(connection, uri, list(handles), facts, plans, request).run()
+
+
+def _without_doomed(connection: Any, facts: Facts) -> Facts:
+    """Check mode settles nothing, so it must not see what the real run would take back first."""
+    name = settle.doomed(connection, facts.domain.uuid)
+    return replace(facts, snapshots=tuple(snapshot for snapshot in facts.snapshots if snapshot.name != name))
 
 
 def _check_group_plan(plans: Sequence[TakePlan]) -> None:
@@ -75,6 +94,16 @@ def _check_group_plan(plans: Sequence[TakePlan]) -> None:
                 "Internal snapshots cannot be cut at one instant for several domains",
                 advice="Use mode: external",
             )
+
+
+def _check_reachable(connection: Any, request: Request) -> None:
+    """An overlay that QEMU cannot reach would fail inside the window, or, of a domain that is off, at its next start."""
+    owner = qemu_owner(connection.getCapabilities())
+    if request.directory and os.geteuid() == 0 and not places.reachable_by(request.directory, owner):
+        raise InvalidInput(
+            f"QEMU, which runs as user {owner[0]} here, cannot reach the directory {request.directory}",
+            advice="Give it and what is above it the permission to be entered (chmod o+x), or choose another",
+        )
 
 
 def _keep(handle: Any, facts: Facts, found: Existing, *, check: bool) -> Taken:
@@ -175,13 +204,7 @@ class _Taking:
             self._journal.step("overlays")
             for plan in self._plans:
                 for overlay in plan.overlays:
-                    qemu_img.create_overlay(
-                        overlay.path,
-                        backing=overlay.base,
-                        backing_format=overlay.base_format,
-                        size=overlay.size,
-                        owner=owner,
-                    )
+                    self._make_overlay(overlay, owner)
             self._shut_down()
             outcomes = instant.take(
                 self._uri,
@@ -206,6 +229,15 @@ class _Taking:
             self._taken(handle, plan, outcomes[plan.domain.uuid]) for handle, plan in zip(self._handles, self._plans)
         ]
 
+    def _make_overlay(self, overlay: OverlayPlan, owner: tuple[int, int]) -> None:
+        try:
+            qemu_img.create_overlay(
+                overlay.path, backing=overlay.base, backing_format=overlay.base_format, size=overlay.size, owner=owner
+            )
+        except FileExistsError as error:
+            self._journal.step("not-ours", path=overlay.path)
+            raise Conflict(f"{overlay.path} was made by somebody else meanwhile", advice="Run this again") from error
+
     def _shut_down(self) -> None:
         going = [(handle, plan) for handle, plan in zip(self._handles, self._plans) if plan.shutdown]
         if not going:
@@ -222,7 +254,7 @@ class _Taking:
             if time.monotonic() > give_up:
                 raise VmkeeperError(
                     f"{', '.join(still)} did not shut down within {SHUTDOWN_SECONDS:.0f} s",
-                    state="No snapshot was taken; what had shut down is started again.",
+                    state="No snapshot was taken; what had shut down is started again. A guest that is late may still go down.",
                     advice="See that the guest reacts to the ACPI power button or has its agent running",
                 )
             time.sleep(0.2)
@@ -237,6 +269,16 @@ class _Taking:
                 raise Refused(
                     f"Domain {now.name!r} was saved meanwhile",
                     advice="Start it, or drop the saved state, then run this again",
+                )
+            if now.state.active != (plan.domain.state.active and not plan.shutdown):
+                raise Refused(
+                    f"Domain {now.name!r} was {'started' if now.state.active else 'stopped'} meanwhile",
+                    advice="Run this again",
+                )
+            if plan.freeze and not now.state.running and self._request.quiesce == "required":
+                raise Refused(
+                    f"Domain {now.name!r} is {now.state.name} now and cannot be frozen, and quiesce is required",
+                    advice="Resume it, then run this again",
                 )
             members.append(
                 instant.Member(
@@ -255,6 +297,7 @@ class _Taking:
 
     def _cut(self, member: instant.Member) -> str:
         plan = self._by_uuid[member.uuid]
+        _refuse_changed(member)
         names = ["VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC"]
         if plan.mode == "external":
             names.append("VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT")
@@ -265,6 +308,7 @@ class _Taking:
         else:
             names = []
         member.handle.snapshotCreateXML(snapshot_xml(plan), sum(constant(name) or 0 for name in names))
+        _refuse_changed(member)  # what was started or saved meanwhile was not cut as planned
         return plan.name
 
     def _judge(self, outcomes: dict[str, instant.Outcome[str]]) -> dict[str, str]:
@@ -301,6 +345,13 @@ class _Taking:
                 state="The snapshot was taken back.",
                 advice="Look at what thawed it (the agent's log), or give a longer deadline",
             )
+        unclean = [plan.domain.name for plan in self._plans if plan.shutdown and levels[plan.domain.uuid] != "offline"]
+        if unclean:
+            raise VmkeeperError(
+                f"{', '.join(unclean)} stopped without a clean shutdown",
+                state="The snapshot was taken back and the domain started again.",
+                advice="Look at the guest's own log; quiesce: auto takes a snapshot without stopping it",
+            )
         return levels
 
     def _label(self, handle: Any, plan: TakePlan, outcome: instant.Outcome[str], level: str) -> None:
@@ -333,10 +384,10 @@ class _Taking:
         )
 
     def _check_thawed(self, outcomes: dict[str, instant.Outcome[str]]) -> None:
-        frozen = [outcome.member.name for outcome in outcomes.values() if not outcome.thawed]
+        frozen = [outcome.member.name for outcome in outcomes.values() if not outcome.thawed or not outcome.resumed]
         if frozen:
             raise VmkeeperError(
-                f"The guest agent of {', '.join(frozen)} did not confirm the thaw",
+                f"It is not confirmed that {', '.join(frozen)} is thawed and running",
                 state="The snapshot exists. The guard on this host goes on thawing until the agent confirms it or the domain stops.",
                 advice="Look at the guest; if it hangs, restart its qemu-guest-agent",
             )
@@ -360,6 +411,16 @@ class _Taking:
             if isinstance(error, VmkeeperError):
                 error.state = f"Undoing it failed ({trouble}); the next run, or recover_domain, goes on with that."
                 error.args = (str(error),)
+
+
+def _refuse_changed(member: instant.Member) -> None:
+    """Looked at just before the cut: a saved RAM image would resume on the base under its overlay."""
+    handle = member.handle
+    same_run = bool(handle.isActive()) == member.state.active and member.runtime_id in (None, handle.ID())
+    if not same_run or (not member.state.active and handle.isPersistent() and handle.hasManagedSaveImage()):
+        raise Refused(
+            f"Domain {member.name!r} was started, stopped or saved meanwhile", state="", advice="Run this again"
+        )
 
 
 def _make_private(plan: TakePlan) -> None:

@@ -153,7 +153,10 @@ int main(int argc, char **argv)
         uint64_t next = (now_ns() / TICK_NS + 1) * TICK_NS;
         struct timespec wake = {.tv_sec = next / 1000000000ULL, .tv_nsec = next % 1000000000ULL};
         clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &wake, NULL);
-        uint64_t began = now_ns(), tick = began / TICK_NS;
+        uint64_t began = now_ns();
+        if (began < next) /* an emulated timer can be early */
+            continue;
+        uint64_t tick = began / TICK_NS;
         int length = snprintf(record, sizeof record,
                               "L1 %-12.12s %s %010" PRIu64 " %012" PRIu64 " %018" PRIu64 " %015" PRIu64, target, boot,
                               count, tick, began, began - completed);

@@ -1,0 +1,39 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The one way to thaw a guest: call, then ask; believe only the answer."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+from .._errors import VmkeeperError
+from ..hypervisor import agent
+from ..hypervisor.binding import libvirt
+
+
+def thaw(handle: Any, *, times: int = 1) -> tuple[bool, float]:
+    """Thaw and prove it; returns whether the agent says ``thawed`` (or the domain has stopped), and when the calls ended.
+
+    ``times`` is 2 after a freeze that failed or timed out: it may have frozen all the same, and the first thaw may meet
+    the agent still at it.  Takes at most about ``(times + 1) * agent.PROMPT_SECONDS``; raises nothing.
+    """
+    with contextlib.suppress(VmkeeperError):
+        agent.set_response_timeout(handle, agent.PROMPT_SECONDS)
+    for _time in range(times):
+        with contextlib.suppress(libvirt.libvirtError):
+            handle.fsThaw()
+    ended = time.monotonic()
+    try:
+        return not agent.is_frozen(handle), ended
+    except VmkeeperError:
+        return not _runs(handle), ended
+
+
+def _runs(handle: Any) -> bool:
+    try:
+        return bool(handle.isActive())
+    except libvirt.libvirtError:
+        return True
