@@ -165,7 +165,7 @@ def _stand(path: str, orders: Orders, connection: Any, directory: str) -> None:
             _write_verdict(directory, reason)
             quiet_since = (quiet_since or time.monotonic()) if _abort_all(orders, connection) else None
             # A begin call of a run that died may still be on its way through libvirtd.
-            if quiet_since is not None and (owner.alive or time.monotonic() - quiet_since > _LINGER_SECONDS):
+            if quiet_since is not None and not owner.alive and time.monotonic() - quiet_since > _LINGER_SECONDS:
                 return
             connection = _reconnect(orders.uri, connection)
         time.sleep(_POLL_SECONDS)

@@ -283,7 +283,7 @@ class _Taking:
             return {}
         floor = self._floor
         watches = [Watch(plan.domain.uuid, self._directory(plan), self._reserve(plan)) for plan in self._live]
-        sentry = Sentry(self._uri, watches, floor)
+        self._sentry = sentry = Sentry(self._uri, watches, floor)
         self._journal.step("watch", sentry=sentry.directory)
         sentry.post()
         for plan in self._live:
@@ -299,7 +299,7 @@ class _Taking:
         self._check_cuts(outcomes)
         self._journal.step("copy")
         for plan in self._live:
-            self._wait(plan, sentry)
+            self._wait(plan)
         sentry.dismiss()
         self._journal.step("copied")
         self._copy_cold()
@@ -345,6 +345,7 @@ class _Taking:
     def _cut(self, member: instant.Member) -> None:
         plan = self._by_uuid[member.uuid]
         name = self._checkpoint(plan)
+        self._obey(plan)
         member.handle.backupBegin(
             backup_xml(plan, self._directory(plan)),
             checkpoint_xml(plan, name) if name else None,
@@ -359,6 +360,8 @@ class _Taking:
 
     def _check_cuts(self, outcomes: dict[str, instant.Outcome[None]]) -> None:
         for uuid, outcome in outcomes.items():
+            if isinstance(outcome.error, NoSpace):
+                raise outcome.error
             if outcome.error is not None:
                 raise LibvirtFailed(
                     f"Beginning the backup of domain {self._by_uuid[uuid].domain.name!r} failed: {message_of(outcome.error)}",
@@ -385,12 +388,8 @@ class _Taking:
             outcome.member.state, frozen_over_cut=outcome.frozen_over_cut, hook_proved=outcome.hook_proved
         )
 
-    # --- the copy ----------------------------------------------------------------------------------
-
-    def _wait(self, plan: PointPlan, sentry: Sentry) -> None:
-        directory = self._directory(plan)
-        end = job.wait(self._uri, self._handles[plan.domain.uuid], directory, sentry.verdict)
-        verdict = sentry.verdict()
+    def _obey(self, plan: PointPlan) -> None:
+        verdict = self._sentry.verdict()
         if verdict:
             raise NoSpace(
                 f"The backup of domain {plan.domain.name!r} was aborted: {verdict}",
@@ -398,6 +397,13 @@ class _Taking:
                 advice="Make room in the repository, then run this again",
                 path=self._repository.path,
             )
+
+    # --- the copy ----------------------------------------------------------------------------------
+
+    def _wait(self, plan: PointPlan) -> None:
+        directory = self._directory(plan)
+        end = job.wait(self._uri, self._handles[plan.domain.uuid], directory, self._sentry.verdict)
+        self._obey(plan)
         if not end.success:
             raise VmkeeperError(
                 f"The backup of domain {plan.domain.name!r} failed: {end.message}",
