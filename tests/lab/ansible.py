@@ -241,7 +241,8 @@ def run_module_process(
         "_ansible_selinux_special_fs": ["fuse", "nfs", "vboxsf", "ramfs", "9p", "vfat"],
     }
     environment = {**os.environ, **(env or {})}
-    environment["PYTHONPATH"] = os.pathsep.join([str(link_collection()), str(_bare_ansible())])
+    wanted = (env or {}).get("PYTHONPATH", "")
+    environment["PYTHONPATH"] = os.pathsep.join([*filter(None, [wanted]), str(link_collection()), str(_bare_ansible())])
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     program = (
         "import runpy; runpy.run_module("

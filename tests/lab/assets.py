@@ -31,11 +31,7 @@ _TOOL_PACKAGES = ("fdisk", "cloud-guest-utils")
 # Installed on the host and copied into the guest.
 _HOST_PACKAGES = ("busybox-static", "e2fsprogs", "xfsprogs", "qemu-guest-agent", "gcc", "cpio")
 
-_MODULES = (
-    "virtio_pci virtio_blk virtio_scsi virtio_net virtio_console virtio_balloon virtio_mem virtio_rng "
-    "sd_mod sr_mod xfs button evdev vfat nls_ascii nls_cp437 isofs loop ata_piix ahci crc32c_generic "
-    "libcrc32c dm_mod virtio_vsock vmw_vsock_virtio_transport"
-).split()
+_MODULES = ["virtio_pci", "virtio_blk", "virtio_scsi", "virtio_net", "virtio_console", "virtio_balloon", "virtio_mem", "virtio_rng", "sd_mod", "sr_mod", "xfs", "button", "evdev", "vfat", "nls_ascii", "nls_cp437", "isofs", "loop", "ata_piix", "ahci", "crc32c_generic", "libcrc32c", "dm_mod", "virtio_vsock", "vmw_vsock_virtio_transport"]
 
 # Programs of the host that the guest gets, with the shared libraries that they name.
 _PROGRAMS = (
@@ -118,7 +114,7 @@ def _digest(packages: list[Path]) -> str:
         stderr=subprocess.DEVNULL,
         check=False,
     ).stdout
-    missing = [name for name in _HOST_PACKAGES if not re.search(rf"^{name} .* installed$".encode(), versions, re.M)]
+    missing = [name for name in _HOST_PACKAGES if not re.search(rf"^{name} .* installed$".encode(), versions, re.MULTILINE)]
     if missing:
         raise AssetError(f"the lab's guest is built from packages that are missing: apt-get install {' '.join(missing)}")
     digest.update(versions)
@@ -181,7 +177,7 @@ def _build(directory: Path, packages: list[Path]) -> None:
 
 
 def _lay_root(root: Path, unpacked: Path) -> None:
-    for name in "bin sbin usr/bin usr/sbin lab dev proc sys run tmp disk etc/qemu/fsfreeze-hook.d".split():
+    for name in ["bin", "sbin", "usr/bin", "usr/sbin", "lab", "dev", "proc", "sys", "run", "tmp", "disk", "etc/qemu/fsfreeze-hook.d"]:
         (root / name).mkdir(parents=True)
     shutil.copy("/bin/busybox", root / "bin/busybox")
     applets = subprocess.run(["/bin/busybox", "--list"], stdout=subprocess.PIPE, text=True, check=True).stdout.split()

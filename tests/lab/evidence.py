@@ -162,7 +162,7 @@ def fsck(image: Path, partition: int | None = None) -> FsckResult:
         if _magic(raw) == "xfs":
             return _fsck_xfs(raw)
         header = run("dumpe2fs", "-h", raw)
-        needs_recovery = bool(re.search(r"^Filesystem features:.*\bneeds_recovery\b", header, re.M))
+        needs_recovery = bool(re.search(r"^Filesystem features:.*\bneeds_recovery\b", header, re.MULTILINE))
         output = ""
         if needs_recovery:
             output = _lenient("e2fsck", "-E", "journal_only", "-p", str(raw))[1]

@@ -8,6 +8,7 @@ replayed with VMK_SEED.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -16,11 +17,12 @@ from pathlib import Path
 
 import libvirt
 import pytest
-from ansible_collections.vmkeeper.libvirt.tests.integration.backup import points
-from ansible_collections.vmkeeper.libvirt.tests.integration.backup.points import directory_of, ok, point
 from lab.guest import DiskSpec, Guest, GuestSpec
 from lab.spec import MIB
 from lab.waiting import until
+
+from ansible_collections.vmkeeper.libvirt.tests.integration.backup import points
+from ansible_collections.vmkeeper.libvirt.tests.integration.backup.points import directory_of, ok, point
 
 BLOCK = 65536
 CYCLES = 10 * points.SCALE
@@ -71,10 +73,8 @@ class History:
         def pivoted() -> bool:
             if self.guest.active_paths()["vda"] == base:
                 return True
-            try:
+            with contextlib.suppress(libvirt.libvirtError):
                 domain.blockJobAbort("vda", libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
-            except libvirt.libvirtError:
-                pass
             return False
 
         until(pivoted, "the commit pivoting")
@@ -123,7 +123,9 @@ class History:
         self.guest.start()
 
 
-def test_every_point_of_a_random_history_restores_exactly(module_guest_factory, make_repository, directory: Path) -> None:
+def test_every_point_of_a_random_history_restores_exactly(
+    module_guest_factory, make_repository, directory: Path
+) -> None:
     seed = int(os.environ.get("VMK_SEED", str(time.time_ns() % 10**9)))
     print(f"VMK_SEED={seed}")
     rng = random.Random(seed)

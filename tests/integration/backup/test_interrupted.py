@@ -5,18 +5,20 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ansible_collections.vmkeeper.libvirt.tests.integration.backup import points
-from ansible_collections.vmkeeper.libvirt.tests.integration.backup.points import directory_of, ok, point, task
 from lab.ansible import run_module_process
 from lab.guest import DiskSpec, Guest, GuestSpec
 from lab.spec import MIB
 from lab.waiting import until
+
+from ansible_collections.vmkeeper.libvirt.tests.integration.backup import points
+from ansible_collections.vmkeeper.libvirt.tests.integration.backup.points import directory_of, ok, point, task
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,8 @@ def test_killed_at_every_step_the_next_run_makes_a_right_point(guest: Guest, rep
         again = point(guest, repository, quiesce="required")
         points.assert_nothing_left(guest, repository)
         added = set(ids(repository)) - set(before) - {again["id"]}
-        assert len(added) <= 1 and (not added or step in ("publish", "retire")), (step, kind, added)
+        assert len(added) <= 1
+        assert not added or step in ("publish", "retire"), (step, kind, added)
         assert again["type"] == "incremental", (step, kind, again["reason"])
         assert points.content(directory_of(repository, again) / "vdb.qcow2") == expected, (step, kind)
         assert points.checkpoints(guest) == [again["checkpoint"]], (step, kind)
@@ -182,7 +185,8 @@ def small(directory: Path) -> Iterator[Path]:
 def test_a_full_that_cannot_fit_is_refused_before_the_freeze(guest: Guest, small: Path) -> None:
     (small / ".ballast").write_bytes(bytes(130 * MIB))
     refused = task("backup", domain=guest.name, repository=str(small))
-    assert refused["failed"] and refused["error"]["kind"] == "no_space", refused["msg"]
+    assert refused["failed"]
+    assert refused["error"]["kind"] == "no_space", refused["msg"]
     points.assert_nothing_left(guest, small)
 
 
@@ -190,22 +194,33 @@ def test_no_write_of_the_guest_fails_when_the_target_fills_up(
     module_guest_factory, small: Path, tmp_path: Path
 ) -> None:
     guest = module_guest_factory(
-        GuestSpec("filling", disks=(DiskSpec("vda", size=64 * MIB), DiskSpec("vdb", size=96 * MIB, fs=None, writer=False)))
+        GuestSpec(
+            "filling", disks=(DiskSpec("vda", size=64 * MIB), DiskSpec("vdb", size=96 * MIB, fs=None, writer=False))
+        )
     )
     node = guest.exec("cat /run/disk/vdb").text
     guest.exec(f"dd if=/dev/urandom of={node} bs=1M count=80 oflag=direct 2>/dev/null")
     log = tmp_path / "steps"
     held = run_module_process(
-        "backup", env=points.killed_at("cut", log, how="stop"), domain=guest.name, repository=str(small), quiesce="never"
+        "backup",
+        env=points.killed_at("cut", log, how="stop"),
+        domain=guest.name,
+        repository=str(small),
+        quiesce="never",
     )
     # Whoever else fills the filesystem does so while the targets are made and the job has not begun.
-    until(lambda: log.exists() and "!cut" in log.read_text() or not held.running(), "the backup reaching its cut")
-    subprocess.run(["dd", "if=/dev/zero", f"of={small}/.ballast", "bs=1M", "count=70"], capture_output=True, check=False)
+    until(lambda: (log.exists() and "!cut" in log.read_text()) or not held.running(), "the backup reaching its cut")
+    subprocess.run(
+        ["dd", "if=/dev/zero", f"of={small}/.ballast", "bs=1M", "count=70"], capture_output=True, check=False
+    )
     os.kill(held.pid, signal.SIGCONT)
     while held.running():
-        guest.exec(f"dd if=/dev/urandom of={node} bs=64k count=20 seek=994 oflag=direct conv=notrunc 2>/dev/null")
+        guest.exec(
+            f"dd if=/dev/urandom of={node} bs=64k count=20 seek={random.randrange(1200)} oflag=direct conv=notrunc 2>/dev/null"
+        )
     result = held.result()
-    assert result["failed"] and result["error"]["kind"] == "no_space", result["msg"]
+    assert result["failed"]
+    assert result["error"]["kind"] == "no_space", result["msg"]
     points.assert_nothing_left(guest, small)
     assert guest.exec("dmesg | grep -ci 'I/O error' || true").text == "0"
     assert [path.name for path in small.glob("*/2*")] == []

@@ -58,7 +58,8 @@ def test_a_first_point_is_full_and_the_next_are_increments(chain) -> None:
     assert [made["consistency"] for made, _hash in chain] == ["filesystem"] * 3
     assert [made["parent"] for made, _hash in chain] == [None, chain[0][0]["id"], chain[1][0]["id"]]
     assert all(made["frozen_ms"] > 0 for made, _hash in chain)
-    assert "raw" not in chain[0][0]["disks"][2]["reason"] and "qcow2" in chain[0][0]["disks"][2]["reason"]
+    assert "raw" not in chain[0][0]["disks"][2]["reason"]
+    assert "qcow2" in chain[0][0]["disks"][2]["reason"]
 
 
 def test_every_point_holds_what_the_guest_saw_at_its_instant(chain, repository: Path) -> None:
@@ -66,7 +67,8 @@ def test_every_point_holds_what_the_guest_saw_at_its_instant(chain, repository: 
         assert points.content(directory_of(repository, made) / "vdb.qcow2") == before
         image = directory_of(repository, made) / "vda.qcow2"
         checked = evidence.fsck(image)
-        assert checked.clean and not checked.needs_recovery, checked.output
+        assert checked.clean
+        assert not checked.needs_recovery, checked.output
         assert evidence.writer_log(image).is_intact
 
 
@@ -110,7 +112,9 @@ def test_info_shows_what_there_is(chain, guest: Guest, repository: Path) -> None
     assert all(one["restorable"] for one in shown["restore_points"])
     assert shown["restore_points"][2]["chain"] == list(reversed(ids[:3]))
     assert shown["repository"]["stored_bytes"] == sum(one["stored_bytes"] for one in shown["restore_points"])
-    assert [one["id"] for one in ok("backup_info", repository=str(repository), tags={"round": "1"})["restore_points"]] == [ids[1]]
+    assert [
+        one["id"] for one in ok("backup_info", repository=str(repository), tags={"round": "1"})["restore_points"]
+    ] == [ids[1]]
     assert ok("backup_info", repository=str(repository), before="2001-01-01T00:00:00Z")["restore_points"] == []
     assert task("backup_info", repository=str(repository), before="yesterday")["failed"]
 
@@ -125,7 +129,8 @@ def test_min_age_keeps_the_young_point(chain, guest: Guest, repository: Path) ->
 def test_check_mode_changes_nothing(chain, guest: Guest, repository: Path) -> None:
     before = evidence.host_state(guest.connection(), [repository])
     predicted = ok("backup", check=True, domain=guest.name, repository=str(repository))
-    assert predicted["changed"] and predicted["restore_point"]["id"] is None
+    assert predicted["changed"]
+    assert predicted["restore_point"]["id"] is None
     ok("restore", check=True, repository=str(repository), source_domain=guest.name, domain="lab-points-x")
     assert evidence.host_state(guest.connection(), [repository]).differences(before) == []
 
@@ -187,9 +192,11 @@ def test_restored_by_hand_with_qemu_img_and_virsh_alone(chain, guest: Guest, rep
 @pytest.mark.parametrize("level", ["digest", "structure"])
 def test_a_good_point_is_proved(chain, repository: Path, guest: Guest, level: str) -> None:
     result = ok("backup_verify", repository=str(repository), source_domain=guest.name, level=level)
-    assert result["verified"] and result["findings"] == []
+    assert result["verified"]
+    assert result["findings"] == []
     shown = ok("backup_info", repository=str(repository))["restore_points"][-1]
-    assert shown["verified"]["verified"] and shown["verified"]["level"] == level
+    assert shown["verified"]["verified"]
+    assert shown["verified"]["level"] == level
 
 
 def test_damage_fails_the_proof_and_the_restore(chain, repository: Path, directory: Path) -> None:
@@ -216,15 +223,19 @@ def test_damage_fails_the_proof_and_the_restore(chain, repository: Path, directo
     flipped = damaged("flipped")
     flip(directory_of(flipped, made) / "vdb.qcow2", (directory_of(flipped, made) / "vdb.qcow2").stat().st_size - 40000)
     assert "vdb" in findings(flipped, "digest")
-    restored = task("restore", repository=str(flipped), id=made["id"], domain="lab-points-bad", directory=str(directory))
-    assert restored["failed"] and "damaged" in restored["msg"], restored["msg"]
+    restored = task(
+        "restore", repository=str(flipped), id=made["id"], domain="lab-points-bad", directory=str(directory)
+    )
+    assert restored["failed"]
+    assert "damaged" in restored["msg"], restored["msg"]
     assert not list(directory.glob("lab-points-bad*"))
 
     missing = damaged("missing")
     (directory_of(missing, first) / "vdb.qcow2").unlink()
     assert "missing" in findings(missing, "digest")
     shown = task("restore", repository=str(missing), id=made["id"], domain="lab-points-bad", directory=str(directory))
-    assert shown["failed"] and first["id"] in shown["msg"], shown["msg"]
+    assert shown["failed"]
+    assert first["id"] in shown["msg"], shown["msg"]
 
     broken = damaged("broken")
     image = directory_of(broken, made) / "vdb.qcow2"
@@ -240,8 +251,12 @@ def test_damage_fails_the_proof_and_the_restore(chain, repository: Path, directo
         assert findings(other, "digest")
 
 
-def test_two_repositories_and_a_foreign_checkpoint_live_together(guest: Guest, repository: Path, chain, directory: Path) -> None:
-    theirs = "<domaincheckpoint><name>theirs</name><disks><disk name='vdb' checkpoint='bitmap'/></disks></domaincheckpoint>"
+def test_two_repositories_and_a_foreign_checkpoint_live_together(
+    guest: Guest, repository: Path, chain, directory: Path
+) -> None:
+    theirs = (
+        "<domaincheckpoint><name>theirs</name><disks><disk name='vdb' checkpoint='bitmap'/></disks></domaincheckpoint>"
+    )
     guest.domain().checkpointCreateXML(theirs, 0)
     try:
         other = point(guest, directory)
@@ -252,7 +267,8 @@ def test_two_repositories_and_a_foreign_checkpoint_live_together(guest: Guest, r
             made = point(guest, place)
             assert made["type"] == "incremental", made["reason"]
             assert points.content(directory_of(place, made) / "vdb.qcow2") == before
-        assert "theirs" in points.checkpoints(guest) and len(points.checkpoints(guest)) == 3
+        assert "theirs" in points.checkpoints(guest)
+        assert len(points.checkpoints(guest)) == 3
     finally:
         guest.domain().checkpointLookupByName("theirs").delete(0)
 
@@ -271,9 +287,11 @@ def test_a_deleted_checkpoint_means_a_full_that_says_so(guest: Guest, repository
     last = point(guest, repository)
     guest.domain().checkpointLookupByName(last["checkpoint"]).delete(0)
     refused = task("backup", domain=guest.name, repository=str(repository), type="incremental")
-    assert refused["failed"] and "checkpoint" in refused["msg"]
+    assert refused["failed"]
+    assert "checkpoint" in refused["msg"]
     made = point(guest, repository)
-    assert made["type"] == "full" and "checkpoint" in made["reason"]
+    assert made["type"] == "full"
+    assert "checkpoint" in made["reason"]
 
 
 def test_removal_goes_from_the_newest_and_respects_protection(guest: Guest, directory: Path) -> None:
@@ -281,7 +299,8 @@ def test_removal_goes_from_the_newest_and_respects_protection(guest: Guest, dire
     second = point(guest, directory, disks=["vdb"], protected=True)
     for made, word in ((first, second["id"]), (second, "protected")):
         refused = task("backup", domain=guest.name, repository=str(directory), state="absent", id=made["id"])
-        assert refused["failed"] and word in refused["msg"], refused["msg"]
+        assert refused["failed"]
+        assert word in refused["msg"], refused["msg"]
     alone = point(guest, directory, type="full", disks=["vdc"])
     for changed in (True, False):
         gone = ok("backup", domain=guest.name, repository=str(directory), state="absent", id=alone["id"])
@@ -304,7 +323,11 @@ def test_bad_input_is_refused_before_anything_is_changed(guest: Guest, directory
     assert "not a repository" in task("restore", repository=str(directory), source_domain=name)["msg"]
     assert "vdz" in task("backup", domain=name, repository=str(directory), disks=["vdz"])["msg"]
     assert "incrementally" in task("backup", domain=name, repository=str(directory), type="incremental")["msg"]
-    assert sorted(path.name for path in directory.iterdir() if path.name != "repository.json") in ([], [guest.domain().UUIDString()])
+    assert sorted(path.name for path in directory.iterdir() if path.name != "repository.json") in (
+        [],
+        [guest.domain().UUIDString()],
+    )
     point(guest, directory, disks=["vdc"])
     unknown = task("restore", repository=str(directory), id="20200101T000000Z-0000")
-    assert unknown["failed"] and "backup_info" in unknown["msg"]
+    assert unknown["failed"]
+    assert "backup_info" in unknown["msg"]

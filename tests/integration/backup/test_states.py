@@ -9,11 +9,12 @@ from pathlib import Path
 
 import libvirt
 import pytest
-from ansible_collections.vmkeeper.libvirt.tests.integration.backup import points
-from ansible_collections.vmkeeper.libvirt.tests.integration.backup.points import directory_of, ok, point, task
 from lab import evidence
 from lab.guest import DiskSpec, Guest, GuestSpec
 from lab.spec import MIB, OVMF_CODE
+
+from ansible_collections.vmkeeper.libvirt.tests.integration.backup import points
+from ansible_collections.vmkeeper.libvirt.tests.integration.backup.points import directory_of, ok, point, task
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,9 @@ def repository(make_repository) -> Path:
 
 
 def test_two_domains_are_cut_at_one_instant(guest: Guest, other: Guest, repository: Path) -> None:
-    made = ok("backup", domains=[guest.name, other.name], repository=str(repository), quiesce="required")["restore_points"]
+    made = ok("backup", domains=[guest.name, other.name], repository=str(repository), quiesce="required")[
+        "restore_points"
+    ]
     assert [one["consistency"] for one in made] == ["filesystem", "filesystem"]
     assert made[0]["group"] == sorted(one["id"] for one in made)
     assert all(one["paused_ms"] is not None for one in made)
@@ -57,7 +60,8 @@ def test_a_group_of_which_one_cannot_be_frozen_has_no_point(guest: Guest, other:
     other.domain().suspend()
     try:
         refused = task("backup", domains=[guest.name, other.name], repository=str(directory), quiesce="required")
-        assert refused["failed"] and other.name in refused["msg"]
+        assert refused["failed"]
+        assert other.name in refused["msg"]
         assert not list(directory.glob("*/2*"))
     finally:
         other.domain().resume()
@@ -79,7 +83,8 @@ def test_an_added_disk_gets_a_full_while_the_others_go_on(guest: Guest, reposito
     image = directory / "vdd.qcow2"
     points.run("qemu-img", "create", "-q", "-f", "qcow2", image, "4M")
     points.run("qemu-io", "-c", "write -P 0x5a 0 1M", image)
-    xml = f"<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{image}'/><target dev='vdd' bus='virtio'/></disk>"
+    inner = f"<driver name='qemu' type='qcow2'/><source file='{image}'/><target dev='vdd' bus='virtio'/>"
+    xml = f"<disk type='file' device='disk'>{inner}</disk>"
     flags = libvirt.VIR_DOMAIN_AFFECT_LIVE | libvirt.VIR_DOMAIN_AFFECT_CONFIG
     guest.domain().attachDeviceFlags(xml, flags)
     try:
@@ -88,7 +93,9 @@ def test_an_added_disk_gets_a_full_while_the_others_go_on(guest: Guest, reposito
         assert kinds == {"vda": "incremental", "vdb": "incremental", "vdc": "full", "vdd": "full"}
         second = point(guest, repository)
         assert {disk["target"]: disk["type"] for disk in second["disks"]}["vdd"] == "incremental"
-        assert points.content(directory_of(repository, second) / "vdd.qcow2") == points.content(directory_of(repository, first) / "vdd.qcow2")
+        assert points.content(directory_of(repository, second) / "vdd.qcow2") == points.content(
+            directory_of(repository, first) / "vdd.qcow2"
+        )
     finally:
         guest.domain().detachDeviceFlags(xml, flags)
 
@@ -100,7 +107,8 @@ def test_stopped_and_saved_domains_are_copied_with_the_level_they_deserve(guest:
     assert saved["restore_point"]["consistency"] == "crash"
     assert any("saved state" in warning for warning in saved["warnings"])
     refused = task("restore", repository=str(repository), id=live["id"], in_place=True, confirm=guest.name)
-    assert refused["failed"] and "managedsave-remove" in refused["msg"]
+    assert refused["failed"]
+    assert "managedsave-remove" in refused["msg"]
     guest.domain().create()
     guest.wait_ready()
     assert guest.shutdown() == libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN
@@ -124,13 +132,15 @@ def test_the_guests_disk_destroyed_and_put_back_in_place(guest: Guest, repositor
     expected = points.device_hash(guest, "vdb")
     made = point(guest, repository, quiesce="required")
     running = task("restore", repository=str(repository), id=made["id"], in_place=True, confirm=guest.name)
-    assert running["failed"] and "Shut it down" in running["msg"]
+    assert running["failed"]
+    assert "Shut it down" in running["msg"]
     guest.destroy()
     image = guest.active_paths()["vdb"]
     owner = (image.stat().st_uid, image.stat().st_gid)
     image.write_bytes(b"gone")
     wrong = task("restore", repository=str(repository), id=made["id"], disks=["vdb"], in_place=True, confirm="somebody")
-    assert wrong["failed"] and f"confirm: {guest.name}" in wrong["msg"]
+    assert wrong["failed"]
+    assert f"confirm: {guest.name}" in wrong["msg"]
     ok("restore", repository=str(repository), id=made["id"], disks=["vda", "vdb"], in_place=True, confirm=guest.name)
     assert points.content(image) == expected
     assert (image.stat().st_uid, image.stat().st_gid) == owner
@@ -143,14 +153,24 @@ def test_the_guests_disk_destroyed_and_put_back_in_place(guest: Guest, repositor
     assert block["failed"]
 
 
-def test_a_single_disk_is_attached_to_another_domain(guest: Guest, other: Guest, repository: Path, directory: Path) -> None:
+def test_a_single_disk_is_attached_to_another_domain(
+    guest: Guest, other: Guest, repository: Path, directory: Path
+) -> None:
     made = point(guest, repository)
     result = ok(
-        "restore", repository=str(repository), id=made["id"], disks=["vdb"], attach_to=other.name, directory=str(directory)
+        "restore",
+        repository=str(repository),
+        id=made["id"],
+        disks=["vdb"],
+        attach_to=other.name,
+        directory=str(directory),
     )
     try:
         assert result["restored"][0]["attached_as"] == "vdb"
-        assert points.content(directory_of(repository, made) / "vdb.qcow2") == other.exec("sha256sum /dev/vdb").text.split()[0]
+        assert (
+            points.content(directory_of(repository, made) / "vdb.qcow2")
+            == other.exec("sha256sum /dev/vdb").text.split()[0]
+        )
         assert other.xml(inactive=True).find("devices/disk/target[@dev='vdb']") is not None
     finally:
         xml = f"<disk type='file' device='disk'><source file='{result['restored'][0]['path']}'/><target dev='vdb' bus='virtio'/></disk>"
@@ -188,10 +208,12 @@ def test_uefi_variables_come_along(module_guest_factory, directory: Path) -> Non
     nvram = Path(str(guest.xml(inactive=True).findtext("os/nvram")))
     expected = points.sha256(nvram)
     made = point(guest, directory)
-    assert made["nvram"] and not [part for part in made["not_captured"] if part["kind"] == "nvram"]
+    assert made["nvram"]
+    assert not [part for part in made["not_captured"] if part["kind"] == "nvram"]
     result = ok("restore", repository=str(directory), id=made["id"], domain="lab-uefi-r", directory=str(directory))
     try:
         restored = next(Path(one["path"]) for one in result["restored"] if one["target"] == "nvram")
-        assert restored != nvram and points.sha256(restored) == expected
+        assert restored != nvram
+        assert points.sha256(restored) == expected
     finally:
         points.forget_domain(guest, "lab-uefi-r")
