@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import random
 import time
@@ -27,6 +28,7 @@ from ansible_collections.vmkeeper.libvirt.tests.integration.backup.points import
 BLOCK = 65536
 CYCLES = 10 * points.SCALE
 SIZE = 16 * MIB
+_NAMES = itertools.count(1)
 
 
 class History:
@@ -51,7 +53,7 @@ class History:
     def snapshot(self) -> None:
         if len(self.snapshots) > 3:
             self.commit()
-        name = f"s{self.count}-{len(self.snapshots)}-{self.rng.randrange(10**6)}"
+        name = f"s{next(_NAMES)}"
         overlay = self.guest.directory / f"{name}.qcow2"
         base = self.guest.active_paths()["vda"]
         flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
@@ -105,7 +107,7 @@ class History:
         _name, base, content = self.snapshots[number]
         del self.snapshots[number:]
         self.guest.destroy()
-        overlay = self.guest.directory / f"r{self.count}-{self.rng.randrange(10**6)}.qcow2"
+        overlay = self.guest.directory / f"r{next(_NAMES)}.qcow2"
         points.run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, overlay)
         xml = self.guest.xml_text(inactive=True)
         for old in [str(path) for path in self.guest.active_paths().values()]:

@@ -7,16 +7,18 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import libvirt
 import pytest
 from lab import evidence
-from lab.ansible import run_module
+from lab.ansible import CHECKOUT, run_module
 from lab.guest import DiskSpec, Guest, GuestSpec
 from lab.spec import MIB
 
+from ansible_collections.vmkeeper.libvirt.tests.docs_examples import examples_in
 from ansible_collections.vmkeeper.libvirt.tests.integration.backup import points
 from ansible_collections.vmkeeper.libvirt.tests.integration.backup.points import directory_of, ok, point, task
 
@@ -166,24 +168,18 @@ def test_restored_beside_the_original_it_is_another_machine_with_the_same_conten
 
 
 def test_restored_by_hand_with_qemu_img_and_virsh_alone(chain, guest: Guest, repository: Path, directory: Path) -> None:
-    """The commands of docs/guides/backup.md, \"By hand\"."""
+    """The commands of docs/guides/backup.md, as they stand there."""
     made, before = chain[2]
-    source = directory_of(repository, made)
-    xml = (source / "domain.xml").read_text()
-    for disk in ("vda", "vdb", "vdc"):
-        points.run("qemu-img", "convert", "-O", "qcow2", source / f"{disk}.qcow2", directory / f"{disk}.qcow2")
-    tree = ElementTree.fromstring(xml)
-    tree.find("name").text = "lab-points-hand"
-    tree.remove(tree.find("uuid"))
-    for disk in tree.iterfind("devices/disk"):
-        disk.find("source").set("file", str(directory / f"{disk.find('target').get('dev')}.qcow2"))
-        disk.find("driver").set("type", "qcow2")
-    for serial in tree.iterfind("devices/serial/source"):
-        serial.set("path", str(directory / "serial.log"))
-    (directory / "new.xml").write_text(ElementTree.tostring(tree, encoding="unicode"))
-    points.run("virsh", "define", directory / "new.xml")
+    guide = CHECKOUT / "docs" / "guides" / "backup.md"
+    script = next(example.text for example in examples_in(guide) if example.name == "restore-by-hand")
+    variables = {"POINT": str(directory_of(repository, made)), "DEST": str(directory), "NAME": "lab-points-hand"}
+    subprocess.run(["sh", "-eu", "-c", script], env={**os.environ, **variables}, check=True, capture_output=True)
     try:
-        assert points.content(directory / "vdb.qcow2") == before
+        assert points.content(directory / "lab-points-hand.vdb.qcow2") == before
+        domain = guest.connection().lookupByName("lab-points-hand")
+        targets = ElementTree.fromstring(domain.XMLDesc(0)).iterfind("devices/disk/target")
+        assert [target.get("dev") for target in targets] == ["vda", "vdb", "vdc"]
+        guest.connection().defineXML(domain.XMLDesc(0).replace(str(guest.serial_log), str(directory / "serial.log")))
         points.run("virsh", "start", "lab-points-hand")
     finally:
         points.forget_domain(guest, "lab-points-hand")

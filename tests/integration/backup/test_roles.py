@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ansible_collections.vmkeeper.libvirt.tests.integration.backup import points
-from ansible_collections.vmkeeper.libvirt.tests.integration.backup.points import ok
 from lab.ansible import run_playbook
 from lab.guest import DiskSpec, GuestSpec
 from lab.spec import MIB
+
+from ansible_collections.vmkeeper.libvirt.tests.integration.backup import points
+from ansible_collections.vmkeeper.libvirt.tests.integration.backup.points import ok
 
 
 def test_backup_then_restore_by_playbook(module_guest_factory, directory: Path) -> None:
