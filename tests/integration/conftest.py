@@ -58,7 +58,7 @@ def _factory(host: TestHost) -> Iterator[GuestFactory]:
             _LIVE.remove(guest)
             try:
                 guest.cleanup()
-            except Exception as error:  # the others must go too
+            except Exception as error:  # noqa: BLE001  (the others must go too)
                 errors.append(error)
         if errors:
             raise errors[0]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -57,10 +58,8 @@ def link_collection() -> Path:
     """Make the checkout importable and resolvable as the collection; returns the collections path."""
     link = COLLECTIONS / "ansible_collections" / "vmkeeper" / "libvirt"
     link.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with contextlib.suppress(FileExistsError):
         link.symlink_to(Path("../../../.."))
-    except FileExistsError:
-        pass
     return COLLECTIONS
 
 
@@ -110,7 +109,15 @@ def run_playbook(
             playbook = file
         inventory = "localhost,"
         variables = {"ansible_connection": "local", "ansible_python_interpreter": INTERPRETER, **(extra_vars or {})}
-        command = [_program("ansible-playbook"), "-i", inventory, str(playbook), "-e", json.dumps(variables), *arguments]
+        command = [
+            _program("ansible-playbook"),
+            "-i",
+            inventory,
+            str(playbook),
+            "-e",
+            json.dumps(variables),
+            *arguments,
+        ]
         command += ["--check"] * check + ["--diff"] * diff
         return _run(command, env or {}, timeout)
 

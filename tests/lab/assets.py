@@ -29,9 +29,35 @@ _KERNEL_META = "linux-image-cloud-amd64"
 # Fetched, not installed: partition tools that the guest has and a hypervisor may lack.
 _TOOL_PACKAGES = ("fdisk", "cloud-guest-utils")
 # Installed on the host and copied into the guest.
-_HOST_PACKAGES = ("busybox-static", "e2fsprogs", "xfsprogs", "qemu-guest-agent", "gcc", "cpio")
+_HOST_PACKAGES = ("busybox-static", "e2fsprogs", "xfsprogs", "qemu-guest-agent", "gcc", "libc6-dev", "util-linux")
 
-_MODULES = ["virtio_pci", "virtio_blk", "virtio_scsi", "virtio_net", "virtio_console", "virtio_balloon", "virtio_mem", "virtio_rng", "sd_mod", "sr_mod", "xfs", "button", "evdev", "vfat", "nls_ascii", "nls_cp437", "isofs", "loop", "ata_piix", "ahci", "crc32c_generic", "libcrc32c", "dm_mod", "virtio_vsock", "vmw_vsock_virtio_transport"]
+_MODULES = [
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_scsi",
+    "virtio_net",
+    "virtio_console",
+    "virtio_balloon",
+    "virtio_mem",
+    "virtio_rng",
+    "sd_mod",
+    "sr_mod",
+    "xfs",
+    "button",
+    "evdev",
+    "vfat",
+    "nls_ascii",
+    "nls_cp437",
+    "isofs",
+    "loop",
+    "ata_piix",
+    "ahci",
+    "crc32c_generic",
+    "libcrc32c",
+    "dm_mod",
+    "virtio_vsock",
+    "vmw_vsock_virtio_transport",
+]
 
 # Programs of the host that the guest gets, with the shared libraries that they name.
 _PROGRAMS = (
@@ -50,6 +76,7 @@ _PROGRAMS = (
     "/usr/bin/findmnt",
     "/usr/sbin/fsfreeze",
     "/usr/bin/partx",
+    "/usr/bin/flock",
 )
 _FROM_PACKAGES = ("sbin/sfdisk", "usr/bin/growpart")
 
@@ -114,9 +141,13 @@ def _digest(packages: list[Path]) -> str:
         stderr=subprocess.DEVNULL,
         check=False,
     ).stdout
-    missing = [name for name in _HOST_PACKAGES if not re.search(rf"^{name} .* installed$".encode(), versions, re.MULTILINE)]
+    missing = [
+        name for name in _HOST_PACKAGES if not re.search(rf"^{name} .* installed$".encode(), versions, re.MULTILINE)
+    ]
     if missing:
-        raise AssetError(f"the lab's guest is built from packages that are missing: apt-get install {' '.join(missing)}")
+        raise AssetError(
+            f"the lab's guest is built from packages that are missing: apt-get install {' '.join(missing)}"
+        )
     digest.update(versions)
     return digest.hexdigest()[:16]
 
@@ -141,7 +172,9 @@ def _kernel_package(directory: Path) -> str:
     present = sorted(directory.glob("linux-image-*-cloud-amd64_*.deb"))
     if present:
         return present[-1].name.split("_")[0]
-    listing = subprocess.run(["apt-cache", "depends", _KERNEL_META], stdout=subprocess.PIPE, text=True, check=False).stdout
+    listing = subprocess.run(
+        ["apt-cache", "depends", _KERNEL_META], stdout=subprocess.PIPE, text=True, check=False
+    ).stdout
     match = re.search(r"Depends: (linux-image-\S+)", listing)
     if match is None:
         raise AssetError(f"apt knows no {_KERNEL_META}; run: apt-get update")
@@ -150,7 +183,12 @@ def _kernel_package(directory: Path) -> str:
 
 def _download(name: str, directory: Path) -> None:
     result = subprocess.run(
-        ["apt-get", "download", "-q", name], cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        ["apt-get", "download", "-q", name],
+        cwd=directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     if result.returncode != 0:
         raise AssetError(f"cannot download the package {name} for the lab's guest: {result.stdout.strip()}")
@@ -177,7 +215,20 @@ def _build(directory: Path, packages: list[Path]) -> None:
 
 
 def _lay_root(root: Path, unpacked: Path) -> None:
-    for name in ["bin", "sbin", "usr/bin", "usr/sbin", "lab", "dev", "proc", "sys", "run", "tmp", "disk", "etc/qemu/fsfreeze-hook.d"]:
+    for name in [
+        "bin",
+        "sbin",
+        "usr/bin",
+        "usr/sbin",
+        "lab",
+        "dev",
+        "proc",
+        "sys",
+        "run",
+        "tmp",
+        "disk",
+        "etc/qemu/fsfreeze-hook.d",
+    ]:
         (root / name).mkdir(parents=True)
     shutil.copy("/bin/busybox", root / "bin/busybox")
     applets = subprocess.run(["/bin/busybox", "--list"], stdout=subprocess.PIPE, text=True, check=True).stdout.split()
@@ -214,7 +265,9 @@ def _lay_root(root: Path, unpacked: Path) -> None:
 
 
 def _libraries(program: Path) -> list[Path]:
-    output = subprocess.run(["ldd", str(program)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False).stdout
+    output = subprocess.run(
+        ["ldd", str(program)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False
+    ).stdout
     return [Path(match) for match in re.findall(r"(/\S+) \(0x", output)]
 
 

@@ -13,6 +13,7 @@ the next start of any host sweeps the directory, whose lock nobody holds any mor
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import grp
 import os
@@ -23,6 +24,7 @@ import signal
 import stat
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -71,8 +73,10 @@ def main(argv: list[str]) -> int:
     sweep(base)
     root = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{options.name}-", dir=base))
     root.chmod(0o711)  # QEMU's user must reach the images below
-    lock = os.open(root / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+    # Named only once it is locked: another host's sweep must not find it in between.
+    lock = os.open(root / "lock.new", os.O_CREAT | os.O_RDWR, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
+    os.rename(root / "lock.new", root / "lock")
     return _front(options, root)
 
 
@@ -92,11 +96,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def _unusable() -> str | None:
+def _unusable(search: str | None = None) -> str | None:
     if os.geteuid() != 0:
         return "a private test host needs root: it mounts and makes namespaces"
-    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    missing = {program: package for program, package in NEEDED.items() if not shutil.which(program, path=path)}
+    search = search or os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    missing = {program: package for program, package in NEEDED.items() if not shutil.which(program, path=search)}
     if missing:
         packages = " ".join(sorted(set(missing.values())))
         return f"not installed: {', '.join(sorted(missing))}; try: apt-get install {packages}"
@@ -155,17 +159,15 @@ def _front(options: argparse.Namespace, root: Path) -> int:
 
 
 def _pass_on(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
-def _guarded(body: object) -> NoReturn:
+def _guarded(body: Callable[[], int]) -> NoReturn:
     code = EXIT_UNUSABLE
     try:
-        code = body()  # type: ignore[operator]
-    except BaseException as error:
+        code = body()
+    except BaseException as error:  # noqa: BLE001  (a forked process must never return into its parent's code)
         print(f"enter: {error}", file=sys.stderr)
     finally:
         sys.stdout.flush()

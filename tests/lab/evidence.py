@@ -148,7 +148,17 @@ def partition_range(raw: Path, number: int) -> tuple[int, int]:
 
 
 def _copy_range(source: Path, destination: Path, start: int, size: int) -> None:
-    run("dd", f"if={source}", f"of={destination}", "bs=1M", "iflag=skip_bytes,count_bytes", f"skip={start}", f"count={size}", "conv=sparse", "status=none")
+    run(
+        "dd",
+        f"if={source}",
+        f"of={destination}",
+        "bs=1M",
+        "iflag=skip_bytes,count_bytes",
+        f"skip={start}",
+        f"count={size}",
+        "conv=sparse",
+        "status=none",
+    )
     os.truncate(destination, size)
 
 
@@ -173,7 +183,9 @@ def fsck(image: Path, partition: int | None = None) -> FsckResult:
 def _fsck_xfs(raw: Path) -> FsckResult:
     code, output = _lenient("xfs_repair", "-n", "-f", str(raw))
     needs_recovery = "valuable metadata changes in a log" in output
-    return FsckResult(code == 0 and not re.search(r"would (have|fix|clear|reset|junk|correct)", output), needs_recovery, output)
+    return FsckResult(
+        code == 0 and not re.search(r"would (have|fix|clear|reset|junk|correct)", output), needs_recovery, output
+    )
 
 
 def _magic(raw: Path) -> str:
@@ -182,7 +194,9 @@ def _magic(raw: Path) -> str:
 
 
 def _lenient(*argv: str) -> tuple[int, str]:
-    result = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, check=False)
+    result = subprocess.run(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, check=False
+    )
     return result.returncode, result.stdout
 
 
@@ -215,7 +229,9 @@ def writer_log(image: Path, partition: int | None = None) -> WriterLog:
 
 def same_content(first: Path, second: Path) -> bool:
     """Whether two images (with their chains) show the same content (``qemu-img compare``)."""
-    result = subprocess.run(["qemu-img", "compare", "-q", str(first), str(second)], stderr=subprocess.PIPE, text=True, check=False)
+    result = subprocess.run(
+        ["qemu-img", "compare", "-q", str(first), str(second)], stderr=subprocess.PIPE, text=True, check=False
+    )
     if result.returncode not in (0, 1):
         raise RuntimeError(f"qemu-img compare {first} {second}: {result.stderr.strip()}")
     return result.returncode == 0
@@ -252,7 +268,9 @@ def host_state(connection: libvirt.virConnect, directories: Sequence[Path] = (),
     for domain in connection.listAllDomains():
         name = f"domain {domain.name()}"
         parts[name] = _sha(domain.XMLDesc(0))
-        parts[f"{name} inactive"] = _sha(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE))
+        parts[f"{name} inactive"] = _sha(
+            domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
+        )
         parts[f"{name} state"] = f"{domain.state()} {domain.hasManagedSaveImage()} {domain.autostart()}"
         for snapshot in domain.listAllSnapshots():
             parts[f"{name} snapshot {snapshot.getName()}"] = _sha(snapshot.getXMLDesc()) + str(snapshot.isCurrent())

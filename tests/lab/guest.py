@@ -156,6 +156,8 @@ class Guest:
     def _is_ready(self) -> bool:
         if not self.is_running():
             raise RuntimeError(f"guest {self.name} has ended: {self.state()}; {self.serial_tail()}")
+        if "Kernel panic" in self.serial_tail(200):
+            raise RuntimeError(f"the kernel of guest {self.name} panicked: {self.serial_tail()}")
         try:
             return self.channel().exec(["/bin/test", "-e", "/run/lab-ready"], 5).rc == 0
         except (OSError, ChannelError, LookupError):
@@ -271,7 +273,9 @@ class Guest:
             words = ["/bin/busybox", "env", *words]
         result = self.channel().exec(words, timeout)
         if check and result.rc != 0:
-            raise RuntimeError(f"in guest {self.name}: {argv}: exit code {result.rc}: {result.stderr.decode(errors='replace')}")
+            raise RuntimeError(
+                f"in guest {self.name}: {argv}: exit code {result.rc}: {result.stderr.decode(errors='replace')}"
+            )
         return result
 
     def write_file(self, path: str, data: bytes, timeout: float = PATIENCE) -> None:

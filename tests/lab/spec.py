@@ -104,6 +104,8 @@ def command_line(spec: GuestSpec) -> str:
     words = ["console=ttyS0", "quiet", "panic=-1", "random.trust_cpu=1"]
     # A freeze waits for RCU grace periods, which emulation stretches to tens of milliseconds for each file system.
     words.append("rcupdate.rcu_expedited=1")
+    # Room for hot-plugged memory above 4 GiB would make the kernel set 64 MiB of bounce buffers aside.
+    words.append("swiotlb=noforce")
     agent = {"absent": "none"}.get(spec.agent, spec.agent).replace(" ", ",")
     words.append(f"lab.agent={agent}")
     for disk in spec.disks:
@@ -164,7 +166,9 @@ def _disk(disk: DiskSpec, source: str) -> str:
     driver += f" cache='{disk.cache}'" if disk.cache else ""
     driver += f" discard='{disk.discard}'" if disk.discard else ""
     flags = "".join(
-        f"<{name}/>" for name, is_set in (("transient", disk.transient), ("readonly", disk.readonly), ("shareable", disk.shareable)) if is_set
+        f"<{name}/>"
+        for name, is_set in (("transient", disk.transient), ("readonly", disk.readonly), ("shareable", disk.shareable))
+        if is_set
     )
     snapshot = f" snapshot='{disk.snapshot}'" if disk.snapshot else ""
     return (

@@ -8,13 +8,14 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from xml.etree import ElementTree
 
-from .._errors import UNCHANGED
+from .._errors import UNCHANGED, VmkeeperError
+from ..hypervisor import chain
 from ..hypervisor.connection import constant, explaining
-from ..hypervisor.domain_model import parse_disk
+from ..hypervisor.domain_model import Layer, parse_disk
 
 #: Our element in the ``<metadata>`` of the domain definition that libvirt keeps inside each snapshot.  The metadata of
 #: the domain itself would die with its next define.
@@ -214,7 +215,19 @@ def _flags(*names: str) -> int:
 def read_snapshot(snapshot: Any) -> Snapshot:
     """Read one libvirt snapshot."""
     with explaining("Reading a snapshot"):
-        return parse_snapshot(snapshot.getXMLDesc(0), current=bool(snapshot.isCurrent()))
+        parsed = parse_snapshot(snapshot.getXMLDesc(0), current=bool(snapshot.isCurrent()))
+    return replace(parsed, disks=tuple(_with_base(disk) for disk in parsed.disks))
+
+
+def _with_base(disk: SnapshotDisk) -> SnapshotDisk:
+    """A disk in a storage pool is recorded by the names of pool and volume; its overlay knows the path, pool or no pool."""
+    if disk.base is not None or disk.overlay is None:
+        return disk
+    try:
+        layers = chain.follow(Layer(disk.overlay, "qcow2"))
+    except VmkeeperError:
+        return disk
+    return replace(disk, base=layers[1].path) if len(layers) > 1 else disk
 
 
 def read_snapshots(domain: Any) -> tuple[Snapshot, ...]:

@@ -36,6 +36,7 @@ from .plan import (
 
 #: How long a guest may take to shut down before the task gives up and leaves it running.
 SHUTDOWN_SECONDS = 300.0
+ASK_AGAIN_SECONDS = 15.0
 
 
 @dataclass
@@ -247,11 +248,16 @@ class _Taking:
             with explaining(f"Shutting down domain {plan.domain.name!r}"):
                 handle.shutdown()
         give_up = time.monotonic() + SHUTDOWN_SECONDS
-        while True:
-            still = [plan.domain.name for handle, plan in going if handle.isActive()]
-            if not still:
-                break
+        ask_again = time.monotonic() + ASK_AGAIN_SECONDS
+        while going := [(handle, plan) for handle, plan in going if handle.isActive()]:
+            if time.monotonic() >= ask_again:
+                # A guest that was only just started does not hear the first press of its power button.
+                ask_again = time.monotonic() + ASK_AGAIN_SECONDS
+                for handle, _plan in going:
+                    with contextlib.suppress(libvirt.libvirtError):
+                        handle.shutdown()
             if time.monotonic() > give_up:
+                still = [plan.domain.name for _handle, plan in going]
                 raise VmkeeperError(
                     f"{', '.join(still)} did not shut down within {SHUTDOWN_SECONDS:.0f} s",
                     state="No snapshot was taken; what had shut down is started again. A guest that is late may still go down.",

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import libvirt
 import pytest
-from lab import evidence
+from lab import evidence, images
 from lab.guest import DiskSpec, Guest, GuestSpec, digest
 from lab.host import TestHost
+from lab.spec import OVMF_CODE
 from lab.waiting import until
 
 MIB = 1 << 20
@@ -61,7 +62,9 @@ def test_two_writers_tick_by_the_same_clock(guest: Guest) -> None:
 
 def test_freeze_blocks_the_writers_and_the_gap_shows_it(guest: Guest) -> None:
     for target in ("vda", "vdc"):
-        guest.exec(f"killall labwriter; while pidof labwriter >/dev/null; do sleep 0.05; done; rm -f /run/writer-{target}.gaps")
+        guest.exec(
+            f"killall labwriter; while pidof labwriter >/dev/null; do sleep 0.05; done; rm -f /run/writer-{target}.gaps"
+        )
     for target in ("vda", "vdc"):
         guest.start_writer(target)
     before = guest.gaps("vda")
@@ -189,10 +192,20 @@ def test_flags_reach_the_definition(guest_factory) -> None:
     assert guest.writer_log("vdd").records
 
 
+def test_uefi_guest_boots_with_a_variable_store_of_its_own(guest_factory) -> None:
+    if not OVMF_CODE.exists():
+        pytest.skip("the ovmf package is not installed")
+    guest = guest_factory(GuestSpec("uefi", firmware="uefi"))
+    assert guest.exec("test -d /sys/firmware/efi", check=False).rc == 0
+    assert guest.xml().find("./os/nvram") is not None
+
+
 def test_vcpus_and_memory_can_be_hot_plugged(guest_factory) -> None:
     guest = guest_factory(GuestSpec("hot", max_vcpus=2, max_memory=512, disks=()))
     guest.domain().setVcpusFlags(2, libvirt.VIR_DOMAIN_AFFECT_LIVE)
-    until(lambda: guest.exec("ls -d /sys/devices/system/cpu/cpu[0-9]* | wc -l").text == "2", "the second vCPU appearing")
+    until(
+        lambda: guest.exec("ls -d /sys/devices/system/cpu/cpu[0-9]* | wc -l").text == "2", "the second vCPU appearing"
+    )
     before = int(guest.exec("ls -d /sys/devices/system/memory/memory[0-9]* | wc -l").text)
     dimm = "<memory model='dimm'><target><size unit='MiB'>128</size><node>0</node></target></memory>"
     guest.domain().attachDeviceFlags(dimm, libvirt.VIR_DOMAIN_AFFECT_LIVE)
@@ -208,7 +221,10 @@ def test_a_grown_disk_can_be_grown_in_the_guest(guest_factory) -> None:
     until(lambda: guest.exec("cat /sys/block/vda/size").text == str(160 * MIB // 512), "the guest seeing the new size")
     guest.exec(["growpart", "/dev/vda", "1"])
     guest.exec(["resize2fs", "/dev/vda1"])
-    assert int(guest.exec("stat -f -c '%b' /disk/vda").text) * int(guest.exec("stat -f -c '%S' /disk/vda").text) > 120 * MIB
+    assert (
+        int(guest.exec("stat -f -c '%b' /disk/vda").text) * int(guest.exec("stat -f -c '%S' /disk/vda").text)
+        > 120 * MIB
+    )
     assert guest.writer_log("vda").is_intact
 
 
@@ -221,14 +237,26 @@ def test_a_freeze_hook_of_the_spec_runs(guest_factory) -> None:
 
 
 def test_cleanup_leaves_nothing(host: TestHost) -> None:
-    guest = Guest(host, GuestSpec("gone", disks=(DiskSpec("vda"), DiskSpec("vdb", kind="block", format="raw"), DiskSpec("vdc", kind="volume"))))
+    guest = Guest(
+        host,
+        GuestSpec(
+            "gone",
+            disks=(
+                DiskSpec("vda"),
+                DiskSpec("vdb", kind="block", format="raw", snapshot="no"),
+                DiskSpec("vdc", kind="volume", snapshot="no"),
+            ),
+        ),
+    )
     guest.define().start()
     node = guest.active_paths()["vdb"]
-    guest.domain().snapshotCreateXML("<domainsnapshot><name>s</name></domainsnapshot>", libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY)
+    guest.domain().snapshotCreateXML(
+        "<domainsnapshot><name>s</name></domainsnapshot>", libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
+    )
     guest.cleanup()
     connection = host.connect()
     assert "lab-gone" not in [domain.name() for domain in connection.listAllDomains()]
     assert not [pool for pool in connection.listAllStoragePools() if pool.name().startswith("lab-gone")]
     assert not guest.directory.exists()
-    assert evidence.run("losetup", "--list", "--noheadings", "--output", "NAME", "-j", guest.images["vdb"]) == ""
+    assert images.run("losetup", "--list", "--noheadings", "--output", "NAME", "-j", guest.images["vdb"]) == ""
     assert node.exists()

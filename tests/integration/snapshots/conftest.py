@@ -4,33 +4,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
-
-from ansible_collections.vmkeeper.libvirt.tests.lab.guest import Guest, GuestSpec
-from ansible_collections.vmkeeper.libvirt.tests.lab.host import TestHost
-
-
-@pytest.fixture(scope="session")
-def host() -> TestHost:
-    host = TestHost()
-    host.start()
-    return host
+from lab.guest import Guest, GuestSpec
 
 
 @pytest.fixture(scope="module")
-def make_guest(host: TestHost) -> Iterator[Callable[..., Guest]]:
+def make_guest(module_guest_factory) -> Callable[..., Guest]:
     """Guests that live as long as the test module. ``start`` is ``"no"``, ``"async"`` (do not wait) or ``"wait"``."""
-    with contextlib.ExitStack() as cleanups:
 
-        def make(spec: GuestSpec, start: str = "wait") -> Guest:
-            guest = Guest(host, spec)
-            cleanups.callback(guest.cleanup)
-            guest.define()
-            if start != "no":
-                guest.start(wait=start == "wait")
-            return guest
+    def make(spec: GuestSpec, start: str = "wait") -> Guest:
+        guest = module_guest_factory(spec, start=start == "wait")
+        if start == "async":
+            guest.start(wait=False)
+        return guest
 
-        yield make
+    return make

@@ -64,6 +64,13 @@ class Outcome:
         """Its failure in words."""
         return str(self.answer.get("msg", ""))
 
+    @property
+    def warnings(self) -> list[str]:
+        """Its warnings as texts, however this version of ansible-core wraps them."""
+        return [
+            line if isinstance(line, str) else str(line["event"]["msg"]) for line in self.answer.get("warnings", [])
+        ]
+
     def __getitem__(self, key: str) -> Any:
         return self.answer[key]
 

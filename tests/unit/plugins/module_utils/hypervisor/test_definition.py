@@ -1,0 +1,39 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.definition import with_disk_layers
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain_model import Layer, parse_disk
+
+XML = """<domain><metadata><a:b xmlns:a='urn:x'>kept</a:b></metadata><devices>
+<disk type='volume' device='disk'><driver name='qemu' type='raw' cache='none'/>
+<source pool='p' volume='v' index='1'><seclabel model='dac' relabel='no'/></source>
+<backingStore type='file'><format type='raw'/><source file='/old'/></backingStore>
+<target dev='vda' bus='virtio'/></disk>
+<disk type='file' device='disk'><source file='/untouched'/><target dev='vdb'/></disk></devices></domain>"""
+
+
+def disks(xml):
+    return {disk.target: disk for disk in map(parse_disk, ElementTree.fromstring(xml).iterfind("devices/disk"))}
+
+
+def test_a_disk_stands_on_its_new_image_and_all_else_stays():
+    changed = with_disk_layers(XML, {"vda": Layer("/new.qcow2", "qcow2")})
+    found = disks(changed)
+    assert found["vda"].chain == (Layer("/new.qcow2", "qcow2"),)
+    assert found["vda"].kind == "file"
+    assert found["vda"].pool is None
+    assert found["vdb"] == disks(XML)["vdb"]
+    assert 'cache="none"' in changed
+    assert 'relabel="no"' in changed
+    assert "kept" in changed
+
+
+def test_a_block_device_and_a_disk_without_a_driver():
+    found = disks(with_disk_layers(XML, {"vdb": Layer("/dev/vg/lv", "raw", "block")}))
+    assert found["vdb"].kind == "block"
+    assert found["vdb"].chain == (Layer("/dev/vg/lv", "raw", "block"),)

@@ -1,0 +1,78 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+
+import pytest
+
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import Unfinished
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import journal
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.journal import Journal
+
+DOMAINS = [("u2", "db"), ("u1", "web")]
+
+
+@pytest.fixture
+def place(tmp_path):
+    return str(tmp_path / "journal")
+
+
+def test_every_domain_of_a_group_leads_to_the_one_file(place):
+    Journal.begin("snapshot", DOMAINS, {"name": "x"}, directory=place)
+    for uuid in ("u1", "u2"):
+        found = journal.unfinished(uuid, directory=place)
+        assert found.operation.plan == {"name": "x"}
+        assert [one["name"] for one in found.operation.domains] == ["db", "web"]
+        assert journal.peek(uuid, directory=place).kind == "snapshot"
+    assert journal.unfinished("u3", directory=place) is None
+
+
+def test_steps_are_on_disk_before_what_they_announce(place):
+    running = Journal.begin("snapshot", DOMAINS, {}, directory=place)
+    running.step("armed", ticket="/run/x")
+    running.step("armed", ticket="/run/y")
+    again = journal.unfinished("u1", directory=place)
+    assert again.operation.reached("begin")
+    assert again.operation.last("armed")["ticket"] == "/run/y"
+    assert again.operation.last("cut") is None
+    assert not again.operation.reached("cut")
+    path = os.path.join(place, "u1.json")
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(place).st_mode) == 0o700
+
+
+def test_finishing_leaves_nothing(place):
+    Journal.begin("snapshot", DOMAINS, {}, directory=place).finish()
+    assert os.listdir(place) == []
+    assert journal.peek("u1", directory=place) is None
+
+
+def test_a_link_whose_operation_is_over_is_no_operation(place):
+    Journal.begin("snapshot", DOMAINS, {}, directory=place)
+    os.unlink(os.path.join(place, "u1.json"))
+    assert journal.unfinished("u2", directory=place) is None
+    assert os.listdir(place) == []
+
+
+def test_a_journal_of_a_newer_version_is_refused(place):
+    Journal.begin("snapshot", DOMAINS, {}, directory=place)
+    path = os.path.join(place, "u1.json")
+    with open(path) as stream:
+        content = json.load(stream)
+    content["format"] = 99
+    with open(path, "w") as stream:
+        json.dump(content, stream)
+    with pytest.raises(Unfinished, match="newer version"):
+        journal.unfinished("u1", directory=place)
+
+
+def test_a_look_at_garbage_finds_nothing(place):
+    os.makedirs(place)
+    with open(os.path.join(place, "u1.json"), "w") as stream:
+        stream.write("{half")
+    assert journal.peek("u1", directory=place) is None

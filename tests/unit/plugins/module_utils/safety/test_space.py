@@ -1,0 +1,37 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import pytest
+
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import NoSpace
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import space
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1536, "1.5 KiB"),
+        (200 << 20, "200 MiB"),
+        (3 << 30, "3.0 GiB"),
+        (5 << 40, "5.0 TiB"),
+    ],
+)
+def test_sizes_for_people(size, text):
+    assert space.human(size) == text
+
+
+def test_needs_of_one_filesystem_add_up(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    needs = [(str(tmp_path / "a"), 60), (str(tmp_path / "b"), 60)]
+    assert list(space.total_by_filesystem(needs).values()) == [120]
+    monkeypatch.setattr(space, "free_bytes", lambda _directory: 100)
+    with pytest.raises(NoSpace) as error:
+        space.require(needs, "Taking it")
+    assert (error.value.facts["needed"], error.value.facts["free"]) == (120, 100)
+    space.require(needs[:1], "Taking it")
