@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Sequence
@@ -204,6 +205,9 @@ class _Taking:
                 self._make_targets(plan)
             outcomes = self._cut_all()
             points = [self._describe(plan, outcomes.get(plan.domain.uuid)) for plan in self._plans]
+        except OSError as error:
+            self._undo(error)
+            raise self._explained(error) from error
         except BaseException as error:
             self._undo(error)
             raise
@@ -535,6 +539,15 @@ class _Taking:
                 state="The restore point exists. The guard on this host goes on thawing until the agent confirms it or the domain stops.",
                 advice="Look at the guest; if it hangs, restart its qemu-guest-agent",
             )
+
+    def _explained(self, error: OSError) -> VmkeeperError:
+        kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else VmkeeperError
+        return kind(
+            f"Writing the restore point into {self._repository.path} failed: {error}",
+            state="No point was made; older points and their checkpoints are as they were.",
+            advice="See to the repository's filesystem, then run this again",
+            path=self._repository.path,
+        )
 
     def _undo(self, error: BaseException) -> None:
         """Back to how it was; what cannot be undone now stays in the journal for the next run."""

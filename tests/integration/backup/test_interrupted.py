@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -167,10 +168,15 @@ def test_qemu_killed_during_the_copy_and_the_next_point_is_a_full_that_says_so(
 
 @pytest.fixture
 def small(directory: Path) -> Iterator[Path]:
-    """A repository on a filesystem of its own that cannot set blocks aside: ext4 without extents, 160 MiB."""
+    """A repository on a filesystem of 160 MiB that cannot set blocks aside."""
+    yield from _filesystem(directory, 160 * MIB)
+
+
+def _filesystem(directory: Path, size: int) -> Iterator[Path]:
+    """ext4 without extents: fallocate is not supported there."""
     image = directory / "small.img"
     with image.open("wb") as stream:
-        stream.truncate(160 * MIB)
+        stream.truncate(size)
     points.run("mkfs.ext4", "-q", "-F", "-O", "^extents,^64bit", image)
     where = directory / "small"
     where.mkdir()
@@ -227,6 +233,51 @@ def test_no_write_of_the_guest_fails_when_the_target_fills_up(
     (small / ".ballast").unlink()
     made = point(guest, small)
     assert points.content(directory_of(small, made) / "vdb.qcow2") == points.device_hash(guest, "vdb")
+
+
+@pytest.fixture
+def medium(directory: Path) -> Iterator[Path]:
+    """Like ``small``, of 800 MiB."""
+    yield from _filesystem(directory, 800 * MIB)
+
+
+@pytest.mark.skipif(points.SCALE == 1, reason="moves half a gigabyte; runs in make test-long")
+def test_no_write_of_the_guest_fails_when_the_target_fills_up_in_the_middle_of_the_copy(
+    module_guest_factory, medium: Path
+) -> None:
+    guest = module_guest_factory(
+        GuestSpec(
+            "pouring", disks=(DiskSpec("vda", size=64 * MIB), DiskSpec("vdb", size=640 * MIB, fs=None, writer=False))
+        )
+    )
+    node = guest.exec("cat /run/disk/vdb").text
+    guest.destroy()
+    points.run("dd", "if=/dev/urandom", f"of={medium}/.data", "bs=1M", "count=500")
+    points.run("qemu-img", "dd", "-O", "qcow2", f"if={medium}/.data", f"of={medium}/../vdb.qcow2", "bs=1M")
+    points.run("qemu-img", "resize", "-q", f"{medium}/../vdb.qcow2", str(640 * MIB))
+    (medium / ".data").unlink()
+    (medium.parent / "vdb.qcow2").replace(guest.images["vdb"])
+    guest.start()
+
+    def overwrite() -> None:
+        place = random.randrange(9000)
+        guest.exec(f"dd if=/dev/urandom of={node} bs=64k count=4 seek={place} oflag=direct conv=notrunc 2>/dev/null")
+
+    backup = run_module_process("backup", domain=guest.name, repository=str(medium), quiesce="never")
+    until(lambda: points.has_job(guest) or not backup.running(), "the job beginning")
+    with (medium / ".ballast").open("wb") as ballast, contextlib.suppress(OSError):
+        while backup.running():
+            ballast.write(bytes(MIB))
+            ballast.flush()
+            if ballast.tell() % (64 * MIB) == 0:
+                overwrite()
+    while backup.running():
+        overwrite()
+    result = backup.result()
+    print(result["msg"])
+    assert not result["failed"] or result["error"]["kind"] == "no_space", result["msg"]
+    points.assert_nothing_left(guest, medium)
+    assert guest.exec("dmesg | grep -ci 'I/O error' || true").text == "0"
 
 
 def test_a_killed_backup_is_ended_by_its_sentry_alone(guest: Guest, repository: Path, tmp_path: Path) -> None:
