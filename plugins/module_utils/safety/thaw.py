@@ -14,22 +14,31 @@ from ..hypervisor import agent
 from ..hypervisor.binding import libvirt
 
 
+#: An agent that answers and says ``frozen`` is asked again: a thaw can fail once (a hook, a busy filesystem).
+_RETRIES = 2
+
+
 def thaw(handle: Any, *, times: int = 1) -> tuple[bool, float]:
     """Thaw and prove it; returns whether the agent says ``thawed`` (or the domain has stopped), and when the calls ended.
 
     ``times`` is 2 after a freeze that failed or timed out: it may have frozen all the same, and the first thaw may meet
-    the agent still at it.  Takes at most about ``(times + 1) * agent.PROMPT_SECONDS``; raises nothing.
+    the agent still at it.  An agent that is silent costs at most ``(times + 1) * agent.PROMPT_SECONDS``; raises nothing.
     """
     with contextlib.suppress(VmkeeperError):
         agent.set_response_timeout(handle, agent.PROMPT_SECONDS)
-    for _time in range(times):
+    ended = time.monotonic()
+    for number in range(1, times + _RETRIES + 1):
         with contextlib.suppress(libvirt.libvirtError):
             handle.fsThaw()
-    ended = time.monotonic()
-    try:
-        return not agent.is_frozen(handle), ended
-    except VmkeeperError:
-        return not _runs(handle), ended
+        ended = time.monotonic()
+        if number < times:
+            continue
+        try:
+            if not agent.is_frozen(handle):
+                return True, ended
+        except VmkeeperError:
+            return not _runs(handle), ended
+    return False, ended
 
 
 def _runs(handle: Any) -> bool:

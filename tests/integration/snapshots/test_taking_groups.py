@@ -141,7 +141,7 @@ def test_a_filesystem_that_is_full_for_one_stops_all_before_the_freeze(pair, sma
 
 
 def snapshots(guest: Guest) -> list[str]:
-    return [snapshot.getName() for snapshot in guest.domain().listAllSnapshots()]
+    return sorted(snapshot.getName() for snapshot in guest.domain().listAllSnapshots())
 
 
 def files(guest: Guest) -> list[str]:

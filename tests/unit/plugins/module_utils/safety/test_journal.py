@@ -38,7 +38,9 @@ def test_steps_are_on_disk_before_what_they_announce(place):
     running.step("armed", ticket="/run/y")
     again = journal.unfinished("u1", directory=place)
     assert again.operation.reached("begin")
-    assert again.operation.last("armed")["ticket"] == "/run/y"
+    armed = again.operation.last("armed")
+    assert armed is not None
+    assert armed["ticket"] == "/run/y"
     assert again.operation.last("cut") is None
     assert not again.operation.reached("cut")
     path = os.path.join(place, "u1.json")

@@ -42,7 +42,9 @@ def test_a_second_run_waits_and_then_names_the_holder(held):
     with pytest.raises(Busy, match=r"'web' is in use by another run: backup \(process 4711\)") as error, waiting:
         pass
     assert error.value.facts["holder"]["pid"] == 4711
-    assert locks.holder("u1", directory=directory)["operation"] == "backup"
+    found = locks.holder("u1", directory=directory)
+    assert found is not None
+    assert found["operation"] == "backup"
 
 
 def test_a_dead_holder_holds_nothing(held):
@@ -51,6 +53,7 @@ def test_a_dead_holder_holds_nothing(held):
     process.wait()
     with locks.hold([("u1", "web")], "snapshot", patience=5, directory=directory):
         holder = locks.holder("u1", directory=directory)
+        assert holder is not None
         assert holder["operation"] == "snapshot"
     assert locks.holder("u1", directory=directory) is None
 
