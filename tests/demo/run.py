@@ -24,7 +24,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE.parent))
 
 from lab import evidence, probe  # noqa: E402
-from lab.guest import DiskSpec, Guest, GuestSpec  # noqa: E402
+from lab.guest import DiskSpec, Guest, GuestSpec, digest  # noqa: E402
 from lab.host import TestHost  # noqa: E402
 
 #: Inside the private host, where QEMU's user can reach it.
@@ -194,6 +194,10 @@ def _story(guest: Guest, scratch: Path) -> None:
     title("A guest with two disks, each written 50 times a second by a process of its own")
     guest.define()
     _timed("from power-on to its agent answering", guest.start)
+    precious = os.urandom(100_000)
+    for disk in guest.spec.disks:
+        guest.write_file(f"/disk/{disk.target}/precious", precious)
+    precious_sum = digest(precious)
 
     title("A consistent snapshot: freeze, cut and thaw in one module call")
     said = playbook("snapshot.yml", guest, scratch / "snapshot.json")
@@ -207,18 +211,51 @@ def _story(guest: Guest, scratch: Path) -> None:
     title("The proof, by e2fsck and by what the guest wrote")
     prove_one_instant(guest, snapshot)
     prove_still_writing(guest)
-
+    _way_back(guest, scratch, precious_sum)
     _backup_story(guest, scratch)
+
+
+def _way_back(guest: Guest, scratch: Path, precious: str) -> None:
+    title("An upgrade goes wrong: everything on vda is deleted, vdb's file is overwritten")
+    guest.stop_writers()
+    guest.exec("rm -rf /disk/vda/*; echo rubbish > /disk/vdb/precious; sync")
+    say("vda holds now", guest.exec("ls /disk/vda | wc -l").text + " files")
+
+    title("Back to the snapshot, and the wreck is kept as a branch")
+    said = playbook("revert.yml", guest, scratch / "revert.json")
+    _timed("until the guest is up again", guest.wait_ready)
+    show_tree(said["info"])
+    for disk in guest.spec.disks:
+        found = guest.sha256(f"/disk/{disk.target}/precious")
+        prove(f"{disk.target}: the file is what it was", found == precious, found[:16])
+        prove(f"{disk.target}: every record is whole", guest.writer_log(disk.target).is_intact, "")
+
+    title("The branch removed, the chains flat, the guest running all the time")
+    said = playbook("flatten.yml", guest, scratch / "flatten.json")
+    show_chain(said["info"], guest.name)
+    for target, layers in said["info"]["chains"][guest.name].items():
+        prove(f"{target}: one layer", len(layers) == 1, Path(layers[0]["path"]).name)
+    prove("no other file is left", len(list(guest.directory.iterdir())) == len(guest.spec.disks), "")
+    for disk in guest.spec.disks:
+        prove(f"{disk.target}: the file is what it was", guest.sha256(f"/disk/{disk.target}/precious") == precious, "")
+    prove_still_writing(guest)
+
+
+def show_tree(info: dict) -> None:
+    """The snapshots as a tree."""
+    for snapshot in info["snapshots"]:
+        mark = "  <- the present descends from it" if snapshot["current"] else ""
+        say("  " * snapshot["depth"] + snapshot["name"], f"{snapshot['consistency']}{mark}")
 
 
 def _backup_story(guest: Guest, scratch: Path) -> None:
     REPOSITORY.mkdir()
-    title("A full backup while it writes, over the snapshot")
+    title("A full backup")
     back_up(guest, scratch / "full.json")
 
     title("8 MiB are written; then an increment")
     guest.exec("dd if=/dev/urandom of=/disk/vda/precious bs=1M count=8 2>/dev/null; sync")
-    digest = guest.sha256("/disk/vda/precious")
+    written = guest.sha256("/disk/vda/precious")
     point = back_up(guest, scratch / "increment.json")
     prove("it is an increment of both disks", [disk["type"] for disk in point["disks"]] == ["incremental"] * 2, "")
 
@@ -231,7 +268,7 @@ def _backup_story(guest: Guest, scratch: Path) -> None:
 
     title("The point is proved, and restored in place")
     playbook("restore.yml", guest, scratch / "restored.json")
-    prove_restored(guest, point, digest)
+    prove_restored(guest, point, written)
 
 
 if __name__ == "__main__":
