@@ -64,6 +64,7 @@ findings:
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import Unfinished
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import settle as backup
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domains
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images import settle as images
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.recovery import recover
@@ -72,7 +73,7 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots import 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.leftovers import finish_removals
 
 #: Every trade's; kinds of operations have different names.
-SETTLERS = {**settlers.SETTLERS, **images.SETTLERS, **sizing.SETTLERS}
+SETTLERS = {**settlers.SETTLERS, **backup.SETTLERS, **images.SETTLERS, **sizing.SETTLERS}
 
 
 def handle(call: _module.Call) -> _module.Answer:
