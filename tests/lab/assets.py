@@ -26,8 +26,8 @@ HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "guestfs"
 
 _KERNEL_META = "linux-image-cloud-amd64"
-# Fetched, not installed: partition tools that the guest has and a hypervisor may lack.
-_TOOL_PACKAGES = ("fdisk", "cloud-guest-utils")
+# Fetched, not installed: partition tools that the guest has and a hypervisor may lack, and a boot loader for disks.
+_TOOL_PACKAGES = ("fdisk", "cloud-guest-utils", "syslinux", "syslinux-common", "mtools")
 # Installed on the host and copied into the guest.
 _HOST_PACKAGES = ("busybox-static", "e2fsprogs", "xfsprogs", "qemu-guest-agent", "gcc", "libc6-dev", "util-linux")
 
@@ -93,6 +93,8 @@ class Assets:
     initramfs: Path
     sfdisk: Path
     """Runs on the host: not every host has the fdisk package."""
+    loader: Path
+    """A directory with the programs ``syslinux`` and ``mcopy`` and the master boot record ``mbr.bin``."""
     digest: str
 
 
@@ -116,7 +118,7 @@ def guest_assets() -> Assets:
         directory = cache / f"guest-{digest}"
         if not directory.exists():
             _build(directory, packages)
-    return Assets(directory / "vmlinuz", directory / "initramfs", directory / "sfdisk", digest)
+    return Assets(directory / "vmlinuz", directory / "initramfs", directory / "sfdisk", directory / "loader", digest)
 
 
 @contextlib.contextmanager
@@ -210,6 +212,12 @@ def _build(directory: Path, packages: list[Path]) -> None:
         kernel = next((unpacked / "boot").glob("vmlinuz-*"))
         shutil.copy(kernel, result / "vmlinuz")
         shutil.copy(unpacked / "sbin/sfdisk", result / "sfdisk")
+        loader = result / "loader"
+        loader.mkdir()
+        for name in ("usr/bin/syslinux", "usr/bin/mtools", "usr/lib/syslinux/mbr/mbr.bin"):
+            shutil.copy(unpacked / name, loader)
+        for name in ("mcopy", "mattrib", "mmove"):
+            (loader / name).symlink_to("mtools")
         (result / "initramfs").write_bytes(cpio(_tree(root)))
         result.rename(directory)
 
