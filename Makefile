@@ -13,7 +13,7 @@ help:  ## show this
 bootstrap:  ## install what is missing: Debian packages (as root) and .venv
 	@scripts/bootstrap
 
-demo: bootstrap  ## a real guest, a consistent snapshot of it while it writes, and the proof; removes what it made
+demo: bootstrap  ## a real guest: snapshot, disaster, revert, flat chain, backup, restore, and the proof; removes what it made
 	@tests/lab/enter --name demo -- .venv/bin/python tests/demo/run.py
 
 test: bootstrap  ## all that CI runs: lint, sanity, units, integration

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: snapshot
-short_description: Take consistent snapshots of domains
+short_description: Take, go back to and remove consistent snapshots of domains
 version_added: 0.1.0
 description:
   - Takes a snapshot of a running or stopped domain, or of several domains at one instant.
@@ -25,9 +25,32 @@ options:
     description:
       - V(present) sees that every domain has the snapshot. If all have it already nothing is done, except that O(tags) and
         O(description) are brought up to date. If it exists with other content, or only on some of the domains, the task fails.
+      - V(absent) removes it. The layer that it kept apart is merged with what came after, live or offline, and every other snapshot
+        and the guest keep their content. Where several branches stand on that layer it stays, and
+        RV(snapshot.layer_kept_for) says for whom.
+      - V(reverted) goes back to it, always, also when it is the current one. Each disk gets a fresh overlay above the snapshot, so
+        that one can go back to it again. What was since is thrown away and named in RV(snapshot.discarded), unless
+        O(keep_present_as) keeps it.
     type: str
-    choices: [present]
+    choices: [present, absent, reverted]
     default: present
+  keep_present_as:
+    description:
+      - With O(state=reverted), first take a snapshot of this name, so that the present is a branch that one can go back to.
+      - The guest is frozen for it if its agent answers. The name must not exist yet.
+    type: str
+  allow_restart:
+    description:
+      - With O(state=reverted), a running guest is stopped at once and booted on a snapshot that holds no memory. V(false) forbids
+        that, and the task refuses instead.
+      - A guest that is shut off stays so, and one whose snapshot holds memory is resumed, so these need no permission.
+    type: bool
+    default: true
+  protected:
+    description:
+      - Protect the snapshot from being removed, by O(state=absent) or by M(vmkeeper.libvirt.blockcommit).
+      - A new snapshot is not protected by default, and an existing one stays as it is.
+    type: bool
   mode:
     description:
       - V(external) puts an overlay on each disk, and what was written before stays untouched below it.
@@ -84,12 +107,31 @@ extends_documentation_fragment:
   - vmkeeper.libvirt.hypervisor.changing
   - vmkeeper.libvirt.hypervisor.domains
   - vmkeeper.libvirt.attributes
+attributes:
+  idempotent:
+    support: partial
+    details:
+      - O(state=present) and O(state=absent) are. O(state=reverted) is an action and always goes back.
 notes:
+  - A revert moves the disks that the snapshot holds, the current snapshot, and the definition of the next start. The rest of that
+    definition stays today's, and so do the UEFI variables and disks that the snapshot does not hold. When memory is resumed the
+    running guest has the hardware of that moment until it is shut off.
+  - A revert ends the checkpoints that were made after the snapshot, so the next incremental backup is a full one.
+  - V(absent) refuses, before anything is changed, a protected snapshot, a layer that another domain, an unknown image or a
+    foreign process uses together with this domain, a managed-save image, a broken chain, a layer smaller than the one below it,
+    internal snapshots in a layer that would go or below external ones, an encrypted disk of a stopped domain, and another job
+    on the domain or the disk.
+  - V(reverted) refuses, before anything is changed, a running guest with O(allow_restart=false) and without memory, a snapshot that is
+    being removed, missing images, a disk that the domain no longer has, a managed-save image, a transient domain, a running
+    job, an internal snapshot under external layers that stand on it, and an internal one under dirty bitmaps, which would kill
+    QEMU.
   - Several domains are frozen, then all paused for some milliseconds, then cut, so that their snapshots are of one instant. If
     one fails, none has the snapshot.
   - A domain with a managed-save image is refused, since its saved memory would resume on disks that have moved on.
 seealso:
   - module: vmkeeper.libvirt.snapshot_info
+  - module: vmkeeper.libvirt.blockcommit
+  - module: vmkeeper.libvirt.recover_domain
   - module: vmkeeper.libvirt.fsfreeze
   - module: vmkeeper.libvirt.domain_info
 author:
@@ -116,6 +158,19 @@ EXAMPLES = r"""
     name: with-memory
     memory: true
     exclude_disks: [vdc]
+
+- name: Go back, and keep what is there now as a branch
+  vmkeeper.libvirt.snapshot:
+    domain: web01
+    name: before-upgrade
+    state: reverted
+    keep_present_as: failed-upgrade
+
+- name: Remove a snapshot and merge its layer
+  vmkeeper.libvirt.snapshot:
+    domain: web01
+    name: before-upgrade
+    state: absent
 """
 
 RETURN = r"""
@@ -184,20 +239,64 @@ snapshot:
     current:
       description: Whether the domain's present state descends from it.
       type: bool
+    layer_kept_for:
+      description: The layers that stay, each with C(disk), C(path) and C(for), a list of who reads it.
+      returned: O(state=absent)
+      type: list
+      elements: dict
+    removed:
+      description: Files that were deleted.
+      returned: O(state=absent) or O(state=reverted)
+      type: list
+      elements: str
+    discarded:
+      description: What was thrown away, each with C(disk), C(path) of its layer and C(since), the snapshot that it came after.
+      returned: O(state=reverted)
+      type: list
+      elements: dict
+    kept_present_as:
+      description: Name of the snapshot that keeps what was there before.
+      returned: O(state=reverted)
+      type: str
+    checkpoints_ended:
+      description: Names of the checkpoints that ended with it.
+      returned: O(state=reverted)
+      type: list
+      elements: str
+    guest:
+      description: V(resumed), V(paused), V(booted) or V(shut off), what the guest is after the revert.
+      returned: O(state=reverted)
+      type: str
 """
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domains
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots import revert_plan
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.plan import Request
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.removing import remove
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.reverting import revert
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.taking import take
 
 SHORTEST_DEADLINE = 2.0
 
+#: Options that mean something only for some states.
+ONLY_PRESENT = ("disks", "exclude_disks", "directory", "description", "tags", "protected")
+ONLY_REVERTED = ("keep_present_as",)
+
+
+def check_options(call: _module.Call) -> None:
+    """An option that the state would ignore is refused: whoever gave it expects something of it."""
+    state = call.params["state"]
+    idle = [name for name in ONLY_PRESENT if state != "present" and call.params[name] is not None]
+    idle += [name for name in ONLY_REVERTED if state != "reverted" and call.params[name] is not None]
+    if idle:
+        raise InvalidInput(f"{', '.join(idle)} means nothing with state: {state}", advice="Leave it out")
+
 
 def request_of(call: _module.Call) -> Request:
-    """The checked options."""
+    """The checked options of ``state: present``."""
     params = call.params
     deadline = names.parse_duration(params["deadline"], "deadline")
     if deadline < SHORTEST_DEADLINE:
@@ -216,10 +315,11 @@ def request_of(call: _module.Call) -> Request:
         description=names.check_text(description, "description") if description is not None else None,
         tags=names.check_tags(params["tags"]),
         deadline=deadline,
+        protected=params["protected"],
     )
 
 
-def handle(call: _module.Call) -> _module.Answer:
+def present(call: _module.Call) -> _module.Answer:
     """See that the snapshot exists."""
     request = request_of(call)
     handles = find_domains(call.connection, call.params["domains"])
@@ -235,13 +335,57 @@ def handle(call: _module.Call) -> _module.Answer:
     )
 
 
+def absent(call: _module.Call) -> _module.Answer:
+    """See that the snapshot does not exist."""
+    name = names.check_name(call.params["name"])
+    handles = find_domains(call.connection, call.params["domains"])
+    removed = remove(call.uri, handles, name, check=call.check)
+    gone = [one.snapshot for one in removed if one.snapshot is not None]
+    return _module.Answer(
+        changed=any(one.changed for one in removed),
+        result=_module.one_or_all("snapshots", "snapshot", gone, len(handles)),
+        warnings=[warning for one in removed for warning in one.warnings],
+        diff=(
+            {one.domain: {name: one.snapshot} if one.snapshot else {} for one in removed},
+            {one.domain: {} for one in removed},
+        ),
+    )
+
+
+def reverted(call: _module.Call) -> _module.Answer:
+    """Go back to the snapshot."""
+    keep = call.params["keep_present_as"]
+    request = revert_plan.Request(
+        name=names.check_name(call.params["name"]),
+        keep_present_as=names.check_name(keep, "keep_present_as") if keep is not None else None,
+        allow_restart=call.params["allow_restart"],
+    )
+    handles = find_domains(call.connection, call.params["domains"])
+    done = revert(call.connection, call.uri, handles, request, check=call.check)
+    return _module.Answer(
+        changed=True,
+        result=_module.one_or_all("snapshots", "snapshot", [one.snapshot for one in done], len(handles)),
+        warnings=[warning for one in done for warning in one.warnings],
+        diff=(
+            {one.domain: {"current": one.before} for one in done},
+            {one.domain: {"current": request.name} for one in done},
+        ),
+    )
+
+
+def handle(call: _module.Call) -> _module.Answer:
+    """Do what the state asks for."""
+    check_options(call)
+    return {"present": present, "absent": absent, "reverted": reverted}[call.params["state"]](call)
+
+
 def main() -> None:
     """Entry point."""
     _module.run(
         {
             "domains": {**_module.DOMAINS_OPTION, "required": True},
             "name": {"type": "str", "required": True},
-            "state": {"type": "str", "choices": ["present"], "default": "present"},
+            "state": {"type": "str", "choices": ["present", "absent", "reverted"], "default": "present"},
             "mode": {"type": "str", "choices": ["auto", "external", "internal"], "default": "auto"},
             "memory": {"type": "bool", "default": False},
             "quiesce": {
@@ -255,6 +399,9 @@ def main() -> None:
             "description": {"type": "str"},
             "tags": {"type": "raw"},
             "deadline": {"type": "str", "default": "60s"},
+            "keep_present_as": {"type": "str"},
+            "allow_restart": {"type": "bool", "default": True},
+            "protected": {"type": "bool"},
         },
         handle,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,8 +24,11 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE.parent))
 
 from lab import evidence, probe  # noqa: E402
-from lab.guest import DiskSpec, Guest, GuestSpec  # noqa: E402
+from lab.guest import DiskSpec, Guest, GuestSpec, digest  # noqa: E402
 from lab.host import TestHost  # noqa: E402
+
+#: Inside the private host, where QEMU's user can reach it.
+REPOSITORY = Path("/var/lib/libvirt/demo-repository")
 
 _COLOUR = sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
@@ -65,7 +69,12 @@ def playbook(name: str, guest: Guest, results: Path) -> dict:
         "local",
         "--extra-vars",
         json.dumps(
-            {"ansible_python_interpreter": "/usr/bin/python3", "demo_domain": guest.name, "demo_results": str(results)}
+            {
+                "ansible_python_interpreter": "/usr/bin/python3",
+                "demo_domain": guest.name,
+                "demo_repository": str(REPOSITORY),
+                "demo_results": str(results),
+            }
         ),
         str(HERE / name),
     ]
@@ -122,6 +131,28 @@ def show_chain(info: dict, domain: str) -> None:
             )
 
 
+def back_up(guest: Guest, results: Path) -> dict:
+    """One restore point of the guest, shown."""
+    point = playbook("backup.yml", guest, results)["restore_point"]
+    say("type", f"{point['type']}: {point['reason']}")
+    say("consistency", f"{point['consistency']}, frozen for {point['frozen_ms']} ms")
+    say("stored", f"{point['stored_bytes'] >> 10} KiB")
+    return point
+
+
+def prove_restored(guest: Guest, point: dict, digest: str) -> None:
+    """The restored disks are those of the point, and the guest finds its file in them."""
+    for disk in point["disks"]:
+        stored = REPOSITORY / point["domain_uuid"] / point["id"] / disk["file"]
+        same = evidence.same_content(guest.images[disk["target"]], stored)
+        prove(f"{disk['target']}: qemu-img compare finds no difference", same, "")
+    guest.start()
+    prove("the guest reads its file as it wrote it", guest.sha256("/disk/vda/precious") == digest, digest[:16])
+    for disk in guest.spec.disks:
+        log = guest.writer_log(disk.target)
+        prove(f"{disk.target}: every record is whole", log.is_intact, f"{len(log.records)} records")
+
+
 def main() -> int:
     """Tell the story; 0 when every proof held."""
     began = time.monotonic()
@@ -147,6 +178,7 @@ def main() -> int:
         return 1
     finally:
         guest.cleanup()
+        shutil.rmtree(REPOSITORY, ignore_errors=True)
     left = [domain.name() for domain in host.connect().listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_PERSISTENT)]
     title(f"Done in {time.monotonic() - began:.0f} s; everything that was made is removed ({len(left)} domains left)")
     return 0
@@ -162,6 +194,10 @@ def _story(guest: Guest, scratch: Path) -> None:
     title("A guest with two disks, each written 50 times a second by a process of its own")
     guest.define()
     _timed("from power-on to its agent answering", guest.start)
+    precious = os.urandom(100_000)
+    for disk in guest.spec.disks:
+        guest.write_file(f"/disk/{disk.target}/precious", precious)
+    precious_sum = digest(precious)
 
     title("A consistent snapshot: freeze, cut and thaw in one module call")
     said = playbook("snapshot.yml", guest, scratch / "snapshot.json")
@@ -175,6 +211,64 @@ def _story(guest: Guest, scratch: Path) -> None:
     title("The proof, by e2fsck and by what the guest wrote")
     prove_one_instant(guest, snapshot)
     prove_still_writing(guest)
+    _way_back(guest, scratch, precious_sum)
+    _backup_story(guest, scratch)
+
+
+def _way_back(guest: Guest, scratch: Path, precious: str) -> None:
+    title("An upgrade goes wrong: everything on vda is deleted, vdb's file is overwritten")
+    guest.stop_writers()
+    guest.exec("rm -rf /disk/vda/*; echo rubbish > /disk/vdb/precious; sync")
+    say("vda holds now", guest.exec("ls /disk/vda | wc -l").text + " files")
+
+    title("Back to the snapshot, and the wreck is kept as a branch")
+    said = playbook("revert.yml", guest, scratch / "revert.json")
+    _timed("until the guest is up again", guest.wait_ready)
+    show_tree(said["info"])
+    for disk in guest.spec.disks:
+        found = guest.sha256(f"/disk/{disk.target}/precious")
+        prove(f"{disk.target}: the file is what it was", found == precious, found[:16])
+        prove(f"{disk.target}: every record is whole", guest.writer_log(disk.target).is_intact, "")
+
+    title("The branch removed, the chains flat, the guest running all the time")
+    said = playbook("flatten.yml", guest, scratch / "flatten.json")
+    show_chain(said["info"], guest.name)
+    for target, layers in said["info"]["chains"][guest.name].items():
+        prove(f"{target}: one layer", len(layers) == 1, Path(layers[0]["path"]).name)
+    prove("no other file is left", len(list(guest.directory.iterdir())) == len(guest.spec.disks), "")
+    for disk in guest.spec.disks:
+        prove(f"{disk.target}: the file is what it was", guest.sha256(f"/disk/{disk.target}/precious") == precious, "")
+    prove_still_writing(guest)
+
+
+def show_tree(info: dict) -> None:
+    """The snapshots as a tree."""
+    for snapshot in info["snapshots"]:
+        mark = "  <- the present descends from it" if snapshot["current"] else ""
+        say("  " * snapshot["depth"] + snapshot["name"], f"{snapshot['consistency']}{mark}")
+
+
+def _backup_story(guest: Guest, scratch: Path) -> None:
+    REPOSITORY.mkdir()
+    title("A full backup")
+    back_up(guest, scratch / "full.json")
+
+    title("8 MiB are written; then an increment")
+    guest.exec("dd if=/dev/urandom of=/disk/vda/precious bs=1M count=8 2>/dev/null; sync")
+    written = guest.sha256("/disk/vda/precious")
+    point = back_up(guest, scratch / "increment.json")
+    prove("it is an increment of both disks", [disk["type"] for disk in point["disks"]] == ["incremental"] * 2, "")
+
+    title("The guest's disks are destroyed")
+    guest.destroy()
+    guest.images.update(guest.active_paths())
+    for path in guest.images.values():
+        path.write_bytes(b"destroyed")
+        say("destroyed", path.name)
+
+    title("The point is proved, and restored in place")
+    playbook("restore.yml", guest, scratch / "restored.json")
+    prove_restored(guest, point, written)
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def run_module_process(
     """Start a module of this collection without ansible around it (about 0.2 s cheaper) and return at once.
 
     The arguments go in on stdin as AnsibleModule takes them when it is not wrapped; defaults of the argument
-    spec apply, ``module_defaults`` and action plugins do not.
+    spec apply, ``module_defaults`` and action plugins do not. A ``PYTHONPATH`` in ``env`` comes first (killhook).
     """
     internal = {
         "_ansible_check_mode": check,
@@ -248,7 +248,8 @@ def run_module_process(
         "_ansible_selinux_special_fs": ["fuse", "nfs", "vboxsf", "ramfs", "9p", "vfat"],
     }
     environment = {**os.environ, **(env or {})}
-    environment["PYTHONPATH"] = os.pathsep.join([str(link_collection()), str(_bare_ansible())])
+    ahead = [(env or {})["PYTHONPATH"]] if env and env.get("PYTHONPATH") else []
+    environment["PYTHONPATH"] = os.pathsep.join([*ahead, str(link_collection()), str(_bare_ansible())])
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     program = (
         "import runpy; runpy.run_module("

@@ -14,7 +14,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,8 @@ PROMPT_SECONDS = 5
 
 #: libvirt's default for agent commands (VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK): wait for ever.
 BLOCK = -2
+
+_EXEC_POLL_SECONDS = 0.1
 
 _COMMAND_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
@@ -192,6 +194,58 @@ def flush(domain: Any, info: AgentInfo | None, *, seconds: float = 30.0) -> bool
     except (AgentSilent, KeyError, TypeError):
         pass
     return False
+
+
+@dataclass(frozen=True)
+class Executed:
+    """How a program in the guest ended. ``output`` is the beginning of its standard output, ``errors`` of its standard error."""
+
+    status: int
+    output: str
+    errors: str
+
+
+#: What is kept of a guest program's output.
+_OUTPUT_LIMIT = 65536
+
+
+def execute(domain: Any, argv: Sequence[str], *, seconds: float = 60.0, stdin: str | None = None) -> Executed:
+    """Run a program in the guest (no shell) and wait for its end; raises :class:`AgentSilent` after ``seconds``.
+
+    The program is not ended then: the agent has no command for that.
+    """
+    arguments: dict[str, Any] = {"path": argv[0], "arg": list(argv[1:]), "capture-output": True}
+    if stdin is not None:
+        arguments["input-data"] = base64.b64encode(stdin.encode()).decode()
+    started = command(domain, "guest-exec", arguments)
+    pid = started.get("pid") if isinstance(started, dict) else None
+    if not isinstance(pid, int):
+        raise AgentSilent(
+            f"The guest agent of domain {domain.name()!r} started {argv[0]} and gave no process number",
+            advice="Update qemu-guest-agent in the guest",
+        )
+    give_up = time.monotonic() + seconds
+    while True:
+        status = command(domain, "guest-exec-status", {"pid": pid})
+        if isinstance(status, dict) and status.get("exited") is True:
+            code = status.get("exitcode")
+            # Killed by a signal: there is no exit code.
+            return Executed(
+                code if isinstance(code, int) else 255, _text(status.get("out-data")), _text(status.get("err-data"))
+            )
+        if time.monotonic() > give_up:
+            raise AgentSilent(
+                f"{argv[0]} in the guest of domain {domain.name()!r} did not end within {seconds:.0f} s",
+                advice="Look at it in the guest",
+            )
+        time.sleep(_EXEC_POLL_SECONDS)
+
+
+def _text(data: Any) -> str:
+    try:
+        return base64.b64decode(data, validate=True)[:_OUTPUT_LIMIT].decode(errors="replace")
+    except (TypeError, ValueError):
+        return ""
 
 
 def response_timeout(domain: Any, *, status_directory: str = "/run/libvirt/qemu") -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 from .._errors import Busy, LibvirtFailed
 from .binding import libvirt
-from .connection import constant, explaining, message_of
+from .connection import code_of, constant, explaining, message_of
 from .domain_model import Disk, read_domain
 
 _POLL_SECONDS = 0.05
@@ -28,40 +28,188 @@ def live_disk(domain: Any, target: str) -> Disk:
     return disk
 
 
-def commit_active(domain: Any, target: str, base: str, *, bandwidth: int = 0, seconds: float = 600.0) -> None:
+def commit_active(
+    domain: Any, target: str, base: str, *, bandwidth: int = 0, seconds: float | None = 600.0, patience: float = 5.0
+) -> None:
     """Commit everything above ``base`` (a path of the chain) into it and make it the active layer again.
 
     ``bandwidth`` in bytes per second, 0 for no limit.  Takes up a job that already runs.  Raises when the XML does not say
-    within ``seconds`` that it is done; the guest runs on either way.
+    within ``seconds`` (None: no limit) that it is done; the guest runs on either way.
     """
     state = f"The guest runs; disk {target!r} still has its overlay."
     disk = live_disk(domain, target)
-    if disk.job is None:
-        if disk.path == base:
-            return
-        flags = (constant("VIR_DOMAIN_BLOCK_COMMIT_ACTIVE") or 0) | (
-            constant("VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES") or 0
-        )
-        with explaining(f"Committing disk {target!r} of domain {domain.name()!r} into {base}", state=state):
-            domain.blockCommit(target, base, None, bandwidth, flags)
-    give_up = time.monotonic() + seconds
-    while time.monotonic() < give_up:
+    if disk.job is None and disk.path != base:
+        _start_commit(domain, target, base, None, bandwidth, state)
+    elif disk.job is not None and not _is_commit_into(disk, base):
+        raise _foreign_job(domain, target, disk.job.job)
+    waiting = _Waiting(seconds, patience)
+    while True:
         disk = live_disk(domain, target)
         if disk.job is None:
             if disk.path == base:
                 return
-            raise LibvirtFailed(
-                f"The commit of disk {target!r} of domain {domain.name()!r} ended without success",
-                state=state,
-            )
-        if disk.job.ready and _pivot(domain, target):
+            if waiting.gone_for_long():
+                raise _ended_early(domain, target, state)
+        elif disk.job.ready and _pivot(domain, target):
             continue
+        waiting.pause(domain, target, state)
+
+
+def commit_intermediate(
+    domain: Any, target: str, base: str, top: str, *, bandwidth: int = 0, seconds: float | None = None
+) -> None:
+    """Commit the layers from ``top`` (not the active one) down to ``base`` into it; arguments as :func:`commit_active`."""
+    state = f"The guest runs; disk {target!r} still has the layer {top}."
+    if not _in_chain(domain, target, top):
+        return
+    job = job_of(domain, target)
+    if job is None:
+        _start_commit(domain, target, base, top, bandwidth, state)
+    elif job["type"] != "commit":
+        raise _foreign_job(domain, target, job["type"])
+    waiting = _Waiting(seconds, 5.0)
+    while True:
+        # The job first, the chain second: a job that ends in between has changed the chain before it went.
+        running = job_of(domain, target) is not None
+        if not _in_chain(domain, target, top):
+            return
+        if not running and waiting.gone_for_long():
+            raise _ended_early(domain, target, state)
+        waiting.pause(domain, target, state)
+
+
+class _Waiting:
+    """A limit for the whole wait, and patience with an XML that lags behind the end of the job."""
+
+    def __init__(self, seconds: float | None, patience: float) -> None:
+        self._seconds = seconds
+        self._give_up = None if seconds is None else time.monotonic() + seconds
+        self._patience = patience
+        self._gone_since: float | None = None
+
+    def gone_for_long(self) -> bool:
+        """Whether the job has been away for so long that it will not be explained by a lag any more."""
+        now = time.monotonic()
+        if self._gone_since is None:
+            self._gone_since = now
+        return now - self._gone_since > self._patience
+
+    def pause(self, domain: Any, target: str, state: str) -> None:
+        """Sleep a little; raises past the limit."""
+        if self._give_up is not None and time.monotonic() > self._give_up:
+            raise TookTooLong(
+                f"The commit of disk {target!r} of domain {domain.name()!r} did not finish within {self._seconds:.0f} s",
+                state=state + " The job goes on.",
+                advice="Run this again to take it up, or watch it with domain_job",
+                job=job_of(domain, target),
+            )
         time.sleep(_POLL_SECONDS)
-    raise LibvirtFailed(
-        f"The commit of disk {target!r} of domain {domain.name()!r} did not finish within {seconds:.0f} s",
-        state=state,
-        advice="It goes on; run this again to take it up",
+
+
+class NotBegun(LibvirtFailed):
+    """libvirt or QEMU refused the job: no byte was written."""
+
+
+class TookTooLong(LibvirtFailed):
+    """The task's patience ended before the job did; nothing was stopped. ``facts['job']`` shows it."""
+
+    kind = "timeout"
+
+
+def _start_commit(domain: Any, target: str, base: str, top: str | None, bandwidth: int, state: str) -> None:
+    flags = constant("VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES") or 0
+    if top is None:
+        flags |= constant("VIR_DOMAIN_BLOCK_COMMIT_ACTIVE") or 0
+    try:
+        domain.blockCommit(target, base, top, bandwidth, flags)
+    except libvirt.libvirtError as error:
+        said = message_of(error)
+        advice = "See libvirt's log if the reason is not clear"
+        if "Permission denied" in said:
+            # libvirt before 12.1: the AppArmor profile of a running guest denies writes to every layer it was started on.
+            advice = (
+                f"This host's security profile lets QEMU only read {base} until the guest stops:"
+                " shut the domain down and run this again, which merges it offline"
+            )
+        raise NotBegun(
+            f"Committing disk {target!r} of domain {domain.name()!r} into {base}: {said}",
+            state=state,
+            advice=advice,
+            libvirt=said,
+        ) from error
+
+
+def _is_commit_into(disk: Disk, base: str) -> bool:
+    return disk.job is not None and disk.job.job == "active-commit" and disk.job.destination == base
+
+
+def _foreign_job(domain: Any, target: str, kind: str) -> Busy:
+    return Busy(
+        f"Disk {target!r} of domain {domain.name()!r} has another block job running ({kind})",
+        advice="Wait for it (domain_job shows it), then run this again",
     )
+
+
+def _ended_early(domain: Any, target: str, state: str) -> LibvirtFailed:
+    return LibvirtFailed(
+        f"The commit of disk {target!r} of domain {domain.name()!r} ended without success",
+        state=state,
+        advice="See the free space of the image's filesystem and QEMU's log, then run this again",
+    )
+
+
+def _in_chain(domain: Any, target: str, path: str) -> bool:
+    return any(layer.path == path for layer in live_disk(domain, target).chain)
+
+
+#: virDomainBlockJobType
+_JOB_TYPES = {1: "pull", 2: "copy", 3: "commit", 4: "active-commit", 5: "backup"}
+
+
+def job_of(domain: Any, target: str) -> dict[str, Any] | None:
+    """The block job of a disk as ``{type, bandwidth, done, total, ready}`` (bytes), or None."""
+    try:
+        info = domain.blockJobInfo(target, constant("VIR_DOMAIN_BLOCK_JOB_INFO_BANDWIDTH_BYTES") or 0)
+    except libvirt.libvirtError as error:
+        if code_of(error) == constant("VIR_ERR_OPERATION_INVALID"):
+            return None  # the domain does not run
+        raise LibvirtFailed(
+            f"Reading the block job of disk {target!r} of domain {domain.name()!r}: {message_of(error)}"
+        ) from error
+    if not info:
+        return None
+    mirror = live_disk(domain, target).job
+    return {
+        "type": _JOB_TYPES.get(info["type"], "unknown"),
+        "bandwidth": info.get("bandwidth", 0),
+        "done": info.get("cur", 0),
+        "total": info.get("end", 0),
+        "ready": mirror.ready if mirror is not None else False,
+    }
+
+
+def limit(domain: Any, target: str, bandwidth: int) -> None:
+    """Set the speed of a disk's running job, in bytes per second; 0 for no limit."""
+    with explaining(f"Limiting the block job of disk {target!r} of domain {domain.name()!r}"):
+        domain.blockJobSetSpeed(target, bandwidth, constant("VIR_DOMAIN_BLOCK_JOB_SPEED_BANDWIDTH_BYTES") or 0)
+
+
+def cancel(domain: Any, target: str, *, seconds: float = 60.0) -> bool:
+    """Cancel a disk's running job and wait until it is gone; False when there was none. The chain is as it was."""
+    if job_of(domain, target) is None:
+        return False
+    with explaining(f"Cancelling the block job of disk {target!r} of domain {domain.name()!r}"):
+        domain.blockJobAbort(target, 0)
+    give_up = time.monotonic() + seconds
+    while job_of(domain, target) is not None:
+        if time.monotonic() > give_up:
+            raise LibvirtFailed(
+                f"The block job of disk {target!r} of domain {domain.name()!r} does not end",
+                state="It was told to; the guest runs.",
+                advice="Look again with domain_job",
+            )
+        time.sleep(_POLL_SECONDS)
+    return True
 
 
 def _pivot(domain: Any, target: str) -> bool:

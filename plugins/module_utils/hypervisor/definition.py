@@ -19,6 +19,12 @@ def with_disk_layers(xml: str, layers: Mapping[str, Layer]) -> str:
     A recorded backing chain is dropped: it belongs to the old image, and libvirt reads the new one from the file.
     """
     root = ElementTree.fromstring(xml)
+    with_layers(root, layers)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def with_layers(root: ElementTree.Element, layers: Mapping[str, Layer]) -> None:
+    """:func:`with_disk_layers` on a parsed ``<domain>``, in place."""
     for disk in root.iterfind("devices/disk"):
         target = disk.find("target")
         layer = layers.get(target.get("dev", "") if target is not None else "")
@@ -36,7 +42,6 @@ def with_disk_layers(xml: str, layers: Mapping[str, Layer]) -> str:
         driver.set("type", layer.format or "raw")
         for backing in disk.findall("backingStore"):
             disk.remove(backing)
-    return ElementTree.tostring(root, encoding="unicode")
 
 
 def persistent_xml(domain: Any) -> str:

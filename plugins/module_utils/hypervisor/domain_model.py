@@ -148,6 +148,47 @@ class HostShare:
 
 
 @dataclass(frozen=True)
+class MemoryDevice:
+    """A ``<memory>`` device. Sizes in bytes; ``requested`` and ``current`` are those of virtio-mem, else its size."""
+
+    model: str
+    size: int
+    node: int
+    requested: int
+    current: int
+    block: int = 0
+    alias: str | None = None
+
+
+@dataclass(frozen=True)
+class NumaCell:
+    """One guest NUMA cell: the vCPUs in it and its memory in bytes."""
+
+    id: int
+    cpus: tuple[int, ...]
+    memory: int
+
+
+@dataclass(frozen=True)
+class CpuTopology:
+    """``<cpu><topology>``: the product is the maximum number of vCPUs."""
+
+    sockets: int
+    dies: int
+    cores: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Vcpu:
+    """One ``<vcpus><vcpu>``; libvirt lists them only where one is hot-pluggable."""
+
+    id: int
+    enabled: bool
+    hotpluggable: bool
+
+
+@dataclass(frozen=True)
 class Domain:
     """A domain's definition and condition, read at one moment. Memory is in bytes."""
 
@@ -174,6 +215,14 @@ class Domain:
     autostart: bool = False
     runtime_id: int | None = None
     checkpoints: tuple[str, ...] = ()
+    memory_limit: int | None = None  #: <maxMemory> in bytes: how far memory can be plugged
+    memory_slots: int = 0
+    memory_devices: tuple[MemoryDevice, ...] = ()
+    numa_cells: tuple[NumaCell, ...] = ()
+    topology: CpuTopology | None = None
+    vcpus: tuple[Vcpu, ...] = ()
+    has_balloon: bool = True
+    hugepages: int | None = None  #: page size in bytes, 0 for the host's default; None: ordinary memory
     extras: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def disk(self, target: str) -> Disk | None:
@@ -326,7 +375,74 @@ def parse_domain(xml: str, state: DomainState, *, persistent: bool = True, **con
         agent_configured=channel is not None,
         agent_connected=channel is not None and channel.get("state") == "connected",
         runtime_id=int(runtime_id) if runtime_id and runtime_id.isdigit() else None,
+        **_sizing(root),
         **condition,
+    )
+
+
+def cpu_list(text: str) -> tuple[int, ...]:
+    """libvirt's and the kernel's list of CPUs (``0-3,^2,6``) as numbers, ascending."""
+    found: set[int] = set()
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        if part.startswith("^"):
+            found.discard(int(part[1:]))
+            continue
+        first, _dash, last = part.partition("-")
+        found |= set(range(int(first), int(last or first) + 1))
+    return tuple(sorted(found))
+
+
+def _sizing(root: ElementTree.Element) -> dict[str, Any]:
+    """What says how the domain can grow."""
+    limit = root.find("maxMemory")
+    topology = root.find("cpu/topology")
+    page = root.find("memoryBacking/hugepages/page")
+    hugepages = None
+    if root.find("memoryBacking/hugepages") is not None:
+        unit = _MEMORY_UNITS.get(page.get("unit", "KiB").lower(), 1024) if page is not None else 0
+        hugepages = int(page.get("size", "0")) * unit if page is not None else 0
+    balloon = root.find("devices/memballoon")
+    return {
+        "memory_limit": _bytes(root, "maxMemory") or None,
+        "memory_slots": int(limit.get("slots", "0")) if limit is not None else 0,
+        "memory_devices": tuple(_memory_device(element) for element in root.iterfind("devices/memory")),
+        "numa_cells": tuple(
+            NumaCell(int(cell.get("id", "0")), cpu_list(cell.get("cpus", "")), _cell_bytes(cell))
+            for cell in root.iterfind("cpu/numa/cell")
+        ),
+        "topology": CpuTopology(*(int(topology.get(name, "1")) for name in ("sockets", "dies", "cores", "threads")))
+        if topology is not None
+        else None,
+        "vcpus": tuple(
+            Vcpu(int(one.get("id", "0")), one.get("enabled") == "yes", one.get("hotpluggable") == "yes")
+            for one in root.iterfind("vcpus/vcpu")
+        ),
+        "has_balloon": balloon is not None and balloon.get("model") != "none",
+        "hugepages": hugepages,
+    }
+
+
+def _cell_bytes(cell: ElementTree.Element) -> int:
+    return int(cell.get("memory", "0")) * _MEMORY_UNITS.get(cell.get("unit", "KiB").lower(), 1024)
+
+
+def _memory_device(element: ElementTree.Element) -> MemoryDevice:
+    target = element.find("target")
+    alias = element.find("alias")
+    model = element.get("model", "dimm")
+    if target is None:
+        return MemoryDevice(model, 0, 0, 0, 0)
+    size = _bytes(target, "size")
+    virtio = model == "virtio-mem"
+    requested = _bytes(target, "requested") if virtio else size
+    return MemoryDevice(
+        model=model,
+        size=size,
+        node=int(target.findtext("node", "0")),
+        requested=requested,
+        current=(_bytes(target, "current") if target.find("current") is not None else requested) if virtio else size,
+        block=_bytes(target, "block"),
+        alias=alias.get("name") if alias is not None else None,
     )
 
 

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Sequence
 
 from .._errors import Unsupported, VmkeeperError
+from .confinement import Confinement
 
 # Messages are shown to people and matched nowhere; C.UTF-8 keeps them in one language.
 _ENVIRONMENT = {"LC_ALL": "C.UTF-8", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -23,8 +24,18 @@ class ImageToolFailed(VmkeeperError):
     kind = "qemu_img"
 
 
-def run(arguments: Sequence[str], *, doing: str, timeout: float | None = None, pass_fds: Sequence[int] = ()) -> str:
-    """Run ``qemu-img`` and return its standard output; raises :class:`ImageToolFailed` beginning with ``doing``."""
+def run(
+    arguments: Sequence[str],
+    *,
+    doing: str,
+    timeout: float | None = None,
+    pass_fds: Sequence[int] = (),
+    confined: Confinement | None = None,
+) -> str:
+    """Run ``qemu-img`` and return its standard output; raises :class:`ImageToolFailed` beginning with ``doing``.
+
+    ``facts['status']`` is its exit status (negative: the signal that ended it).
+    """
     program = shutil.which("qemu-img", path=_ENVIRONMENT["PATH"])
     if program is None:
         raise Unsupported(
@@ -41,13 +52,22 @@ def run(arguments: Sequence[str], *, doing: str, timeout: float | None = None, p
             check=False,
             umask=0o077,
             pass_fds=pass_fds,
+            preexec_fn=confined.apply if confined is not None else None,
         )
     except subprocess.TimeoutExpired as error:
         raise ImageToolFailed(f"{doing}: qemu-img did not finish within {timeout:.0f} s") from error
     if finished.returncode:
         said = " ".join(finished.stderr.decode(errors="replace").split()) or f"exit status {finished.returncode}"
-        raise ImageToolFailed(f"{doing}: {said}", stderr=said)
+        raise ImageToolFailed(f"{doing}: {said}", stderr=said, status=finished.returncode)
     return finished.stdout.decode(errors="replace")
+
+
+def create(path: str, size: int, owner: tuple[int, int]) -> None:
+    """Make an empty private qcow2 of ``size`` bytes at ``path``, which must not exist, owned as QEMU needs it."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    run(["create", "-q", "-f", "qcow2", path, str(size)], doing=f"Making the image {path}")
+    os.chown(path, *owner)
+    os.chmod(path, 0o600)
 
 
 def holds_data(path: str) -> bool:

@@ -30,26 +30,27 @@ def hold(
     *,
     patience: float = PATIENCE_SECONDS,
     directory: str = places.LOCKS,
+    shared: bool = False,
 ) -> Iterator[None]:
-    """Hold the locks of ``domains`` (pairs of UUID and name) while the block runs.
+    """Hold the locks of ``domains`` (pairs of UUID and name) while the block runs; ``shared`` with other readers.
 
     Always taken in the order of the UUIDs, so that two groups cannot wait for each other for ever.
     """
     places.private_directory(directory)
     with contextlib.ExitStack() as held:
         for uuid, name in sorted(set(domains)):
-            held.enter_context(_hold_one(os.path.join(directory, uuid), name, operation, patience))
+            held.enter_context(_hold_one(os.path.join(directory, uuid), name, operation, patience, shared))
         yield
 
 
 @contextlib.contextmanager
-def _hold_one(path: str, name: str, operation: str, patience: float) -> Iterator[None]:
+def _hold_one(path: str, name: str, operation: str, patience: float, shared: bool) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         give_up = time.monotonic() + patience
         while True:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() >= give_up:
@@ -93,8 +94,9 @@ def _read(path: str) -> dict[str, object]:
 
 def _busy(path: str, name: str) -> Busy:
     found = _read(path)
+    what = f"The {name}" if os.path.basename(path).startswith("chain-") else f"Domain {name!r}"
     return Busy(
-        f"Domain {name!r} is in use by another run: {found.get('operation', 'an operation')} (process {found.get('pid', 'unknown')})",
+        f"{what} is in use by another run: {found.get('operation', 'an operation')} (process {found.get('pid', 'unknown')})",
         advice="Wait for it to finish, then run this again",
         holder=found,
     )

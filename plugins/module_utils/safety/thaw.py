@@ -13,7 +13,6 @@ from .._errors import VmkeeperError
 from ..hypervisor import agent
 from ..hypervisor.binding import libvirt
 
-
 #: An agent that answers and says ``frozen`` is asked again: a thaw can fail once (a hook, a busy filesystem).
 _RETRIES = 2
 

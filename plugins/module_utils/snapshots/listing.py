@@ -80,7 +80,9 @@ def files_under(snapshot: Snapshot, warnings: list[str]) -> tuple[str, ...]:
 
 
 def bootable(snapshot: Snapshot, files: Sequence[str]) -> bool:
-    """Whether everything that a revert to it would read is there."""
+    """Whether everything that a revert to it would read is there, and whole."""
+    if snapshot.labels is not None and snapshot.labels.ending:
+        return False
     return bool(snapshot.captured) and all(os.path.exists(path) for path in files)
 
 

@@ -15,11 +15,13 @@ from xml.etree import ElementTree
 from .._errors import UNCHANGED, VmkeeperError
 from ..hypervisor import chain
 from ..hypervisor.connection import constant, explaining
+from ..hypervisor.definition import with_layers
 from ..hypervisor.domain_model import Layer, parse_disk
 
 #: Our element in the ``<metadata>`` of the domain definition that libvirt keeps inside each snapshot.  The metadata of
 #: the domain itself would die with its next define.
 NAMESPACE = "urn:vmkeeper:libvirt:snapshot:1"
+_ENDED = ".ended"
 _LABEL = f"{{{NAMESPACE}}}snapshot"
 
 
@@ -34,6 +36,8 @@ class Labels:
     tags: Mapping[str, str] = field(default_factory=dict)
     not_captured: tuple[Mapping[str, str], ...] = ()
     protected: bool = False
+    #: Its layers are being merged: what it held may be overwritten already, so nothing may go back to it.
+    ending: bool = False
 
     def to_text(self) -> str:
         """As stored."""
@@ -47,6 +51,7 @@ class Labels:
                 "tags": dict(self.tags),
                 "not_captured": [dict(part) for part in self.not_captured],
                 "protected": self.protected,
+                "ending": self.ending,
             },
             sort_keys=True,
         )
@@ -64,6 +69,7 @@ class Labels:
                 tags=content.get("tags", {}),
                 not_captured=tuple(content.get("not_captured", ())),
                 protected=bool(content.get("protected", False)),
+                ending=bool(content.get("ending", False)),
             )
         except (ValueError, KeyError, TypeError):
             return None
@@ -169,7 +175,9 @@ def parse_snapshot(xml: str, *, current: bool = False) -> Snapshot:
                 mode=element.get("snapshot", "no"),
                 base=base.path if base else None,
                 base_format=base.format if base else None,
-                overlay=overlay if element.get("snapshot") == "external" else None,
+                overlay=overlay
+                if element.get("snapshot") == "external" and not (overlay or "").endswith(_ENDED)
+                else None,
             )
         )
     label = root.find(f"domain/metadata/{_LABEL}")
@@ -205,6 +213,34 @@ def with_labels(xml: str, labels: Labels, *, description: str | None = None) -> 
             element = ElementTree.Element("description")
             root.insert(1, element)
         element.text = description
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def with_ending(xml: str, ending: bool) -> str:
+    """The snapshot XML of one that is being removed, or is no longer, for a REDEFINE.
+
+    Removing the record of an external snapshot, libvirt 9.0 tells every child that its content lies where this one's did, as if
+    its overlay had been merged.  It finds them by the overlay's path, so that is made one which nothing has.
+    """
+    root = ElementTree.fromstring(xml)
+    for source in root.iterfind("disks/disk[@snapshot='external']/source"):
+        for attribute in ("file", "dev"):
+            path = source.get(attribute)
+            if path is not None:
+                plain = path.removesuffix(_ENDED)
+                source.set(attribute, plain + _ENDED if ending else plain)
+    ElementTree.register_namespace("vmkeeper", NAMESPACE)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def with_base(xml: str, target: str, layer: Layer) -> str:
+    """The snapshot XML with the content of one disk lying in another image, for a REDEFINE."""
+    ElementTree.register_namespace("vmkeeper", NAMESPACE)
+    root = ElementTree.fromstring(xml)
+    for tag in ("domain", "inactiveDomain"):
+        domain = root.find(tag)
+        if domain is not None:
+            with_layers(domain, {target: layer})
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -248,6 +284,7 @@ def write_labels(
         xml = with_labels(
             snapshot.getXMLDesc(_flags("VIR_DOMAIN_SNAPSHOT_XML_SECURE")), labels, description=description
         )
+        xml = with_ending(xml, labels.ending)
         flags = _flags("VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE")
         if snapshot.isCurrent():
             flags |= _flags("VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT")

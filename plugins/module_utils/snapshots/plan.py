@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 from .._errors import Busy, Conflict, InvalidInput, Refused, Unsupported
 from ..hypervisor.agent import AgentInfo
 from ..hypervisor.capture import Capture, choose
-from ..hypervisor.domain_model import Disk, Domain
+from ..hypervisor.domain_model import Domain
 from ..safety import consistency
 from ..safety.names import file_stem
 from .model import Labels, Snapshot, by_name
@@ -41,6 +41,7 @@ class Request:
     description: str | None = None
     tags: Mapping[str, str] | None = None
     deadline: float = 60.0
+    protected: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class TakePlan:
     capture: Capture
     description: str
     tags: Mapping[str, str]
+    protected: bool = False
 
     @property
     def expected_level(self) -> str:
@@ -112,6 +114,7 @@ class TakePlan:
             paused_ms=paused_ms,
             mode_reason=self.mode_reason,
             tags=self.tags,
+            protected=self.protected,
             not_captured=tuple(part.as_result() for part in self.capture.left_out),
         )
 
@@ -211,7 +214,7 @@ def plan_take(request: Request, facts: Facts, exists: Callable[[str], bool] = os
     memory_file = None
     if memory and mode == "external":
         directory = os.path.dirname(overlays[0].path)
-        memory_file = _unused(directory, file_stem(domain.name, request.name), ".memory", exists)
+        memory_file = unused_path(directory, file_stem(domain.name, request.name), ".memory", exists)
     return TakePlan(
         domain=domain,
         name=request.name,
@@ -227,6 +230,7 @@ def plan_take(request: Request, facts: Facts, exists: Callable[[str], bool] = os
         capture=capture,
         description=request.description or "",
         tags=request.tags or {},
+        protected=bool(request.protected),
     )
 
 
@@ -306,12 +310,12 @@ def _overlays(
                 f"Disk {disk.target!r} of domain {facts.domain.name!r} is encrypted; a plain overlay would hold its data in the clear",
                 advice="Leave it out with exclude_disks",
             )
-        directory = request.directory or overlay_directory(disk)
+        directory = request.directory or overlay_directory(path)
         stem = file_stem(facts.domain.name, disk.target, request.name)
         overlays.append(
             OverlayPlan(
                 target=disk.target,
-                path=_unused(directory, stem, ".qcow2", exists),
+                path=unused_path(directory, stem, ".qcow2", exists),
                 base=path,
                 base_format=disk.format or "raw",
                 size=facts.sizes[disk.target],
@@ -320,13 +324,13 @@ def _overlays(
     return tuple(overlays)
 
 
-def overlay_directory(disk: Disk) -> str:
-    """Beside the image where it lies in a directory, else libvirt's default pool."""
-    path = disk.path or ""
+def overlay_directory(path: str) -> str:
+    """Where the overlay of an image goes: beside it where it lies in a directory, else libvirt's default pool."""
     return BLOCK_OVERLAYS if path.startswith("/dev/") else os.path.dirname(path)
 
 
-def _unused(directory: str, stem: str, suffix: str, exists: Callable[[str], bool]) -> str:
+def unused_path(directory: str, stem: str, suffix: str, exists: Callable[[str], bool]) -> str:
+    """A path that does not exist yet: ``stem`` and, if that is taken, a number."""
     number = 1
     while True:
         path = os.path.join(directory, f"{stem}{'' if number == 1 else f'.{number}'}{suffix}")
@@ -370,7 +374,11 @@ def compare_existing(request: Request, facts: Facts) -> Existing | None:
             snapshot=found.as_result(facts.domain.name),
         )
     labels = found.labels or Labels(consistency=found.consistency)
-    new = replace(labels, tags=request.tags if request.tags is not None else labels.tags)
+    new = replace(
+        labels,
+        tags=request.tags if request.tags is not None else labels.tags,
+        protected=request.protected if request.protected is not None else labels.protected,
+    )
     description = request.description if request.description not in (None, found.description) else None
     if new != labels or description is not None:
         return Existing(found, relabel=new, description=description)

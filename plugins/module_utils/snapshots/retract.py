@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._errors import Refused
-from ..hypervisor import block_jobs, chain, definition, qemu_img
+from ..hypervisor import block_jobs, definition, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import code_of, constant, explaining
 from ..hypervisor.domain_model import Domain, Layer, read_domain
 from ..safety import places, processes
+from ..safety.host_graph import read_graph
 from .model import read_snapshot
 
 #: Ends of the names of an overlay that is being removed, and of one that is being merged.
@@ -53,12 +54,12 @@ def _merge_strays(handle: Any, domain: Domain, strays: Sequence[Mapping[str, Any
     A libvirtd that is killed after QEMU switched to the overlays, and before it wrote that down, comes back believing that
     the guest writes to the bases.  Then the overlays hold all that the guest wrote since; without them it is lost.
     """
-    mentioned = mentioned_paths(handle.connect())
+    graph = read_graph(handle.connect())
     for overlay in strays:
         path, base = overlay["path"], overlay["base"]
         merging = path + _MERGING
         resumed = os.path.lexists(merging)
-        if path in mentioned or not (resumed or os.path.lexists(path)):
+        if graph.readers(path) or not (resumed or os.path.lexists(path)):
             continue
         holders = processes.holders_of(path)
         if holders and domain.state.active:
@@ -132,30 +133,15 @@ def _forget(handle: Any, name: str) -> None:
         snapshot.delete(0 if internal else constant("VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY") or 0)
 
 
-def mentioned_paths(connection: Any, *, besides: str | None = None) -> dict[str, str]:
-    """path -> domain for every image in any live or inactive definition here (not of the domain with UUID ``besides``)."""
-    found: dict[str, str] = {}
-    for other in connection.listAllDomains():
-        if other.UUIDString() == besides:
-            continue
-        for inactive in (False, True):
-            if inactive and not other.isPersistent():
-                continue
-            for disk in read_domain(other, inactive=inactive).disks:
-                try:
-                    layers = chain.chain_of(disk)
-                except Refused:
-                    layers = disk.chain  # a domain whose own images are gone still mentions what it names
-                found.update({layer.path: other.name() for layer in layers if layer.path})
-    return found
-
-
 def _refuse_shared(handle: Any, overlays: Sequence[Mapping[str, Any]]) -> None:
-    others = mentioned_paths(handle.connect(), besides=handle.UUIDString())
+    # What is being taken back is not a stranger to its own base, nor is the same under the name that it is merged by.
+    own = [overlay["path"] + end for overlay in overlays for end in ("", _MERGING, _ASIDE)]
+    graph = read_graph(handle.connect()).without_files(own)
     for overlay in overlays:
-        if overlay["base"] in others:
+        others = graph.strangers(overlay["base"], handle.UUIDString())
+        if others:
             raise Refused(
-                f"{overlay['base']} is also the base of domain {others[overlay['base']]!r} and must not be written",
+                f"{overlay['base']} is also read by {others[0]} and must not be written",
                 state=f"Domain {handle.name()!r} keeps its overlay {overlay['path']}.",
                 advice="Give one of the two an image of its own",
             )
@@ -163,19 +149,20 @@ def _refuse_shared(handle: Any, overlays: Sequence[Mapping[str, Any]]) -> None:
 
 def remove_files(handle: Any, paths: Sequence[str]) -> None:
     """Delete files that this operation made, unless anything still mentions or holds them."""
-    mentioned = mentioned_paths(handle.connect())
+    graph = read_graph(handle.connect())
     for path in paths:
+        readers = graph.readers(path)
         if not os.path.lexists(path) and not os.path.lexists(path + _ASIDE):
             continue
         # Renamed first: from then on nobody can open it by its name, and whoever did before is seen.
         aside = path + _ASIDE
-        if path not in mentioned and os.path.lexists(path):
+        if not readers and os.path.lexists(path):
             os.rename(path, aside)
         holders = processes.holders_of(aside)
-        if path in mentioned or holders:
+        if readers or holders:
             if holders:
                 os.rename(aside, path)
-            who = f"domain {mentioned[path]!r}" if path in mentioned else f"process {holders[0]}"
+            who = readers[0] if readers else f"process {holders[0]}"
             raise Refused(
                 f"{path} is still in use by {who}",
                 state="It was kept.",

@@ -10,7 +10,7 @@ a good one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..hypervisor import block_jobs
@@ -146,7 +146,7 @@ def _finish(
     frozen_ms = None
     if plan["freeze"] and "thawed" in phases and "freeze" in phases:
         frozen_ms = round((phases["thawed"] - phases["freeze"]) * 1000)
-    kept = Labels(level, frozen_ms, None, labels.mode_reason, labels.tags, labels.not_captured)
+    kept = replace(labels, consistency=level, frozen_ms=frozen_ms, paused_ms=None)
     write_labels(handle, snapshot.name, kept, state="The snapshot exists, without its labels; run this again.")
 
 

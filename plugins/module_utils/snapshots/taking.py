@@ -33,6 +33,7 @@ from .plan import (
     plan_take,
     snapshot_xml,
 )
+from .settlers import SETTLERS
 
 #: How long a guest may take to shut down before the task gives up and leaves it running.
 SHUTDOWN_SECONDS = 300.0
@@ -56,7 +57,7 @@ def take(connection: Any, uri: str, handles: Sequence[Any], request: Request, *,
     with contextlib.ExitStack() as stack:
         if not check:
             stack.enter_context(locks.hold(named, f"snapshot {request.name!r}"))
-        settlement.settle_before_change(uri, handles, settle.SETTLERS, check=check)
+        settlement.settle_before_change(uri, handles, SETTLERS, check=check)
         facts = [reading.read_facts(handle) for handle in handles]
         if check:
             facts = [_without_doomed(connection, one) for one in facts]
@@ -117,6 +118,7 @@ def _keep(handle: Any, facts: Facts, found: Existing, *, check: bool) -> Taken:
     after = {
         **before,
         "tags": dict(found.relabel.tags),
+        "protected": found.relabel.protected,
         "description": before["description"] if found.description is None else found.description,
     }
     return Taken(facts.domain.name, after, changed=True, before=before)
@@ -136,7 +138,7 @@ def _predict(plan: TakePlan, facts: Facts) -> Taken:
         "created": None,
         "description": plan.description,
         "tags": dict(plan.tags),
-        "protected": False,
+        "protected": plan.protected,
         "disks": [
             {
                 "target": disk.target,

@@ -14,6 +14,7 @@ import pytest
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import Refused
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import qemu_img
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain_model import Domain, DomainState
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.host_graph import HostGraph, Reader
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots import retract
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-img and qemu-io are not installed")
@@ -38,7 +39,11 @@ class Handle:
 def mentioned(monkeypatch):
     """path -> domain, as libvirt's definitions would have it; empty unless a test fills it."""
     found: dict[str, str] = {}
-    monkeypatch.setattr(retract, "mentioned_paths", lambda _connection, besides=None: found)
+
+    def graph(_connection):
+        return HostGraph({path: (Reader("domain", name, f"uuid of {name}"),) for path, name in found.items()})
+
+    monkeypatch.setattr(retract, "read_graph", graph)
     return found
 
 
@@ -105,7 +110,7 @@ def test_two_that_have_parted_are_both_kept(stray, domain):
 def test_a_base_that_another_domain_uses_is_not_written(stray, mentioned):
     guest_writes(stray)
     mentioned[stray["base"]] = "clone"
-    with pytest.raises(Refused, match="also the base of domain 'clone'"):
+    with pytest.raises(Refused, match="also read by domain 'clone'"):
         merge(OFF, stray)
     assert content(stray) == bytes(512)
 

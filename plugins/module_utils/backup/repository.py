@@ -1,0 +1,287 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A repository: a directory of restore points, whose tree is the only index."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import stat
+import uuid as uuids
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from .._errors import InvalidInput, NotFound, Refused, Unsupported, VmkeeperError
+from ..safety import locks, places
+from ..safety.names import check_directory
+from . import manifest
+from .manifest import ID, Point
+
+FORMAT = 1
+NEW = ".new-"
+GONE = ".gone-"
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+#: A mounted filesystem may bring these along.
+_NOT_CONTENT = ("lost+found",)
+
+#: Filesystems whose writes may fail or stall for reasons that this host does not control. A failing target fails the
+#: guest's own writes (QEMU before 10), so nothing is pushed there.
+_REMOTE = re.compile(r"(nfs4?|cifs|smb3|smbfs|ceph|9p|afs|lustre|beegfs|ncpfs|virtiofs|fuse\..*|fuse)")
+
+
+@dataclass(frozen=True)
+class BrokenPoint:
+    """A directory that is named like a point and cannot be read as one."""
+
+    id: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class History:
+    """All points of one domain, oldest first."""
+
+    points: tuple[Point, ...] = ()
+    broken: tuple[BrokenPoint, ...] = ()
+
+    def point(self, identifier: str) -> Point | None:
+        """The point with that id."""
+        return next((point for point in self.points if point.id == identifier), None)
+
+    @property
+    def next_sequence(self) -> int:
+        """The number of the next point."""
+        return max((point.sequence for point in self.points), default=0) + 1
+
+    def children(self, identifier: str) -> list[str]:
+        """The points that stand on it."""
+        return [point.id for point in self.points if identifier in point.parents]
+
+    def lineage(self, point: Point, target: str) -> list[Point]:
+        """The points that hold the layers of a disk, from ``point`` down to its full.
+
+        Raises :class:`Refused` naming the first one that is missing.
+        """
+        line = [point]
+        while True:
+            disk = line[-1].disk(target)
+            if disk is None:
+                raise Refused(f"Point {line[-1].id} does not hold disk {target!r}, and {line[-2].id} stands on it")
+            if disk.parent is None:
+                return line
+            below = self.point(disk.parent)
+            if below is None or below in line:
+                raise Refused(
+                    f"Disk {target!r} of point {point.id} stands on point {disk.parent}, which is missing or damaged",
+                    missing=disk.parent,
+                )
+            line.append(below)
+
+
+@dataclass(frozen=True)
+class Repository:
+    """An opened repository. ``fresh``: it has no repository.json yet (check mode, before the first point)."""
+
+    path: str
+    uuid: str
+    fresh: bool = False
+
+    @property
+    def short(self) -> str:
+        """Eight characters that tell it from others, in names of checkpoints."""
+        return self.uuid.replace("-", "")[:8]
+
+    def checkpoint_name(self, identifier: str) -> str:
+        """The libvirt checkpoint of a point."""
+        return f"{self.checkpoint_prefix}{identifier}"
+
+    @property
+    def checkpoint_prefix(self) -> str:
+        """What the names of all its checkpoints begin with."""
+        return f"vmk-{self.short}-"
+
+    def domain_directory(self, domain_uuid: str) -> str:
+        """Where the points of a domain lie."""
+        return os.path.join(self.path, domain_uuid)
+
+    def point_directory(self, domain_uuid: str, identifier: str) -> str:
+        """Where a point lies."""
+        return os.path.join(self.path, domain_uuid, identifier)
+
+    def new_directory(self, domain_uuid: str, identifier: str) -> str:
+        """Where a point is made: at the same depth, so that its relative links hold before and after."""
+        return os.path.join(self.path, domain_uuid, NEW + identifier)
+
+    def domain_uuids(self) -> list[str]:
+        """The domains that have a directory here."""
+        return sorted(name for name in os.listdir(self.path) if _UUID.fullmatch(name))
+
+    def history(self, domain_uuid: str) -> History:
+        """Read the points of a domain; one that cannot be read does not hide the others."""
+        directory = self.domain_directory(domain_uuid)
+        try:
+            names = sorted(name for name in os.listdir(directory) if ID.fullmatch(name))
+        except FileNotFoundError:
+            return History()
+        points, broken = [], []
+        for name in names:
+            where = os.path.join(directory, name, "manifest.json")
+            try:
+                content = places.read_json(where)
+                if content is None:
+                    raise Refused(f"{where} is missing")
+                point = manifest.from_json(content, where)
+                if point.id != name or point.domain_uuid != domain_uuid:
+                    raise Refused(f"{where} belongs to point {point.id} of domain {point.domain_uuid}")
+                points.append(point)
+            except VmkeeperError as error:
+                broken.append(BrokenPoint(name, error.problem))
+            except (OSError, ValueError) as error:
+                broken.append(BrokenPoint(name, f"{where} cannot be read: {error}"))
+        return History(tuple(sorted(points, key=lambda point: point.sequence)), tuple(broken))
+
+    @contextlib.contextmanager
+    def locked(self, domain_uuid: str, operation: str, *, shared: bool = False) -> Iterator[None]:
+        """Hold the lock of a domain's points here: shared to read them, alone to add or remove some."""
+        key = f"chain-{self.uuid}-{domain_uuid}"
+        with locks.hold([(key, f"set of restore points in {self.path}")], operation, shared=shared):
+            yield
+
+
+def open_repository(path: str, *, create: bool = False, check: bool = False) -> Repository:
+    """Open the repository in a directory of the hypervisor.
+
+    ``create`` makes one of an empty directory (with ``check`` it only says that it could); anything else that is not a
+    repository is refused, so that a wrong or unmounted path does not become one by accident.
+    """
+    directory = check_directory(path, "repository")
+    marker = os.path.join(directory, "repository.json")
+    try:
+        content = places.read_json(marker)
+    except (ValueError, OSError) as error:
+        raise Refused(f"{marker} cannot be read: {error}", advice="Repair it from a copy of the repository") from error
+    if create and os.statvfs(directory).f_flag & os.ST_RDONLY:
+        raise Refused(f"The repository {directory} is mounted read-only", advice="Mount it writable")
+    if content is not None:
+        return _opened(directory, marker, content)
+    if not create:
+        raise NotFound(
+            f"{directory} is not a repository: it has no repository.json",
+            advice="Look whether the right filesystem is mounted there; the first backup makes a repository",
+        )
+    others = [name for name in os.listdir(directory) if name not in _NOT_CONTENT and not name.startswith(".")]
+    if others:
+        raise Refused(
+            f"{directory} is no repository and not empty ({', '.join(sorted(others)[:3])})",
+            advice="Give an empty directory, or the directory of an existing repository",
+        )
+    fresh = Repository(directory, str(uuids.uuid4()), fresh=True)
+    if not check:
+        try:
+            places.write_json(marker, {"format": FORMAT, "uuid": fresh.uuid})
+        except OSError as error:
+            raise Refused(f"{directory} cannot be written: {error}", advice="See its mount and permissions") from error
+        return Repository(directory, fresh.uuid)
+    return fresh
+
+
+def _opened(directory: str, marker: str, content: object) -> Repository:
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+        raise Refused(f"{marker} is damaged", advice="Repair it from a copy of the repository")
+    if content["format"] > FORMAT:
+        raise Unsupported(
+            f"The repository {directory} has format {content['format']}, made by a newer version",
+            advice="Use that version or a later one",
+            format=content["format"],
+        )
+    if not _UUID.fullmatch(str(content.get("uuid"))):
+        raise Refused(f"{marker} is damaged: it has no UUID", advice="Repair it from a copy of the repository")
+    return Repository(directory, content["uuid"])
+
+
+def new_id(taken: Sequence[str] = ()) -> str:
+    """An id for a point that is cut now."""
+    while True:
+        identifier = f"{manifest.now_utc():%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+        if identifier not in taken:
+            return identifier
+
+
+def filesystem_type(path: str, *, mountinfo: str = "/proc/self/mountinfo") -> str:
+    """The type of the filesystem that holds ``path``, as the kernel names it; empty when it cannot be told."""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    found = ""
+    with contextlib.suppress(OSError), open(mountinfo, encoding="utf-8") as stream:
+        for line in stream:
+            fields = line.split()
+            if fields[2] == wanted:
+                found = fields[fields.index("-") + 1]
+    return found
+
+
+def is_local(path: str) -> bool:
+    """Whether QEMU may push into it: see :data:`_REMOTE`."""
+    return _REMOTE.fullmatch(filesystem_type(path)) is None
+
+
+def check_target(repository: Repository, owner: tuple[int, int]) -> None:
+    """Refuse, before anything is frozen, a repository that QEMU could not write to."""
+    if not is_local(repository.path):
+        raise Unsupported(
+            f"The repository {repository.path} is on {filesystem_type(repository.path)}, which is not local to this host:"
+            " while a backup runs, a stalled or failing target would stall or fail the guest's own writes",
+            advice="Back up to a local directory and copy the repository from there",
+        )
+    path = repository.path
+    while True:
+        status = os.stat(path)
+        if not _may_enter(status, owner):
+            raise InvalidInput(
+                f"QEMU (uid {owner[0]}) cannot reach the repository {repository.path}: {path} does not let it through",
+                advice=f"chmod o+x {path}, or choose another directory",
+            )
+        if path == "/":
+            return
+        path = os.path.dirname(path)
+
+
+def _may_enter(status: os.stat_result, owner: tuple[int, int]) -> bool:
+    if owner[0] == 0:
+        return True
+    if status.st_uid == owner[0]:
+        return bool(status.st_mode & stat.S_IXUSR)
+    if status.st_gid == owner[1]:
+        return bool(status.st_mode & stat.S_IXGRP)
+    return bool(status.st_mode & stat.S_IXOTH)
+
+
+def make_domain_directory(repository: Repository, domain_uuid: str) -> str:
+    """The directory of a domain's points: QEMU passes through it, nobody else can list it."""
+    directory = repository.domain_directory(domain_uuid)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(directory, 0o711)
+        os.chmod(directory, 0o711)
+        places.fsync_directory(repository.path)
+    return directory
+
+
+def discard(directory: str) -> None:
+    """Remove a directory of a point that is not (or no longer) one, and make that durable."""
+    if os.path.isdir(directory):
+        shutil.rmtree(directory)
+        places.fsync_directory(os.path.dirname(directory))
+
+
+def sweep(repository: Repository, domain_uuid: str) -> None:
+    """Finish removals that were interrupted. Call it with the lock of the domain's points held alone."""
+    directory = repository.domain_directory(domain_uuid)
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(directory):
+            if name.startswith(GONE):
+                discard(os.path.join(directory, name))

@@ -1,0 +1,51 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Blocks set aside for a target before a guest depends on it: while QEMU copies before it writes, a target that cannot
+take the copy fails the guest's own write (QEMU before 10)."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+from .._errors import NoSpace
+from ..safety.space import human
+
+_KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE: blocks beyond the end of the file, whose length stays
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+def reserve(path: str, size: int) -> bool:
+    """Allocate ``size`` bytes to a file without making it longer; False where the filesystem cannot do that."""
+    try:
+        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    except (OSError, AttributeError):
+        return False
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        if fallocate(descriptor, _KEEP_SIZE, 0, size) == 0:
+            return True
+        number = ctypes.get_errno()
+    finally:
+        os.close(descriptor)
+    if number in _UNSUPPORTED:
+        return False
+    raise NoSpace(
+        f"{human(size)} could not be set aside for {path}: {os.strerror(number)}",
+        advice="Make room there, or choose another directory",
+        path=path,
+        needed=size,
+    )
+
+
+def release(path: str) -> None:
+    """Give back what lies beyond the end of the file, and make the file durable."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

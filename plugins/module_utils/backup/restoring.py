@@ -1,0 +1,603 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Restore a point: copy and check every disk beside its place, then put all in place and define, or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid as uuids
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from xml.etree import ElementTree
+
+from .._errors import Conflict, InvalidInput, NotFound, Refused, Unsupported, VmkeeperError
+from ..hypervisor import chain, qemu_img
+from ..hypervisor.binding import libvirt
+from ..hypervisor.connection import constant, explaining, find_domain
+from ..hypervisor.domain_model import Domain, Layer, read_domain
+from ..safety import journal as journals
+from ..safety import locks, names, settlement, space
+from ..safety.journal import Journal
+from . import digests, listing, settle, verifying
+from .mapping import Host, Target, fit
+from .repository import Repository, open_repository
+
+NVRAM_DIRECTORY = "/var/lib/libvirt/qemu/nvram"
+DEFAULT_DIRECTORY = "/var/lib/libvirt/images"
+
+
+@dataclass(frozen=True)
+class Request:
+    """The task's options, checked."""
+
+    repository: str
+    id: str | None = None
+    source_domain: str | None = None
+    before: str | None = None
+    domain: str | None = None
+    disks: tuple[str, ...] | None = None
+    directory: str | None = None
+    pool: str | None = None
+    network: str = "keep"
+    in_place: bool = False
+    confirm: str | None = None
+    attach_to: str | None = None
+    running: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One file to restore: ``part`` is written first; ``aside`` keeps what was at ``path`` (in place only)."""
+
+    target: str
+    path: str
+    format: str
+    part: str
+    aside: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that will be done."""
+
+    name: str
+    uuid: str
+    pieces: tuple[Piece, ...]
+    nvram: Piece | None
+    xml: str | None
+    notes: tuple[str, ...] = ()
+    attach: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Restored:
+    """The result."""
+
+    domain: dict[str, Any]
+    restored: list[dict[str, Any]]
+    point: str
+    warnings: list[str]
+
+
+def restore(connection: Any, uri: str, request: Request, *, check: bool = False) -> Restored:
+    """Restore what the request names. Nothing is changed with ``check``."""
+    _check_request(request)
+    repository = open_repository(request.repository)
+    found = listing.find_point(
+        repository,
+        identifier=request.id,
+        source=request.source_domain,
+        before=listing.time_option(request.before, "before"),
+    )
+    return _Restoring(connection, uri, repository, found, request).run(check=check)
+
+
+def _check_request(request: Request) -> None:
+    if request.id is None and request.source_domain is None:
+        raise InvalidInput("Neither id nor source_domain is given", advice="Give one of them")
+    if request.in_place and request.attach_to:
+        raise InvalidInput("in_place and attach_to exclude each other", advice="Give one of them")
+    if request.attach_to and not request.disks:
+        raise InvalidInput("attach_to needs disks", advice="Name the disks to restore and attach")
+    if request.disks and not (request.in_place or request.attach_to):
+        raise InvalidInput(
+            "Single disks need a domain to go to",
+            advice="Use in_place to put them back, or attach_to with a domain's name",
+        )
+    if request.in_place and (request.directory or request.pool):
+        raise InvalidInput("in_place takes no directory or pool", advice="The disks go back to where they are")
+    if request.directory and request.pool:
+        raise InvalidInput("directory and pool exclude each other", advice="Give one of them")
+
+
+class _Restoring:
+    def __init__(
+        self, connection: Any, uri: str, repository: Repository, found: listing.Found, request: Request
+    ) -> None:
+        self._connection = connection
+        self._uri = uri
+        self._repository = repository
+        self._found = found
+        self._point = found.point
+        self._request = request
+
+    def run(self, *, check: bool) -> Restored:
+        """Plan, and unless ``check`` do it."""
+        name, uuid = self._who()
+        with contextlib.ExitStack() as stack:
+            if not check:
+                stack.enter_context(locks.hold([(uuid, name)], f"restoring {self._point.id}"))
+            finished = self._settle(uuid, check)
+            if finished is not None:
+                return self._answer(finished)  # the same restore, interrupted when its files were complete
+            stack.enter_context(
+                self._repository.locked(self._point.domain_uuid, f"restoring {self._point.id}", shared=True)
+                if not check
+                else contextlib.nullcontext()
+            )
+            listing.require_restorable(self._repository, self._found)
+            plan = self._plan(name, uuid)
+            self._require_space(plan)
+            if not check:
+                self._carry_out(plan)
+        return self._answer(plan)
+
+    # --- who it becomes ----------------------------------------------------------------------------
+
+    def _who(self) -> tuple[str, str]:
+        """Name and UUID of the domain that is changed or made."""
+        request, point = self._request, self._point
+        if request.attach_to:
+            handle = find_domain(self._connection, request.attach_to)
+            return handle.name(), handle.UUIDString()
+        if request.in_place:
+            handle = self._original()
+            if request.domain not in (None, handle.name()):
+                raise InvalidInput("in_place restores a domain under its own name", advice="Leave out domain")
+            if request.confirm != handle.name():
+                raise InvalidInput(
+                    f"in_place replaces the disks of domain {handle.name()!r}, and confirm does not name it",
+                    advice=f"Give confirm: {handle.name()}",
+                )
+            return handle.name(), handle.UUIDString()
+        name = names.check_name(request.domain or point.domain, "domain")
+        if name == point.domain and not self._exists(point.domain_uuid):
+            return name, point.domain_uuid
+        # The same restore again is the same domain again, so that it finds what an interrupted one left.
+        return name, str(uuids.uuid5(uuids.UUID(self._repository.uuid), f"{point.id}/{name}"))
+
+    def _original(self) -> Any:
+        handle = settle.find(self._connection, self._point.domain_uuid)
+        if handle is None:
+            raise NotFound(
+                f"The domain {self._point.domain!r} ({self._point.domain_uuid}) is not defined here",
+                advice="Leave out in_place to define it anew",
+            )
+        return handle
+
+    def _exists(self, uuid: str) -> bool:
+        return settle.find(self._connection, uuid) is not None
+
+    def _settle(self, uuid: str, check: bool) -> Plan | None:
+        """Settle what was interrupted; returns its plan when that finished this very restore."""
+        interrupted = journals.peek(uuid)
+        handle = settle.find(self._connection, uuid)
+        if handle is not None:
+            settlement.settle_before_change(self._uri, [handle], settle.SETTLERS, check=check)
+        elif not check:
+            pending = journals.unfinished(uuid)
+            if pending is not None:
+                settle.settle_restore(self._uri, pending)
+        if check or interrupted is None or interrupted.kind != settle.RESTORE or not interrupted.reached("place"):
+            return None
+        if interrupted.plan["request"] != self._identity():
+            return None
+        pieces = [Piece(**piece) for piece in interrupted.plan["pieces"]]
+        return Plan(
+            interrupted.plan["name"],
+            uuid,
+            tuple(piece for piece in pieces if piece.target != "nvram"),
+            next((piece for piece in pieces if piece.target == "nvram"), None),
+            interrupted.plan["xml"],
+            tuple(interrupted.plan["notes"]),
+            interrupted.plan["attach"],
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """What makes two restores the same."""
+        request = self._request
+        return {
+            "point": self._point.id,
+            "disks": list(request.disks) if request.disks is not None else None,
+            "in_place": request.in_place,
+            "attach_to": request.attach_to,
+            "directory": request.directory,
+            "pool": request.pool,
+            "network": request.network,
+        }
+
+    # --- plan --------------------------------------------------------------------------------------
+
+    def _targets(self) -> list[str]:
+        held = [disk.target for disk in self._point.disks]
+        for target in self._request.disks or ():
+            if target not in held:
+                raise NotFound(
+                    f"Point {self._point.id} does not hold disk {target!r}",
+                    advice="Its disks are: " + ", ".join(held),
+                    existing=held,
+                )
+        return [target for target in held if self._request.disks is None or target in self._request.disks]
+
+    def _plan(self, name: str, uuid: str) -> Plan:
+        if self._request.attach_to:
+            return self._plan_attach(name, uuid)
+        if self._request.in_place:
+            return self._plan_in_place(name, uuid)
+        for domain in self._connection.listAllDomains():
+            if domain.name() == name:
+                raise Conflict(
+                    f"There is a domain {name!r} on this host already",
+                    advice="Give another name with domain, or use in_place with confirm to replace its disks",
+                )
+        pieces, notes = self._new_pieces(name, self._targets())
+        nvram = self._new_nvram(name)
+        mapped = fit(
+            self._stored_definition(),
+            Target(
+                name=name,
+                uuid=uuid,
+                fresh=uuid != self._point.domain_uuid,
+                disks={piece.target: Layer(piece.path, piece.format) for piece in pieces},
+                nvram=nvram.path if nvram else None,
+                network=self._network(),
+            ),
+            self._host(),
+        )
+        return Plan(name, uuid, tuple(pieces), nvram, mapped.xml, (*notes, *mapped.notes))
+
+    def _new_pieces(self, name: str, targets: Sequence[str]) -> tuple[list[Piece], list[str]]:
+        pieces, notes = [], []
+        for target in targets:
+            stored = self._point.disk(target)
+            image_format = "raw" if stored is not None and stored.source_format == "raw" else "qcow2"
+            directory, note = self._directory(target)
+            if note and note not in notes:
+                notes.append(note)
+            path = os.path.join(directory, f"{names.file_stem(name, target)}.{image_format}")
+            for taken in (path, f"{path}.part"):
+                if os.path.lexists(taken):
+                    raise Conflict(
+                        f"{taken} exists already and is not overwritten",
+                        advice="Give another directory or name, or use in_place",
+                        path=taken,
+                    )
+            pieces.append(Piece(target, path, image_format, f"{path}.part"))
+        return pieces, notes
+
+    def _directory(self, target: str) -> tuple[str, str | None]:
+        """Where a disk goes, and a note when that is not where it came from."""
+        if self._request.pool:
+            return self._pool_directory(self._request.pool), None
+        if self._request.directory:
+            return names.check_directory(self._request.directory), None
+        stored = self._point.disk(target)
+        source = stored.source[0].path if stored is not None and stored.source else ""
+        directory = os.path.dirname(source)
+        if directory and not source.startswith("/dev/") and os.path.isdir(directory):
+            return directory, None
+        return (
+            names.check_directory(DEFAULT_DIRECTORY),
+            f"the disks lay in {directory}, which is not here; they go to {DEFAULT_DIRECTORY}",
+        )
+
+    def _pool_directory(self, pool: str) -> str:
+        with explaining(f"Looking up storage pool {pool!r}"):
+            root = ElementTree.fromstring(self._connection.storagePoolLookupByName(pool).XMLDesc(0))
+        path = root.findtext("target/path")
+        if root.get("type") not in ("dir", "fs", "netfs") or not path:
+            raise Unsupported(
+                f"Storage pool {pool!r} is not a directory", advice="Use a pool of type dir, or directory"
+            )
+        return names.check_directory(path, "the pool's directory")
+
+    def _new_nvram(self, name: str) -> Piece | None:
+        if self._point.nvram is None:
+            return None
+        suffix = "fd" if self._point.nvram == "raw" else "qcow2"
+        directory = NVRAM_DIRECTORY if os.path.isdir(NVRAM_DIRECTORY) else DEFAULT_DIRECTORY
+        path = os.path.join(directory, f"{names.file_stem(name)}_VARS.{suffix}")
+        if os.path.lexists(path):
+            path = os.path.join(directory, f"{names.file_stem(name, self._point.id)}_VARS.{suffix}")
+        if os.path.lexists(path):
+            raise Conflict(f"{path} exists already and is not overwritten", advice="Move it away", path=path)
+        return Piece("nvram", path, self._point.nvram, f"{path}.part")
+
+    def _stored_definition(self) -> str:
+        path = os.path.join(self._repository.point_directory(self._point.domain_uuid, self._point.id), "domain.xml")
+        if digests.file_digest(path) != self._point.files.get("domain.xml"):
+            raise Refused(f"{path} is not what was written", advice="Restore another point")
+        with open(path, encoding="utf-8") as stream:
+            return stream.read()
+
+    def _network(self) -> str:
+        network = self._request.network
+        if network not in ("keep", "disconnected") and network not in self._connection.listNetworks():
+            defined = [one.name() for one in self._connection.listAllNetworks()]
+            if network not in defined:
+                raise NotFound(
+                    f"There is no network {network!r} on this host",
+                    advice="The networks here are: " + (", ".join(sorted(defined)) or "none"),
+                    existing=sorted(defined),
+                )
+        return network
+
+    def _host(self) -> Host:
+        stored = ElementTree.fromstring(self._stored_definition())
+        arch = (stored.find("os/type").get("arch") if stored.find("os/type") is not None else None) or "x86_64"  # type: ignore[union-attr]
+        with explaining("Reading what this host can run"):
+            capabilities = ElementTree.fromstring(self._connection.getCapabilities())
+            networks = frozenset(one.name() for one in self._connection.listAllNetworks())
+        machines: dict[str, str] = {}
+        types: set[str] = set()
+        for guest in capabilities.iterfind("guest"):
+            element = guest.find("arch")
+            if element is None or element.get("name") != arch:
+                continue
+            types.update(one.get("type", "") for one in element.iterfind("domain"))
+            for machine in element.iter("machine"):
+                text = machine.text or ""
+                machines[text] = machine.get("canonical", text)
+        return Host(
+            domain_types=frozenset(types),
+            machines=machines,
+            networks=networks,
+            bridges=_bridges(),
+            exists=os.path.exists,
+            cpu_fits=self._cpu_fits(stored, arch),
+        )
+
+    def _cpu_fits(self, stored: ElementTree.Element, arch: str) -> bool:
+        cpu = stored.find("cpu")
+        if cpu is None or cpu.find("model") is None or cpu.get("mode", "custom") != "custom":
+            return True
+        if cpu.get("check") == "none":
+            return True
+        try:
+            result = self._connection.compareHypervisorCPU(
+                None, arch, None, stored.get("type"), ElementTree.tostring(cpu, encoding="unicode"), 0
+            )
+        except libvirt.libvirtError:
+            return True  # it cannot tell, so the definition stays as it is
+        return bool(result != constant("VIR_CPU_COMPARE_INCOMPATIBLE"))
+
+    def _plan_in_place(self, name: str, uuid: str) -> Plan:
+        handle = self._original()
+        domain = read_domain(handle)
+        if domain.state.active:
+            raise Refused(
+                f"Domain {name!r} is {domain.state.name}; its disks cannot be replaced under it",
+                advice="Shut it down first, or restore under another name",
+            )
+        if domain.managed_save:
+            raise Refused(
+                f"Domain {name!r} has a managed-save image: its RAM would resume on other disks",
+                advice=f"Drop the saved state (virsh managedsave-remove {name}), then run this again",
+            )
+        pieces = []
+        for target in self._targets():
+            disk = domain.disk(target)
+            if disk is None or disk.path is None or disk.path.startswith("/dev/"):
+                raise Unsupported(
+                    f"Disk {target!r} of domain {name!r} is not a file that could be kept aside",
+                    advice="Restore under another name, or attach_to a domain",
+                )
+            pieces.append(self._aside(target, disk.path, disk.format or "raw"))
+        self._refuse_shared(handle, domain, pieces)
+        nvram = None
+        xml = None
+        if self._request.disks is None:
+            if self._point.nvram is not None and domain.nvram is not None:
+                nvram = self._aside("nvram", domain.nvram.path, self._point.nvram)
+            layers = {piece.target: Layer(piece.path, piece.format) for piece in pieces}
+            target_nvram = nvram.path if nvram else (domain.nvram.path if domain.nvram else None)
+            mapped = fit(
+                self._stored_definition(),
+                Target(name, uuid, fresh=False, disks=layers, nvram=target_nvram, network=self._network()),
+                self._host(),
+            )
+            return Plan(name, uuid, tuple(pieces), nvram, mapped.xml, tuple(mapped.notes))
+        return Plan(name, uuid, tuple(pieces), nvram, xml)
+
+    def _aside(self, target: str, path: str, image_format: str) -> Piece:
+        piece = Piece(
+            target,
+            path,
+            image_format,
+            f"{path}.{self._point.id}.part",
+            f"{path}.before-{self._point.id}",
+        )
+        for taken in (piece.part, piece.aside or ""):
+            if os.path.lexists(taken):
+                raise Conflict(f"{taken} exists already", advice="Look at it, then move it away", path=taken)
+        return piece
+
+    def _refuse_shared(self, handle: Any, domain: Domain, pieces: Sequence[Piece]) -> None:
+        """Whatever else stands on a file would see other content under it."""
+        wanted = {os.path.realpath(piece.path): piece.path for piece in pieces}
+        for user, path in _others_layers(self._connection, handle):
+            if os.path.realpath(path) in wanted:
+                raise Refused(
+                    f"{path} is also in use by {user} and must not be replaced",
+                    advice="Restore under another name",
+                )
+        del domain
+
+    def _plan_attach(self, name: str, uuid: str) -> Plan:
+        handle = find_domain(self._connection, name)
+        domain = read_domain(handle)
+        pieces, notes = self._new_pieces(f"{name}.{self._point.domain}.{self._point.id}", self._targets())
+        taken = {disk.target for disk in domain.disks}
+        attach = {}
+        for piece in pieces:
+            prefix = "sd" if piece.target.startswith("sd") else "vd"
+            letter = next(
+                f"{prefix}{chr(code)}" for code in range(ord("a"), ord("z") + 1) if f"{prefix}{chr(code)}" not in taken
+            )
+            taken.add(letter)
+            attach[piece.target] = letter
+        return Plan(name, uuid, tuple(pieces), None, None, tuple(notes), attach)
+
+    def _require_space(self, plan: Plan) -> None:
+        needs = []
+        for piece in plan.pieces:
+            sums = self._sums(piece.target)
+            needs.append((os.path.dirname(piece.path), min(sums.size, (len(sums.chunks) + 8) * digests.CHUNK)))
+        space.require(needs, f"Restoring point {self._point.id}")
+
+    def _sums(self, target: str) -> digests.Sums:
+        lineage = self._found.history.lineage(self._point, target)
+        return verifying.chain_sums(self._repository, lineage, target)
+
+    # --- effects -----------------------------------------------------------------------------------
+
+    def _carry_out(self, plan: Plan) -> None:
+        journal = Journal.begin(
+            settle.RESTORE,
+            [(plan.uuid, plan.name)],
+            {
+                "point": self._point.id,
+                "request": self._identity(),
+                "notes": list(plan.notes),
+                "pieces": [asdict(piece) for piece in (*plan.pieces, *([plan.nvram] if plan.nvram else ()))],
+                "xml": plan.xml,
+                "uuid": plan.uuid,
+                "name": plan.name,
+                "in_place": self._request.in_place,
+                "attach": dict(plan.attach),
+                "running": self._request.running,
+            },
+        )
+        try:
+            for piece in plan.pieces:
+                journal.step("copy", target=piece.target)
+                self._copy(piece)
+            if plan.nvram is not None:
+                journal.step("copy", target="nvram")
+                self._copy_nvram(plan.nvram)
+        except BaseException as error:
+            try:
+                settle.undo_restore(self._uri, journal)
+            except (VmkeeperError, libvirt.libvirtError, OSError) as trouble:
+                if isinstance(error, VmkeeperError):
+                    error.state = f"Undoing it failed ({trouble}); the next run goes on with that."
+                    error.args = (str(error),)
+            raise
+        # Every file is complete and checked; an interruption from here on is finished, not undone.
+        journal.step("place")
+        settle.finish_restore(self._uri, journal)
+
+    def _copy(self, piece: Piece) -> None:
+        source = verifying.image_path(self._repository, self._point, piece.target)
+        for holder in self._found.history.lineage(self._point, piece.target):
+            findings = verifying.check_link(self._repository, holder, piece.target)
+            if findings:
+                raise Refused(f"Point {self._point.id} cannot be restored: {findings[0].problem}")
+        os.close(os.open(piece.part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        qemu_img.run(
+            ["convert", "-q", "-f", "qcow2", "-O", piece.format, "-W", "-m", "16", source, piece.part],
+            doing=f"Restoring disk {piece.target!r} to {piece.part}",
+        )
+        wrong = verifying.check_restored(piece.part, piece.format, self._sums(piece.target))
+        if wrong:
+            raise Refused(
+                f"Disk {piece.target!r} of point {self._point.id} is damaged in the repository: {len(wrong)} MiB or more differ"
+                f" from what was backed up, first at offset {wrong[0]} MiB",
+                state="Nothing was put in place.",
+                advice="backup_verify names what is damaged; restore another point, or copy this one by hand with qemu-img convert",
+            )
+        _make_durable(piece.part)
+
+    def _copy_nvram(self, piece: Piece) -> None:
+        source = os.path.join(self._repository.point_directory(self._point.domain_uuid, self._point.id), "nvram.fd")
+        if digests.file_digest(source) != self._point.files.get("nvram.fd"):
+            raise Refused(f"{source} is not what was written", advice="Restore another point")
+        with open(source, "rb") as stream:
+            content = stream.read()
+        descriptor = os.open(piece.part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def _answer(self, plan: Plan) -> Restored:
+        return Restored(
+            domain={
+                "name": plan.name,
+                "uuid": plan.uuid,
+                "in_place": self._request.in_place,
+                "attached": dict(plan.attach),
+                "mapped": list(plan.notes),
+            },
+            restored=[
+                {
+                    "target": piece.target,
+                    "path": piece.path,
+                    "format": piece.format,
+                    "attached_as": plan.attach.get(piece.target),
+                }
+                for piece in plan.pieces
+            ]
+            + (
+                [{"target": "nvram", "path": plan.nvram.path, "format": plan.nvram.format, "attached_as": None}]
+                if plan.nvram
+                else []
+            ),
+            point=self._point.id,
+            warnings=[f"{plan.name}: {note}" for note in plan.notes],
+        )
+
+
+def _make_durable(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _bridges() -> frozenset[str]:
+    try:
+        return frozenset(
+            name for name in os.listdir("/sys/class/net") if os.path.isdir(f"/sys/class/net/{name}/bridge")
+        )
+    except OSError:
+        return frozenset()
+
+
+def _others_layers(connection: Any, handle: Any) -> list[tuple[str, str]]:
+    """(who, path) of every image that another domain, or a snapshot of this one, stands on."""
+    found: list[tuple[str, str]] = []
+    for other in connection.listAllDomains():
+        if other.UUIDString() == handle.UUIDString():
+            continue
+        for inactive in (False, True):
+            if inactive and not other.isPersistent():
+                continue
+            for disk in read_domain(other, inactive=inactive).disks:
+                try:
+                    layers = chain.chain_of(disk)
+                except (Refused, Unsupported):
+                    layers = disk.chain
+                found += [(f"domain {other.name()!r}", layer.path) for layer in layers if layer.path]
+    with explaining(f"Reading the snapshots of domain {handle.name()!r}"):
+        for snapshot in handle.listAllSnapshots():
+            root = ElementTree.fromstring(snapshot.getXMLDesc(0))
+            for source in root.iterfind("domain/devices/disk/source"):
+                path = source.get("file") or source.get("dev")
+                if path:
+                    found.append((f"snapshot {snapshot.getName()!r}", path))
+    return found

@@ -1,0 +1,273 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Finish or undo a backup, a removal or a restore that was interrupted.
+
+A point whose manifest is written is whole and is published; everything before that is undone, so that the same task
+makes a good one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+from xml.etree import ElementTree
+
+from .._errors import LibvirtFailed, Refused
+from ..hypervisor import definition
+from ..hypervisor.binding import libvirt
+from ..hypervisor.connection import code_of, constant, explaining, open_connection
+from ..hypervisor.domain_model import read_domain
+from ..safety import places, processes, settlement
+from ..safety import ticket as tickets
+from ..safety.journal import Journal
+from . import checkpoints, job, sentry
+from .repository import Repository, discard
+
+BACKUP = "backup"
+RESTORE = "restore"
+
+_STATE = "The guest runs as before; nothing of the interrupted point is kept."
+
+
+def settle_backup(uri: str, pending: Journal) -> dict[str, str]:
+    """Finish or undo one interrupted backup; returns ``{what, action}``."""
+    operation = pending.operation
+    plan = operation.plan
+    finished = operation.reached("publish")
+    if finished:
+        finish(uri, pending)
+    else:
+        undo(uri, pending)
+    armed = operation.last("armed")
+    if armed:
+        tickets.forget(armed["ticket"])
+    return {
+        "what": f"an interrupted backup into {plan['repository']}",
+        "action": "finished" if finished else "undone",
+    }
+
+
+def repository_of(plan: Mapping[str, Any]) -> Repository:
+    """The repository that an operation wrote to."""
+    path = plan["repository"]
+    if not os.path.isdir(path):
+        raise Refused(
+            f"The repository {path}, where an interrupted operation has left files, is not there",
+            advice="Mount it, then run this again",
+        )
+    return Repository(path, plan["repository_uuid"])
+
+
+def finish(uri: str, pending: Journal) -> None:
+    """Publish the points of all domains, then drop the checkpoints that they supersede."""
+    plan = pending.operation.plan
+    repository = repository_of(plan)
+    connection = open_connection(uri)
+    for uuid, part in plan["domains"].items():
+        publish(repository, uuid, part["id"])
+    pending.step("retire")
+    for uuid, part in plan["domains"].items():
+        handle = find(connection, uuid)
+        if handle is not None:
+            checkpoints.remove(handle, [name for name in part["retire"] if name != part["checkpoint"]])
+    _dismiss_sentry(pending)
+    pending.finish()
+
+
+def publish(repository: Repository, uuid: str, identifier: str) -> None:
+    """The one rename that makes a point exist. Done before: nothing to do."""
+    made = repository.new_directory(uuid, identifier)
+    if os.path.isdir(made):
+        os.rename(made, repository.point_directory(uuid, identifier))
+        places.fsync_directory(repository.domain_directory(uuid))
+
+
+def undo(uri: str, pending: Journal) -> None:
+    """End the jobs, drop the new checkpoints, remove what was written; the older points go on as they were."""
+    plan = pending.operation.plan
+    pending.step("undo")
+    repository = repository_of(plan)
+    connection = open_connection(uri)
+    for uuid, part in plan["domains"].items():
+        directory = repository.new_directory(uuid, part["id"])
+        handle = find(connection, uuid)
+        if handle is not None:
+            job.abort(handle, directory)
+            if part["checkpoint"]:
+                checkpoints.remove(handle, [part["checkpoint"]])
+        _discard(directory)
+    _dismiss_sentry(pending)
+    pending.finish()
+
+
+def _discard(directory: str) -> None:
+    if not os.path.isdir(directory):
+        return
+    for name in os.listdir(directory):
+        holders = processes.holders_of(os.path.join(directory, name))
+        if holders:
+            raise Refused(
+                f"{directory}/{name} is still in use by process {holders[0]}",
+                state="It was kept.",
+                advice="Wait for it, or end it if it is left over, then run this again",
+            )
+    discard(directory)
+
+
+def _dismiss_sentry(pending: Journal) -> None:
+    posted = pending.operation.last("watch")
+    if posted and posted.get("sentry"):
+        sentry.dismiss(posted["sentry"])
+
+
+def find(connection: Any, uuid: str) -> Any | None:
+    """The domain, or None when it has been undefined since."""
+    try:
+        return connection.lookupByUUIDString(uuid)
+    except libvirt.libvirtError as error:
+        if code_of(error) == constant("VIR_ERR_NO_DOMAIN"):
+            return None
+        raise LibvirtFailed(f"Looking up domain {uuid}: {error}", state=_STATE) from error
+
+
+def settle_restore(uri: str, pending: Journal) -> dict[str, str]:
+    """Finish or undo one interrupted restore; returns ``{what, action}``."""
+    plan = pending.operation.plan
+    finished = pending.operation.reached("place")
+    if finished:
+        finish_restore(uri, pending)
+    else:
+        undo_restore(uri, pending)
+    return {"what": f"an interrupted restore of {plan['point']}", "action": "finished" if finished else "undone"}
+
+
+def undo_restore(uri: str, pending: Journal) -> None:
+    """Remove what was being copied; nothing else was touched yet."""
+    del uri
+    pending.step("undo")
+    for piece in pending.operation.plan["pieces"]:
+        places.unlink_quietly(piece["part"])
+    pending.finish()
+
+
+def finish_restore(uri: str, pending: Journal) -> None:
+    """Put complete files in place, define or attach, start; every step looks first at what is done.
+
+    When libvirt refuses, everything goes back to how it was: a restore that can never be finished must not be in the
+    way of every later task.
+    """
+    plan = pending.operation.plan
+    connection = open_connection(uri)
+    try:
+        for piece in plan["pieces"]:
+            _place(piece)
+        pending.step("define")
+        handle = _define_restored(connection, plan)
+        if plan["attach"] and handle is not None:
+            pending.step("attach")
+            _attach(handle, plan)
+    except LibvirtFailed:
+        if connection.isAlive():
+            pending.step("take-back")
+            _take_back(connection, plan)
+            pending.finish()
+        raise
+    pending.step("clean")
+    if plan["in_place"] and handle is not None:
+        # Their bitmaps went with the old images.
+        checkpoints.remove(handle, checkpoints.names_of_ours(handle))
+    for piece in plan["pieces"]:
+        if piece["aside"] and places.unlink_quietly(piece["aside"]):
+            places.fsync_directory(os.path.dirname(piece["aside"]))
+    pending.finish()
+    if plan["running"] and handle is not None and not handle.isActive():
+        with explaining(
+            f"Starting the restored domain {plan['name']!r}",
+            state="It is restored and shut off.",
+            advice="See libvirt's log of the domain",
+        ):
+            handle.create()
+
+
+def _define_restored(connection: Any, plan: Mapping[str, Any]) -> Any | None:
+    handle = find(connection, plan["uuid"])
+    if plan["xml"] is None or (handle is not None and not plan["in_place"]):
+        return handle
+    definition.define(
+        connection,
+        plan["xml"],
+        doing=f"Defining domain {plan['name']!r}",
+        state="Everything is as it was before.",
+    )
+    return find(connection, plan["uuid"])
+
+
+def _take_back(connection: Any, plan: Mapping[str, Any]) -> None:
+    handle = find(connection, plan["uuid"])
+    used: set[str | None] = set()
+    if handle is not None:
+        used = {disk.path for inactive in (False, True) for disk in read_domain(handle, inactive=inactive).disks}
+    for piece in plan["pieces"]:
+        if piece["aside"]:
+            if os.path.lexists(piece["aside"]):
+                os.replace(piece["aside"], piece["path"])
+        elif piece["path"] not in used:
+            places.unlink_quietly(piece["path"])
+        places.unlink_quietly(piece["part"])
+
+
+def _place(piece: Mapping[str, Any]) -> None:
+    path, part, aside = piece["path"], piece["part"], piece["aside"]
+    if not os.path.lexists(part):
+        return  # in place already
+    if aside:
+        if os.path.lexists(path) and not os.path.lexists(aside):
+            status = os.stat(path)
+            os.chown(part, status.st_uid, status.st_gid)
+            os.chmod(part, status.st_mode & 0o7777)
+            os.rename(path, aside)
+        os.rename(part, path)
+    else:
+        # link() fails where rename() would overwrite what somebody put there meanwhile.
+        if not _same_file(part, path):
+            os.link(part, path)
+        os.unlink(part)
+    places.fsync_directory(os.path.dirname(path))
+
+
+def _same_file(first: str, second: str) -> bool:
+    try:
+        return os.path.samefile(first, second)
+    except OSError:
+        return False
+
+
+def _attach(handle: Any, plan: Mapping[str, Any]) -> None:
+    domain = read_domain(handle, inactive=bool(handle.isPersistent()))
+    present = {disk.path for disk in domain.disks}
+    live = read_domain(handle)
+    present_live = {disk.path for disk in live.disks}
+    for piece in plan["pieces"]:
+        target = plan["attach"][piece["target"]]
+        flags = 0
+        if handle.isPersistent() and piece["path"] not in present:
+            flags |= constant("VIR_DOMAIN_AFFECT_CONFIG") or 0
+        if live.state.active and piece["path"] not in present_live:
+            flags |= constant("VIR_DOMAIN_AFFECT_LIVE") or 0
+        if not flags:
+            continue
+        element = ElementTree.Element("disk", type="file", device="disk")
+        ElementTree.SubElement(element, "driver", name="qemu", type=piece["format"])
+        ElementTree.SubElement(element, "source", file=piece["path"])
+        ElementTree.SubElement(element, "target", dev=target, bus="scsi" if target.startswith("sd") else "virtio")
+        with explaining(
+            f"Attaching {piece['path']} to domain {plan['name']!r}",
+            state="Nothing was attached, and the restored files were removed.",
+        ):
+            handle.attachDeviceFlags(ElementTree.tostring(element, encoding="unicode"), flags)
+
+
+#: For :func:`..safety.settlement.settle_before_change` and ``recover_domain``.
+SETTLERS: dict[str, settlement.Settler] = {BACKUP: settle_backup, RESTORE: settle_restore}

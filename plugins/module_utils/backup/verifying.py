@@ -1,0 +1,196 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Prove that a point restores: every stored byte that it needs is read and compared; its images are whole."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from .._errors import VmkeeperError
+from ..hypervisor import qemu_img
+from ..hypervisor.image_header import BadHeader, read_qcow2
+from ..safety import places
+from . import digests, manifest
+from .listing import Found
+from .manifest import Point
+from .repository import Repository
+
+LEVELS = ("digest", "structure")
+
+
+class NotProved(VmkeeperError):
+    """A point that does not restore; ``facts['findings']`` say why."""
+
+    kind = "not_proved"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong. ``disk`` and ``point`` say where; None where it concerns the point as a whole."""
+
+    point: str
+    disk: str | None
+    problem: str
+
+    def as_result(self) -> dict[str, Any]:
+        """``{point, disk, problem}``."""
+        return {"point": self.point, "disk": self.disk, "problem": self.problem}
+
+
+def verify(repository: Repository, found: Found, level: str) -> list[Finding]:
+    """All findings; none means proved. ``structure`` includes ``digest``. Call it with the points' lock shared."""
+    findings = _check_files(repository, found.point)
+    for disk in found.point.disks:
+        findings += _check_disk(repository, found, disk.target, level)
+    return findings
+
+
+def _check_files(repository: Repository, point: Point) -> list[Finding]:
+    findings = []
+    for name, digest in point.files.items():
+        path = os.path.join(repository.point_directory(point.domain_uuid, point.id), os.path.basename(name))
+        try:
+            if digests.file_digest(path) != digest:
+                findings.append(Finding(point.id, None, f"{path} is not what was written"))
+        except OSError as error:
+            findings.append(Finding(point.id, None, f"{path} cannot be read: {error.strerror}"))
+    return findings
+
+
+def _check_disk(repository: Repository, found: Found, target: str, level: str) -> list[Finding]:
+    point = found.point
+    try:
+        lineage = found.history.lineage(point, target)
+    except VmkeeperError as error:
+        return [Finding(point.id, target, error.problem)]
+    findings: list[Finding] = []
+    for holder in lineage:
+        findings += check_link(repository, holder, target)
+    if findings:
+        return findings  # what stands on a broken link cannot be read any further
+    if level == "structure":
+        for holder in lineage:
+            findings += _check_structure(repository, holder, target)
+    try:
+        return findings + _check_content(repository, lineage, target)
+    except (VmkeeperError, OSError, ValueError) as error:
+        problem = error.problem if isinstance(error, VmkeeperError) else str(error)
+        return [*findings, Finding(point.id, target, problem)]
+
+
+def image_path(repository: Repository, point: Point, target: str) -> str:
+    """The image of a disk in a point."""
+    return os.path.join(repository.point_directory(point.domain_uuid, point.id), f"{target}.qcow2")
+
+
+def check_link(repository: Repository, point: Point, target: str) -> list[Finding]:
+    """The header, read by our own parser before any tool follows what it says."""
+    path = image_path(repository, point, target)
+    disk = point.disk(target)
+    if disk is None:
+        return [Finding(point.id, target, f"point {point.id} does not hold it")]
+    try:
+        header = read_qcow2(path)
+    except FileNotFoundError:
+        return [Finding(point.id, target, f"{path} is missing")]
+    except (OSError, BadHeader) as error:
+        return [Finding(point.id, target, f"{path}: {error}")]
+    expected = f"../{disk.parent}/{disk.file}" if disk.parent else None
+    problems = []
+    if header.backing_file != expected:
+        problems.append(f"it stands on {header.backing_file!r} and not on {expected!r}")
+    if header.has_data_file or header.encrypted:
+        problems.append("it names a data file or encryption that it should not have")
+    if header.virtual_size != disk.virtual_size:
+        problems.append(f"its size is {header.virtual_size} and not {disk.virtual_size}")
+    if header.corrupt:
+        problems.append("QEMU marked it corrupt")
+    return [Finding(point.id, target, f"{path}: {problem}") for problem in problems]
+
+
+def _check_structure(repository: Repository, point: Point, target: str) -> list[Finding]:
+    path = image_path(repository, point, target)
+    try:
+        qemu_img.run(["check", "-q", "-f", "qcow2", path], doing=f"Checking {path}")
+    except qemu_img.ImageToolFailed as error:
+        return [Finding(point.id, target, error.problem)]
+    return []
+
+
+def _check_content(repository: Repository, lineage: list[Point], target: str) -> list[Finding]:
+    point = lineage[0]
+    paths = [image_path(repository, holder, target) for holder in lineage]
+    findings = []
+    for holder, path in zip(lineage, paths):
+        disk = holder.disk(target)
+        if disk is not None and disk.metadata is not None:
+            extents = digests.extents_of(path)
+            if digests.metadata_digest(path, extents) != disk.metadata:
+                findings.append(Finding(holder.id, target, f"{path}: its tables are not what was written"))
+    sums = chain_sums(repository, lineage, target)
+    wrong = digests.differences(sums, paths, digests.extents_of(paths[0]))
+    if wrong:
+        findings.append(
+            Finding(
+                point.id,
+                target,
+                f"{paths[0]}: the content of {len(wrong)}{'+' if len(wrong) == 16 else ''} MiB differs from what was backed up,"
+                f" first at offset {wrong[0]} MiB",
+            )
+        )
+    return findings
+
+
+def chain_sums(repository: Repository, lineage: list[Point], target: str) -> digests.Sums:
+    """The digests of a disk at ``lineage[0]``: those of its layers laid over each other."""
+
+    def read(point: Point) -> digests.Sums:
+        directory = repository.point_directory(point.domain_uuid, point.id)
+        return digests.read_sums(os.path.join(directory, f"{target}.sums"))
+
+    sums = read(lineage[-1])
+    for point in reversed(lineage[:-1]):
+        sums = read(point).over(sums)
+    return sums
+
+
+def check_restored(path: str, image_format: str, sums: digests.Sums) -> list[int]:
+    """Indexes of chunks of a flattened image that are not what was backed up."""
+    extents = digests.extents_of(path, image_format=image_format)
+    return digests.differences(sums, [path], extents)
+
+
+def record(repository: Repository, found: Found, level: str, findings: list[Finding]) -> dict[str, Any]:
+    """Keep the outcome beside the manifest, and return it."""
+    outcome = {
+        "format": 1,
+        "at": manifest.now_utc().isoformat(timespec="seconds"),
+        "level": level,
+        "verified": not findings,
+        "findings": [finding.as_result() for finding in findings],
+    }
+    directory = repository.point_directory(found.point.domain_uuid, found.point.id)
+    places.write_json(os.path.join(directory, "verify.json"), outcome)
+    return outcome
+
+
+def prove(repository: Repository, found: Found, level: str, *, check: bool = False) -> None:
+    """Verify a point, keep the outcome (not with ``check``), and raise :class:`NotProved` on any finding."""
+    with repository.locked(found.point.domain_uuid, f"verifying {found.point.id}", shared=True):
+        findings = verify(repository, found, level)
+        if not check:
+            record(repository, found, level, findings)
+    if findings:
+        raise NotProved(
+            f"Point {found.point.id} of domain {found.point.domain!r} is not proved: "
+            + "; ".join(finding.problem for finding in findings[:4]),
+            state="Nothing of the point was changed.",
+            advice="Look at the storage below the repository, and make a new full; other points may still be good",
+            verified=False,
+            id=found.point.id,
+            level=level,
+            findings=[finding.as_result() for finding in findings],
+        )

@@ -1,0 +1,360 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Export a domain, running or not, or one of its snapshots, as an image: the effects of an :class:`~.export_plan.ExportPlan`."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import secrets
+from dataclasses import dataclass, field
+from typing import Any
+
+from .._errors import Conflict, LibvirtFailed, VmkeeperError
+from ..hypervisor import qemu_img
+from ..hypervisor.binding import libvirt
+from ..hypervisor.connection import message_of
+from ..hypervisor.domain_model import qemu_owner, read_domain
+from ..safety import consistency, instant, locks, settlement, space
+from ..safety.journal import Journal
+from . import bundle, conversion, export_plan, foreign_header, live_copy, settle
+from .bundle import lock_key
+from .export_plan import ExportPlan, Facts, Request
+from .manifest import LARGEST_NVRAM, NVRAM_FILE, ImageDisk, Manifest, Nvram, Source
+
+
+@dataclass
+class Exported:
+    """The result: the image, and whether this run made it."""
+
+    image: dict[str, Any]
+    changed: bool
+    warnings: list[str] = field(default_factory=list)
+
+
+def export(connection: Any, uri: str, handle: Any, request: Request, *, check: bool = False) -> Exported:
+    """See that the image exists. Nothing is changed with ``check``."""
+    named = [(handle.UUIDString(), handle.name()), (lock_key(request.path), request.path)]
+    with contextlib.ExitStack() as stack:
+        if not check:
+            stack.enter_context(locks.hold(named, f"export of image {request.name!r}"))
+        settled = settlement.settle_before_change(uri, [handle], settle.SETTLERS, check=check)
+        if any(one.get("finished") == request.path for one in settled):
+            # The interrupted run had got so far that its image is whole; it is what this task wants.
+            return _existing(request.path, changed=True)
+        facts = export_plan.read_facts(handle, request)
+        owner = qemu_owner(connection.getCapabilities())
+        scratch = request.scratch or export_plan.SCRATCH
+        direct = (
+            request.scratch is None
+            and not export_plan.is_remote(request.dest)
+            and export_plan.reachable_by(request.dest, *owner)
+        )
+        plan = export_plan.plan_export(request, facts, direct=direct, scratch=scratch)
+        if os.path.lexists(request.path):
+            return _compare_existing(request, facts, plan)
+        space.require(plan.needs(request.dest), f"Exporting domain {plan.domain.name!r}")
+        if check:
+            return _predict(request, plan)
+        return _Export(uri, handle, request, facts, plan, owner).run()
+
+
+def _existing(path: str, *, changed: bool) -> Exported:
+    with bundle.Opened(path) as opened:
+        manifest, digest = opened.read_manifest()
+    return Exported(as_result(path, manifest, digest), changed)
+
+
+def _compare_existing(request: Request, facts: Facts, plan: ExportPlan) -> Exported:
+    """An image of that name exists: the same content is what was asked for, anything else is not overwritten."""
+    advice = "Choose another name, or remove that directory first"
+    with bundle.Opened(request.path) as opened:
+        opened.require_ours()
+        manifest, digest = opened.read_manifest()
+        if facts.live:
+            raise Conflict(
+                f"There is an image {request.path} from {manifest.created}, and domain {plan.domain.name!r} runs:"
+                " its content is another one now",
+                advice=advice,
+            )
+        differences = []
+        if manifest.machine != plan.machine:
+            differences.append("the machine")
+        if {disk.target for disk in manifest.disks} != {disk.target for disk in plan.disks}:
+            differences.append("the choice of disks")
+        if any(disk.format != request.format or disk.compression != request.compression for disk in manifest.disks):
+            differences.append("the format or the compression")
+        if dict(manifest.tags) != dict(request.tags):
+            differences.append("the tags")
+        if (manifest.nvram.sha256 if manifest.nvram else None) != (
+            bundle.digest_of(plan.nvram) if plan.nvram else None
+        ):
+            differences.append("the UEFI variables")
+        if not differences:
+            wanted = {disk.target: disk for disk in plan.disks}
+            for disk in manifest.disks:
+                source = wanted[disk.target].source
+                if disk.virtual_size != wanted[disk.target].size:
+                    differences.append(f"the size of disk {disk.target}")
+                elif opened.digest(disk.file, disk.stored_size) != disk.sha256:
+                    differences.append(f"the file {disk.file}, which is damaged")
+                elif not conversion.same_content(
+                    source.path or "", source.format or "raw", os.path.join(request.path, disk.file), disk.format
+                ):
+                    differences.append(f"the content of disk {disk.target}")
+    if differences:
+        raise Conflict(
+            f"There is an image {request.path} from {manifest.created} that differs in {', '.join(differences)}",
+            advice=advice,
+        )
+    return Exported(as_result(request.path, manifest, digest), changed=False)
+
+
+def _predict(request: Request, plan: ExportPlan) -> Exported:
+    image = {
+        "path": request.path,
+        "name": request.name,
+        "manifest": os.path.join(request.path, "manifest.json"),
+        "digest": None,
+        "created": None,
+        "consistency": plan.expected_level,
+        "frozen_ms": None,
+        "disks": [
+            {
+                "target": disk.target,
+                "bus": disk.bus,
+                "file": disk.file,
+                "format": request.format,
+                "compression": request.compression,
+                "virtual_size": disk.size,
+                "stored_size": None,
+                "content_size": None,
+                "sha256": None,
+                "serial": disk.serial,
+            }
+            for disk in plan.disks
+        ],
+        "machine": plan.machine.as_json(),
+        "not_captured": [dict(part) for part in plan.not_captured],
+        "tags": dict(request.tags),
+    }
+    return Exported(image, changed=True, warnings=_warnings(plan, plan.expected_level, plan.why_not_frozen))
+
+
+def as_result(path: str, manifest: Manifest, digest: str) -> dict[str, Any]:
+    """The ``image`` of a module's result."""
+    return {
+        "path": path,
+        "name": manifest.name,
+        "manifest": os.path.join(path, "manifest.json"),
+        "digest": f"sha256:{digest}",
+        "created": manifest.created,
+        "consistency": manifest.consistency,
+        "frozen_ms": manifest.frozen_ms,
+        "disks": [disk.as_json() for disk in manifest.disks],
+        "machine": manifest.machine.as_json(),
+        "not_captured": [dict(part) for part in manifest.not_captured],
+        "tags": dict(manifest.tags),
+    }
+
+
+def _warnings(plan: ExportPlan, level: str, why_not_frozen: str | None) -> list[str]:
+    name = plan.domain.name
+    warnings = [
+        f"{name}: the image is not sealed: host keys, machine-id, passwords, logs and whatever else is on its disks travel with it"
+    ]
+    left = [
+        f"{part['name']} ({part['reason']})" for part in plan.not_captured if part["reason"] not in ("cdrom", "floppy")
+    ]
+    if left:
+        warnings.append(f"{name}: not captured: {', '.join(left)}")
+    if level == "crash":
+        reason = why_not_frozen or ("it was not frozen" if plan.live else f"the domain was {plan.domain.state.reason}")
+        warnings.append(f"{name}: the image is only crash-consistent: {reason}")
+    return warnings
+
+
+class _Export:
+    """One run, from the journal's first step to its last."""
+
+    def __init__(
+        self, uri: str, handle: Any, request: Request, facts: Facts, plan: ExportPlan, owner: tuple[int, int]
+    ) -> None:
+        self._uri = uri
+        self._handle = handle
+        self._request = request
+        self._facts = facts
+        self._plan = plan
+        self._owner = owner
+        identifier = secrets.token_hex(6)
+        self._staging = bundle.staging_of(request.path, identifier)
+        # A directory of our own also below the scratch: what is removed later is all ours.
+        self._copies = (
+            os.path.join(plan.copy_directory, f".vmkeeper-export-{identifier}")
+            if plan.copy_directory
+            else self._staging
+        )
+
+    def run(self) -> Exported:
+        domain = self._plan.domain
+        directories = sorted({self._staging, self._copies})
+        journal = Journal.begin(
+            settle.EXPORT, [(domain.uuid, domain.name)], {"path": self._request.path, "directories": directories}
+        )
+        try:
+            journal.step("stage")
+            for directory in directories:
+                os.mkdir(directory, 0o700)
+            level, frozen_ms, why_not = self._plan.expected_level, None, self._plan.why_not_frozen
+            if self._plan.live:
+                level, frozen_ms, why_not = self._copy_live(journal)
+            disks = self._write(journal)
+            manifest = self._manifest(disks, self._copy_nvram(), level, frozen_ms)
+            journal.step("seal", manifest=bundle.sha256_of_bytes(manifest.to_bytes()))
+            digest = bundle.seal(self._staging, self._request.path, manifest)
+            journal.step("sealed")
+            for directory in directories:
+                bundle.remove(directory)
+            journal.finish()
+            return Exported(
+                as_result(self._request.path, manifest, digest),
+                changed=True,
+                warnings=_warnings(self._plan, level, why_not),
+            )
+        except BaseException as error:
+            self._undo(journal, error)
+            raise
+
+    def _copy_live(self, journal: Journal) -> tuple[str, int | None, str | None]:
+        """Copy the disks of one instant; returns the level, how long the guest was frozen, and why it was not."""
+        plan = self._plan
+        os.chmod(self._copies, 0o711)  # QEMU passes through; the files are its own, 0600
+        targets = {disk.target: self._copy_of(disk.target) for disk in plan.disks}
+        journal.step("targets")
+        for disk in plan.disks:
+            size = int(self._handle.blockInfo(disk.target)[0])  # read again under the lock: it must match exactly
+            qemu_img.create(targets[disk.target], size, self._owner)
+        now = read_domain(self._handle)
+        xml = live_copy.backup_xml(targets, [disk.target for disk in now.disks if disk.chain])
+        member = instant.Member(
+            handle=self._handle,
+            uuid=now.uuid,
+            name=now.name,
+            state=now.state,
+            runtime_id=now.runtime_id,
+            freeze=plan.freeze and now.state.running,
+            required=self._request.quiesce == "required",
+            standing=plan.standing,
+            info=self._facts.agent,
+        )
+        outcome = instant.take(
+            self._uri,
+            [member],
+            lambda one: live_copy.begin(one.handle, xml),
+            deadline=self._request.deadline,
+            purpose=f"export of image {self._request.name!r}",
+            journal=journal,
+        )[now.uuid]
+        if outcome.error is not None:
+            raise LibvirtFailed(
+                f"Copying the disks of domain {now.name!r} could not begin: {message_of(outcome.error)}",
+                state="No image was made; the guest is as it was before.",
+                libvirt=message_of(outcome.error),
+            )
+        level = consistency.level(
+            outcome.member.state, frozen_over_cut=outcome.frozen_over_cut, hook_proved=outcome.hook_proved
+        )
+        if self._request.quiesce == "required" and level not in consistency.QUIESCED:
+            raise VmkeeperError(
+                f"Domain {now.name!r} did not stay frozen until its disks were cut, and quiesce is required",
+                state="No image was made; the guest is as it was before.",
+                advice="Look at what thawed it (the agent's log), or give a longer deadline",
+            )
+        journal.step("copy")
+        live_copy.finish(self._handle, self._copies)
+        if not outcome.thawed:
+            raise VmkeeperError(
+                f"The guest agent of {now.name!r} did not confirm the thaw",
+                state="No image was made. The guard on this host goes on thawing until the agent confirms it or the domain stops.",
+                advice="Look at the guest; if it hangs, restart its qemu-guest-agent",
+            )
+        return level, outcome.frozen_ms, outcome.why_not_frozen or plan.why_not_frozen
+
+    def _copy_of(self, target: str) -> str:
+        if not self._plan.converts:
+            return os.path.join(self._staging, f"{target}.qcow2")
+        return os.path.join(self._copies, f"{target}.copy")
+
+    def _write(self, journal: Journal) -> list[ImageDisk]:
+        """The disks in the image's format, each looked at as an importer will."""
+        written = []
+        for disk in self._plan.disks:
+            path = os.path.join(self._staging, disk.file)
+            if self._plan.live:
+                source, source_format = self._copy_of(disk.target), "qcow2"
+            else:
+                source, source_format = disk.source.path or "", disk.source.format or "raw"
+            journal.step("write", target=disk.target)
+            content_size = conversion.content_size(source, source_format)
+            if self._plan.converts:
+                conversion.convert(
+                    source,
+                    source_format,
+                    path,
+                    self._request.format,
+                    self._request.compression,
+                    doing=f"Exporting disk {disk.target!r} of domain {self._plan.domain.name!r}",
+                )
+                if self._plan.live:
+                    os.unlink(source)
+            foreign_header.check(path, self._request.format, disk.size, disk.file)
+            written.append(
+                ImageDisk(
+                    target=disk.target,
+                    bus=disk.bus,
+                    file=disk.file,
+                    format=self._request.format,
+                    compression=self._request.compression,
+                    virtual_size=disk.size,
+                    stored_size=os.stat(path).st_size,
+                    content_size=content_size,
+                    sha256=bundle.digest_of(path),
+                    serial=disk.serial,
+                )
+            )
+        return written
+
+    def _copy_nvram(self) -> Nvram | None:
+        """The UEFI variables as they are now: they change when somebody changes the firmware's settings, not with the disks."""
+        if self._plan.nvram is None:
+            return None
+        path = os.path.join(self._staging, NVRAM_FILE)
+        with open(self._plan.nvram, "rb") as stream:
+            bundle.write_private(path, stream.read(LARGEST_NVRAM))
+        return Nvram(NVRAM_FILE, os.stat(path).st_size, bundle.digest_of(path))
+
+    def _manifest(self, disks: list[ImageDisk], nvram: Nvram | None, level: str, frozen_ms: int | None) -> Manifest:
+        domain = self._plan.domain
+        return Manifest(
+            name=self._request.name,
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            source=Source(domain.name, domain.uuid, self._request.snapshot),
+            consistency=level,
+            frozen_ms=frozen_ms,
+            machine=self._plan.machine,
+            disks=tuple(disks),
+            nvram=nvram,
+            not_captured=self._plan.not_captured,
+            tags=self._request.tags,
+        )
+
+    def _undo(self, journal: Journal, error: BaseException) -> None:
+        """Back to how it was; what cannot be undone now stays in the journal for the next run."""
+        try:
+            settle.settle_export(self._uri, journal)
+        except (VmkeeperError, OSError, libvirt.libvirtError) as trouble:
+            if isinstance(error, VmkeeperError):
+                error.state = f"Undoing it failed ({trouble}); the next run goes on with that."
+                error.args = (str(error),)

@@ -1,0 +1,127 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Restart a domain on another definition, and return to the old one if it is not well then."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from .._errors import Refused, VmkeeperError
+from ..hypervisor.binding import libvirt
+from ..hypervisor.connection import explaining, find_domain, message_of
+from ..hypervisor.definition import define
+from ..hypervisor.domain_model import read_domain
+from ..safety.journal import Journal
+from . import health
+from .outcome import wait_for
+
+#: The old size is known to boot: it gets time whatever the task allowed the new one.
+_OLD_SIZE_SECONDS = 300.0
+
+
+class RolledBack(VmkeeperError):
+    """The new size did not work; the domain runs, or lies, as it was before."""
+
+    kind = "rolled_back"
+
+
+def restart(connection: Any, handle: Any, journal: Journal, new_xml: str) -> int:
+    """Shut down, define ``new_xml``, start, check; returns the downtime in milliseconds.
+
+    The downtime runs from the request to shut down until the guest is well again.
+    """
+    plan = journal.operation.plan
+    began = time.monotonic()
+    journal.step("shutdown")
+    shut_down(handle, plan["shutdown_timeout"])
+    # Looked at again, under the lock: saved RAM would resume on other hardware.
+    if read_domain(handle).managed_save:
+        raise Refused(
+            f"Domain {handle.name()!r} was saved meanwhile",
+            advice="Start it, then run this again",
+            state="Its definition is as it was; it is saved, not running.",
+        )
+    problem = None
+    journal.step("define")
+    try:
+        define(
+            connection, new_xml, doing=f"Defining domain {handle.name()!r} with its new size", state="It is shut off."
+        )
+        journal.step("start")
+        handle.create()
+    except (VmkeeperError, libvirt.libvirtError) as error:
+        problem = error.problem if isinstance(error, VmkeeperError) else message_of(error)
+    if problem is None:
+        journal.step("health")
+        if not plan["judge"]:
+            return round((time.monotonic() - began) * 1000)
+        problem = health.wait_until_well(handle, plan["health_command"], plan["health_timeout"])
+    if problem is None:
+        return round((time.monotonic() - began) * 1000)
+    if not plan["rollback"]:
+        raise VmkeeperError(
+            f"Domain {handle.name()!r} is not well with its new size: {problem}",
+            state="It has its new definition (rollback: false).",
+            advice="Look at its console, or run this again with the old size",
+            restarted=True,
+            rolled_back=False,
+        )
+    raise _rolled_back(connection, handle, journal, problem, began)
+
+
+def shut_down(handle: Any, seconds: float) -> None:
+    """Ask the guest to shut down and wait; it goes on running when it does not."""
+    with explaining(f"Shutting down domain {handle.name()!r}"):
+        if handle.isActive():
+            handle.shutdown()
+    if not wait_for(lambda: not handle.isActive(), seconds):
+        raise VmkeeperError(
+            f"Domain {handle.name()!r} did not shut down within {seconds:.0f} s",
+            state="It runs with its old size, and may still be shutting down.",
+            advice="See that the guest reacts to the ACPI power button or has its agent running, or give more shutdown_timeout",
+        )
+
+
+def _rolled_back(connection: Any, handle: Any, journal: Journal, problem: str, began: float) -> RolledBack:
+    again = roll_back(connection, journal)
+    name = handle.name()
+    return RolledBack(
+        f"Domain {name!r} is not well with its new size: {problem}",
+        state=f"Its old definition is back and it was started again{'' if again is None else f', but {again}'}.",
+        advice="Choose another size; its serial console may say what it lacked",
+        restarted=True,
+        rolled_back=True,
+        downtime_ms=round((time.monotonic() - began) * 1000),
+    )
+
+
+def roll_back(connection: Any, journal: Journal) -> str | None:
+    """The old definition, and the domain running on it; None when it is well then, else what is missing."""
+    plan = journal.operation.plan
+    domain = journal.operation.domains[0]
+    handle = find_domain(connection, domain["uuid"])
+    if not (journal.operation.reached("start-old") and handle.isActive()):
+        _return(connection, handle, journal, plan["old_xml"])
+    if not plan["judge"]:
+        return None
+    # The agent alone is asked: health_command may speak of what only the new size would have made true.
+    return health.wait_until_well(handle, None, max(plan["health_timeout"], _OLD_SIZE_SECONDS))
+
+
+def _return(connection: Any, handle: Any, journal: Journal, old_xml: str) -> None:
+    journal.step("rollback")
+    if handle.isActive():
+        # It is not well, so it is not asked to shut down.
+        with explaining(f"Stopping domain {handle.name()!r}", state="It has its new definition."):
+            handle.destroy()
+    define(
+        connection,
+        old_xml,
+        doing=f"Defining domain {handle.name()!r} with its old size",
+        state="It is shut off and has its new definition.",
+    )
+    journal.step("start-old")
+    with explaining(f"Starting domain {handle.name()!r} again", state="It is shut off, with its old definition."):
+        handle.create()

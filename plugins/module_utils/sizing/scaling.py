@@ -1,0 +1,311 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Bring one or several domains to the size that was asked: facts, change set, steps, result."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .._errors import VmkeeperError
+from ..hypervisor.definition import define, persistent_xml
+from ..safety import locks, settlement
+from ..safety.journal import Journal
+from . import disks, guest_filesystem, memory, vcpus
+from .change_set import (
+    LIVE,
+    NEXT_BOOT,
+    NONE,
+    OFFLINE,
+    RESTART,
+    Change,
+    ChangeSet,
+    DiskGrowth,
+    MemoryAction,
+    VcpuAction,
+    compute,
+    live_memory,
+)
+from .definition import configured_memory, resized
+from .facts import Facts, read_facts
+from .guest_filesystem import Filesystem
+from .outcome import Outcome
+from .request import Request
+from .restart import RolledBack, restart
+from .settle import OPERATION, SETTLERS
+
+
+@dataclass
+class Resized:
+    """The result for one domain."""
+
+    domain: str
+    changed: bool
+    result: dict[str, Any]
+    before: dict[str, Any]
+    after: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+
+def resize(
+    connection: Any, uri: str, handles: Sequence[Any], request: Request, *, check: bool = False
+) -> list[Resized]:
+    """Bring the domains to the asked size. Nothing is changed with ``check``; all are planned before one is changed."""
+    named = [(handle.UUIDString(), handle.name()) for handle in handles]
+    with contextlib.ExitStack() as stack:
+        if not check:
+            stack.enter_context(locks.hold(named, "resize"))
+        findings = settlement.settle_before_change(uri, handles, SETTLERS, check=check)
+        planned = []
+        for handle in handles:
+            facts = _facts(handle, request)
+            planned.append((handle, facts, compute(request, facts)))
+        results = []
+        for handle, facts, change_set in planned:
+            run = _Run(connection, handle, request, facts, change_set)
+            results.append(run.predict() if check else run.carry_out())
+        for finding in findings:
+            for one in results:
+                if one.domain == finding["domain"]:
+                    one.warnings.append(f"{one.domain}: {finding['what']} was {finding['action']}")
+        return results
+
+
+def _facts(handle: Any, request: Request) -> Facts:
+    return read_facts(
+        handle,
+        [disk.target for disk in request.disks],
+        grow=[disk.target for disk in request.disks if disk.grow_filesystem],
+    )
+
+
+def sizes(facts: Facts) -> dict[str, Any]:
+    """Configured and live sizes, for a diff."""
+    conf, live = facts.configured, facts.live
+    return {
+        "vcpus": {
+            "configured": conf.vcpus_current,
+            "live": live.vcpus_current if live else None,
+            "maximum": conf.vcpus_max,
+        },
+        "memory": {
+            "configured": configured_memory(conf),
+            "live": live_memory(facts),
+            "maximum": conf.memory_limit,
+        },
+        "disks": {target: disk.size for target, disk in sorted(facts.disks.items())},
+        "filesystems": {one.mountpoint: one.size for one in facts.filesystems},
+    }
+
+
+class _Run:
+    """One domain, from its change set to its result."""
+
+    def __init__(self, connection: Any, handle: Any, request: Request, facts: Facts, change_set: ChangeSet) -> None:
+        self._connection = connection
+        self._handle = handle
+        self._request = request
+        self._facts = facts
+        self._set = change_set
+        self._outcomes: dict[str, Outcome] = {}
+        self._applied: dict[str, str] = {}
+        self._downtime: int | None = None
+
+    # --- check mode ---
+
+    def predict(self) -> Resized:
+        before = sizes(self._facts)
+        after = {key: dict(value) for key, value in before.items()}
+        for change in self._set.due:
+            _foresee(after, change, self._facts)
+        return self._resized(before, after, restarted=self._set.restart)
+
+    # --- for real ---
+
+    def carry_out(self) -> Resized:
+        before = sizes(self._facts)
+        old_xml = persistent_xml(self._handle) if self._facts.configured.persistent else None
+        new_xml = resized(old_xml, self._set.wish) if old_xml is not None else None
+        redefine = new_xml is not None and new_xml != old_xml
+        if not self._set.due:
+            return self._resized(before, before)
+        self._journal = Journal.begin(
+            OPERATION, [(self._facts.configured.uuid, self._facts.name)], self._intention(old_xml)
+        )
+        try:
+            self._live_changes()
+            if self._set.restart and new_xml is not None:
+                self._restart(new_xml)
+            elif redefine and new_xml is not None:
+                self._journal.step("definition")
+                define(
+                    self._connection,
+                    new_xml,
+                    doing=f"Storing the new size in the definition of domain {self._facts.name!r}",
+                    state="The guest has its new size; the next start would have the old one.",
+                )
+        except BaseException as error:
+            self._give_up(error)
+            raise
+        self._journal.finish()
+        return self._resized(before, sizes(_facts(self._handle, self._request)), restarted=self._set.restart)
+
+    def _intention(self, old_xml: str | None) -> dict[str, Any]:
+        return {
+            "changes": [
+                {"what": one.what, "before": one.before, "after": one.after, "how": one.how} for one in self._set.due
+            ],
+            "old_xml": old_xml,
+            "rollback": self._request.rollback,
+            "judge": self._facts.agent is not None or self._request.health_command is not None,
+            "health_command": list(self._request.health_command) if self._request.health_command else None,
+            "health_timeout": self._request.health_timeout,
+            "shutdown_timeout": self._request.shutdown_timeout,
+        }
+
+    def _give_up(self, error: BaseException) -> None:
+        """A failure leaves the journal only while something is still to be settled: the guest may be shutting down."""
+        operation = self._journal.operation
+        accepted = operation.reached("start") and not self._request.rollback and isinstance(error, VmkeeperError)
+        if not operation.reached("shutdown") or isinstance(error, RolledBack) or accepted:
+            self._journal.finish()
+
+    def _live_changes(self) -> None:
+        for change in self._set.due:
+            if change.how not in (LIVE, OFFLINE) or change.action is None:
+                continue
+            if change.ends_checkpoints:
+                self._journal.step(f"checkpoints {change.what}")
+                disks.end_checkpoints(self._handle, change.ends_checkpoints)
+            self._journal.step(change.what)
+            outcome = self._apply(change)
+            self._outcomes[change.what] = outcome
+            self._applied[change.what] = change.how
+            if not outcome.taken:
+                self._not_taken(change, outcome)
+
+    def _apply(self, change: Change) -> Outcome:
+        info = self._facts.agent
+        action = change.action
+        if isinstance(action, VcpuAction):
+            return vcpus.apply(self._handle, action, info)
+        if isinstance(action, MemoryAction):
+            return memory.apply(self._handle, action, info, change.after or 0)
+        if isinstance(action, DiskGrowth):
+            if change.how == OFFLINE:
+                disks.grow_offline(self._handle, action)
+                return Outcome(None, note="the domain is shut off")
+            disks.grow_live(self._handle, action)
+            return self._disk_seen(action)
+        if isinstance(action, Filesystem):
+            grown = guest_filesystem.grow(self._handle, action)
+            return Outcome(grown.size, grown.fills(grown.disk_size), "" if grown.size else str(grown.problem))
+        raise TypeError(f"no way to apply {action!r}")
+
+    def _disk_seen(self, action: DiskGrowth) -> Outcome:
+        """The disk's size by the guest, where a filesystem of it is known and the agent may look."""
+        known = next((one for one in self._facts.filesystems if one.target == action.target and not one.problem), None)
+        if known is None:
+            why = self._facts.filesystems_problem or "the guest has mounted nothing that lies on it"
+            return Outcome(None, note=f"what the guest sees is not known: {why}")
+        seen = guest_filesystem.wait_for_disk(self._handle, known, action.size)
+        return Outcome(
+            seen, seen == action.size, "" if seen == action.size else "the guest has not noticed the new size"
+        )
+
+    def _not_taken(self, change: Change, outcome: Outcome) -> None:
+        if self._request.apply == "live":
+            raise VmkeeperError(
+                f"Domain {self._facts.name!r} did not take {change.what} {change.after} live: {outcome.note}",
+                state="It runs; its definition is as it was.",
+                advice="Use apply: auto, with allow_restart to have it at once",
+                guest_sees=outcome.guest_sees,
+            )
+        if change.what in ("vcpus", "memory") and self._request.allow_restart and self._facts.configured.persistent:
+            # The plan was live, the guest thought otherwise: the second best way.
+            self._set = replace(
+                self._set,
+                changes=tuple(
+                    replace(one, how=RESTART, why=f"the guest did not take it live: {outcome.note}")
+                    if one is change
+                    else one
+                    for one in self._set.changes
+                ),
+            )
+            return
+        if change.what in ("vcpus", "memory"):
+            self._applied[change.what] = NEXT_BOOT
+            self._set = replace(self._set, pending=(*self._set.pending, f"{change.what}: {outcome.note}"))
+
+    def _restart(self, new_xml: str) -> None:
+        self._downtime = restart(self._connection, self._handle, self._journal, new_xml)
+        facts = _facts(self._handle, self._request)
+        for change in self._set.due:
+            if change.how != RESTART:
+                continue
+            self._applied[change.what] = RESTART
+            seen = None
+            if change.what == "vcpus":
+                seen = len(facts.cpus.online) if facts.cpus else None
+            elif change.what == "memory":
+                seen = facts.memory.total
+            self._outcomes[change.what] = Outcome(seen)
+
+    # --- result ---
+
+    def _resized(self, before: dict[str, Any], after: dict[str, Any], *, restarted: bool = False) -> Resized:
+        entries = []
+        warnings = []
+        for change in self._set.changes:
+            outcome = self._outcomes.get(change.what, Outcome(None))
+            why = "; ".join(part for part in (change.why, outcome.note) if part)
+            entries.append(
+                change.as_result(applied=self._applied.get(change.what), guest_sees=outcome.guest_sees, why=why)
+            )
+            if not outcome.taken:
+                warnings.append(f"{self._facts.name}: {change.what}: {outcome.note}")
+            if change.ends_checkpoints:
+                warnings.append(
+                    f"{self._facts.name}: resizing {change.what} under its overlays ends the checkpoints"
+                    f" {', '.join(change.ends_checkpoints)}; the next backup is a full one"
+                )
+            if change.how == NONE and any(one.what == f"disk {change.what.partition(' ')[2]}" for one in self._set.due):
+                warnings.append(f"{self._facts.name}: {change.what} was not grown: {change.why}")
+        waiting = [] if restarted else list(self._set.pending)
+        return Resized(
+            domain=self._facts.name,
+            changed=bool(self._set.due),
+            result={
+                "domain": self._facts.name,
+                "changes": entries,
+                "restarted": restarted,
+                "downtime_ms": self._downtime if restarted else 0,
+                "restart_required": bool(waiting) and self._facts.live is not None,
+                "restart_reasons": waiting if self._facts.live is not None else [],
+                "rolled_back": False,
+            },
+            before=before,
+            after=after,
+            warnings=warnings,
+        )
+
+
+def _foresee(after: dict[str, Any], change: Change, facts: Facts) -> None:
+    """What the diff of check mode shows for one change."""
+    if change.what in ("vcpus", "memory"):
+        after[change.what]["configured"] = change.after
+        if change.how in (LIVE, RESTART):
+            after[change.what]["live"] = change.after
+    elif change.what == "max_vcpus":
+        after["vcpus"]["maximum"] = change.after
+    elif change.what == "max_memory":
+        after["memory"]["maximum"] = change.after
+    elif change.what.startswith("disk "):
+        after["disks"][change.what[5:]] = change.after
+    elif isinstance(change.action, Filesystem):
+        after["filesystems"][change.action.mountpoint] = change.after
+    if change.what == "vcpus" and change.after is not None:
+        after["vcpus"]["maximum"] = max(after["vcpus"]["maximum"], change.after)

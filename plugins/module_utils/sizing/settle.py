@@ -1,0 +1,61 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Finish or undo a resize that was interrupted.
+
+Live changes need nothing: what is half done shows in the facts, and the same task completes it.  A restart is finished when
+the domain turns out to be well with its new size, else the old definition comes back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..hypervisor.connection import explaining, find_domain, open_connection
+from ..hypervisor.domain_model import read_domain
+from ..safety.journal import Journal
+from . import health, restart
+from .outcome import wait_for
+
+OPERATION = "resize"
+
+#: A guest that was told to shut down just before the kill is still doing so.
+_SHUTDOWN_SECONDS = 60.0
+
+
+def settle(uri: str, pending: Journal) -> dict[str, str]:
+    """Finish or undo one interrupted resize; returns ``{what, action}``."""
+    operation = pending.operation
+    connection = open_connection(uri)
+    try:
+        action = _settle(connection, pending)
+    finally:
+        connection.close()
+    pending.finish()
+    return {"what": f"an interrupted resize of {operation.domains[0]['name']!r}", "action": action}
+
+
+def _settle(connection: Any, pending: Journal) -> str:
+    operation = pending.operation
+    if not operation.reached("shutdown"):
+        return "left as far as it had got"
+    handle = find_domain(connection, operation.domains[0]["uuid"])
+    if not operation.reached("define"):
+        wait_for(lambda: not handle.isActive(), min(_SHUTDOWN_SECONDS, operation.plan["shutdown_timeout"]))
+        if handle.isActive():
+            return "left running: it had not shut down"
+        if read_domain(handle).managed_save:
+            return "left saved"
+        with explaining(f"Starting domain {handle.name()!r} again", state="It is shut off."):
+            handle.create()
+        return "started again with its old size"
+    if operation.reached("start") and not operation.reached("rollback") and handle.isActive():
+        plan = operation.plan
+        if not plan["judge"] or health.wait_until_well(handle, plan["health_command"], plan["health_timeout"]) is None:
+            return "found well with its new size"
+    restart.roll_back(connection, pending)
+    return "taken back: it runs with its old definition"
+
+
+#: For :func:`..safety.settlement.settle_before_change` and ``recover_domain``.
+SETTLERS = {OPERATION: settle}

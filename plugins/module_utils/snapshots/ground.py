@@ -1,0 +1,119 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What stands on what: the facts for everything that merges, reverts or removes. Read once, under the lock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .._errors import Busy, Refused, VmkeeperError
+from ..hypervisor import chain
+from ..hypervisor.block_jobs import running_job
+from ..hypervisor.domain_model import Domain, Layer, read_domain
+from ..hypervisor.image_header import BadHeader, read_qcow2
+from ..safety.host_graph import HostGraph, Reader, canonical, openers, read_graph
+from .model import Snapshot, read_snapshots
+
+
+@dataclass(frozen=True)
+class Image:
+    """What the header of one image says. Sizes in bytes; ``size`` is None where it cannot be read."""
+
+    size: int | None = None
+    internal_snapshots: int = 0
+    bitmaps: tuple[str, ...] = ()
+    exists: bool = True
+
+
+@dataclass(frozen=True)
+class Ground:
+    """One domain, its snapshots and every image that has to do with them.
+
+    ``chains``: target -> layers of the present state, from the active one down.  ``broken``: target -> why its chain
+    cannot be followed.  ``opened``: path -> foreign processes that have it open.
+    """
+
+    domain: Domain
+    snapshots: tuple[Snapshot, ...] = ()
+    graph: HostGraph = field(default_factory=HostGraph)
+    chains: Mapping[str, tuple[Layer, ...]] = field(default_factory=dict)
+    broken: Mapping[str, str] = field(default_factory=dict)
+    images: Mapping[str, Image] = field(default_factory=dict)
+    opened: Mapping[str, tuple[Reader, ...]] = field(default_factory=dict)
+    job: str | None = None
+
+    def image(self, path: str) -> Image:
+        """The image at ``path``; one that was never seen does not exist."""
+        return self.images.get(canonical(path), Image(exists=False))
+
+    def in_use(self, target: str) -> tuple[str, ...]:
+        """The canonical paths of a disk's present chain, from the active layer down."""
+        return tuple(canonical(layer.path) for layer in self.chains.get(target, ()) if layer.path)
+
+
+def read_ground(handle: Any) -> Ground:
+    """Read the facts of one domain. Reads every definition of the host, since any of them may use its images."""
+    domain = read_domain(handle)
+    snapshots = read_snapshots(handle)
+    graph = read_graph(handle.connect())
+    chains: dict[str, tuple[Layer, ...]] = {}
+    broken: dict[str, str] = {}
+    for disk in domain.disks:
+        if disk.active is None or disk.device in ("cdrom", "floppy"):
+            continue
+        try:
+            # A chain recorded in the definition of a stopped domain may be out of date; the headers are not.
+            chains[disk.target] = chain.chain_of(disk) if domain.state.active else chain.follow(disk.active)
+        except VmkeeperError as error:
+            broken[disk.target] = error.problem
+    formats = {
+        canonical(layer.path): layer.format for layers in chains.values() for layer in layers if layer.path is not None
+    }
+    for snapshot in snapshots:
+        for held in snapshot.captured:
+            if held.base is not None:
+                formats.setdefault(canonical(held.base), held.base_format)
+    for path in [path for known in list(formats) for path in (*graph.chain(known), *graph.above(known))]:
+        formats.setdefault(path, "qcow2" if path in graph.below else None)
+    return Ground(
+        domain=domain,
+        snapshots=snapshots,
+        graph=graph,
+        chains=chains,
+        broken=broken,
+        images={path: _image(path, image_format) for path, image_format in formats.items()},
+        opened=openers(formats, besides=domain.uuid),
+        job=running_job(handle),
+    )
+
+
+def _image(path: str, image_format: str | None) -> Image:
+    kind = "block" if path.startswith("/dev/") else "file"
+    size = chain.virtual_size(Layer(path, image_format or "raw", kind))
+    if size is None:
+        return Image(exists=False)
+    if image_format != "qcow2":
+        return Image(size)
+    try:
+        header = read_qcow2(path)
+    except (OSError, BadHeader):
+        return Image(size)
+    return Image(size, header.internal_snapshots, tuple(one.name for one in header.bitmaps))
+
+
+def refuse_unsettled(ground: Ground) -> None:
+    """Raise where a domain's images may not be moved now, whatever was asked."""
+    domain = ground.domain
+    if domain.managed_save:
+        raise Refused(
+            f"Domain {domain.name!r} has a managed-save image: its RAM would resume on disks that have moved on",
+            advice=f"Start it, or drop the saved state (virsh managedsave-remove {domain.name}), then run this again",
+        )
+    if ground.job:
+        raise Busy(
+            f"Domain {domain.name!r} is busy: {ground.job}",
+            advice="Wait for it (domain_job shows it), then run this again",
+        )

@@ -1,0 +1,33 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Snapshots whose removal failed half-way: they hold nothing whole any more, and are only to be removed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .._errors import VmkeeperError
+from ..hypervisor.connection import explaining
+from .model import read_snapshots
+from .removing import remove
+
+
+def finish_removals(uri: str, handle: Any, *, check: bool = False) -> list[dict[str, Any]]:
+    """Remove them; returns ``{domain, what, action, settled}`` as :func:`..safety.recovery.recover` does."""
+    findings: list[dict[str, Any]] = []
+    with explaining("Reading the name of a domain"):
+        domain = handle.name()
+    for snapshot in read_snapshots(handle):
+        if snapshot.labels is None or not snapshot.labels.ending:
+            continue
+        what = f"snapshot {snapshot.name!r}, whose removal was begun"
+        action, settled = "would be removed", False
+        if not check:
+            try:
+                remove(uri, [handle], snapshot.name)
+                action, settled = "removed", True
+            except VmkeeperError as error:
+                action = f"failed: {error}"
+        findings.append({"domain": domain, "what": what, "action": action, "settled": settled})
+    return findings

@@ -1,0 +1,221 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The steps of a revert, and how an interrupted one is settled.
+
+The way is one-directional from the moment the guest is stopped.  Before it nothing but files was made, and they are
+removed; after it every step looks at what is true and can be run again.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+from .._errors import VmkeeperError
+from ..hypervisor import definition, qemu_img
+from ..hypervisor.connection import constant, explaining, open_connection
+from ..hypervisor.domain_model import qemu_owner, read_domain
+from ..safety import places
+from ..safety.host_graph import canonical
+from ..safety.journal import Journal
+from .ground import Ground
+from .merging import Merged, layer_at, put_definition_on, remove_unneeded
+from .model import by_name, read_snapshots, write_labels
+from .revert_plan import RevertPlan
+
+OPERATION = "revert"
+
+#: A tag of the snapshot that keeps the present, while the revert that it is taken for is not done.
+PENDING = "vmkeeper.kept-before-reverting-to"
+
+
+def run(handle: Any, ground: Ground, plan: RevertPlan) -> Merged:
+    """Do all of it; what was thrown away is in the result's ``removed``."""
+    journal = Journal.begin(OPERATION, [(ground.domain.uuid, ground.domain.name)], plan.to_json())
+    try:
+        journal.step("overlays")
+        _make_overlays(handle, plan)
+    except BaseException:
+        _undo(handle, plan)
+        journal.finish()
+        raise
+    return _go_on(handle, plan, journal)
+
+
+def _make_overlays(handle: Any, plan: RevertPlan) -> None:
+    owner = qemu_owner(handle.connect().getCapabilities())
+    for overlay in plan.overlays:
+        if os.path.lexists(overlay.path):
+            continue  # by an interrupted run: it is whole or it is removed
+        qemu_img.create_overlay(
+            overlay.path, backing=overlay.base, backing_format=overlay.base_format, size=overlay.size, owner=owner
+        )
+        for name in overlay.bitmaps:
+            # libvirt believes a chain of bitmaps only if every layer has it, recording.
+            qemu_img.run(
+                ["bitmap", "--add", "-f", "qcow2", overlay.path, name],
+                doing=f"Adding the dirty bitmap {name} to {overlay.path}",
+            )
+
+
+def _go_on(handle: Any, plan: RevertPlan, journal: Journal) -> Merged:
+    """From stopping the guest to the end."""
+    done = Merged()
+    if plan.internal:
+        journal.step("revert")
+        _revert_internal(handle, plan)
+    else:
+        journal.step("stop")
+        if not _on_new(handle, plan, live=True):
+            _stop(handle)
+        journal.step("define")
+        if not _on_new(handle, plan):
+            put_definition_on(handle, {one.target: layer_at(one.path, "qcow2") for one in plan.overlays})
+        journal.step("current")
+        _make_current(handle, plan.snapshot)
+        journal.step("checkpoints")
+        _end_checkpoints(handle, plan)
+        journal.step("start")
+        try:
+            _start(handle, plan)
+        except VmkeeperError:
+            # The domain stands on the snapshot already, and can be started by anybody; the old files stay.
+            _finish(handle, plan, journal)
+            raise
+        journal.step("discard")
+        remove_unneeded(handle, plan.discarded, done)
+    _finish(handle, plan, journal)
+    return done
+
+
+def _finish(handle: Any, plan: RevertPlan, journal: Journal) -> None:
+    if plan.kept_as:
+        journal.step("unmark")
+        _unmark(handle, plan.kept_as)
+    journal.finish()
+
+
+def _on_new(handle: Any, plan: RevertPlan, *, live: bool = False) -> bool:
+    """Whether the domain stands on the overlays of this revert: its next start, or with ``live`` the running guest."""
+    if live and not handle.isActive():
+        return False
+    disks = read_domain(handle, inactive=not live)
+    return all(
+        (disk := disks.disk(overlay.target)) is not None
+        and disk.path is not None
+        and canonical(disk.path) == canonical(overlay.path)
+        for overlay in plan.overlays
+    )
+
+
+def _stop(handle: Any) -> None:
+    if handle.isActive():
+        with explaining(f"Stopping domain {handle.name()!r} to take it back"):
+            handle.destroy()
+
+
+def _make_current(handle: Any, name: str) -> None:
+    with explaining(
+        f"Making {name!r} the current snapshot of domain {handle.name()!r}",
+        state="The domain is shut off and stands on the snapshot; run this again.",
+    ):
+        snapshot = handle.snapshotLookupByName(name)
+        if snapshot.isCurrent():
+            return
+        flags = (constant("VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE") or 0) | (
+            constant("VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT") or 0
+        )
+        handle.snapshotCreateXML(snapshot.getXMLDesc(constant("VIR_DOMAIN_SNAPSHOT_XML_SECURE") or 0), flags)
+
+
+def _end_checkpoints(handle: Any, plan: RevertPlan) -> None:
+    if not plan.checkpoints_ended:
+        return
+    with explaining(
+        f"Ending the checkpoints of domain {handle.name()!r} that were made after the snapshot",
+        state="The domain is shut off and stands on the snapshot; run this again.",
+    ):
+        for checkpoint in handle.listAllCheckpoints():
+            if checkpoint.getName() in plan.checkpoints_ended:
+                # Their bitmaps lie in layers that are left behind.
+                checkpoint.delete(constant("VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY") or 0)
+
+
+def _start(handle: Any, plan: RevertPlan) -> None:
+    if plan.start == "off" or handle.isActive():
+        return
+    old = ", ".join(plan.discarded) or "no file of its own"
+    state = (
+        f"The domain is shut off, and its definition stands on snapshot {plan.snapshot!r};"
+        f" what it was before is still in {old}."
+    )
+    if plan.memory_file is None:
+        with explaining(f"Starting domain {handle.name()!r} on snapshot {plan.snapshot!r}", state=state):
+            handle.create()
+        return
+    connection = handle.connect()
+    with explaining(f"Resuming domain {handle.name()!r} from {plan.memory_file}", state=state):
+        xml = connection.saveImageGetXMLDesc(plan.memory_file, constant("VIR_SAVE_IMAGE_XML_SECURE") or 0)
+        layers = {one.target: layer_at(one.path, "qcow2") for one in plan.overlays}
+        # Disks that the snapshot does not hold are where they are today.
+        for disk in read_domain(handle, inactive=True).disks:
+            if disk.target not in layers and disk.active is not None and disk.kind in ("file", "block"):
+                layers[disk.target] = disk.active
+        how = "VIR_DOMAIN_SAVE_PAUSED" if plan.start == "resume-paused" else "VIR_DOMAIN_SAVE_RUNNING"
+        connection.restoreFlags(plan.memory_file, definition.with_disk_layers(xml, layers), constant(how) or 0)
+
+
+def _revert_internal(handle: Any, plan: RevertPlan) -> None:
+    flags = 0
+    if plan.start in ("resume", "boot"):
+        flags = constant("VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING") or 0
+    elif plan.start == "resume-paused":
+        flags = constant("VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED") or 0
+    with explaining(
+        f"Going back to the internal snapshot {plan.snapshot!r} of domain {handle.name()!r}",
+        state="See domain_info for the state of the guest.",
+    ):
+        handle.revertToSnapshot(handle.snapshotLookupByName(plan.snapshot), flags)
+
+
+def _unmark(handle: Any, name: str) -> None:
+    found = by_name(read_snapshots(handle), name)
+    if found is not None and found.labels is not None and PENDING in found.labels.tags:
+        tags = {key: value for key, value in found.labels.tags.items() if key != PENDING}
+        write_labels(handle, name, replace(found.labels, tags=tags), state="The revert is done.")
+
+
+# --- settling --------------------------------------------------------------------------------------------------------
+
+
+def _undo(handle: Any, plan: RevertPlan) -> None:
+    """Nothing was stopped or defined yet: only fresh overlays without content exist."""
+    for overlay in plan.overlays:
+        if os.path.lexists(overlay.path) and not _on_new(handle, plan) and not _on_new(handle, plan, live=True):
+            places.unlink_quietly(overlay.path)
+            places.fsync_directory(os.path.dirname(overlay.path))
+
+
+def settle(uri: str, pending: Journal) -> dict[str, str]:
+    """Finish what went past stopping the guest, undo what did not; returns ``{what, action}``."""
+    operation = pending.operation
+    plan = RevertPlan.from_json(operation.plan)
+    connection = open_connection(uri)
+    handle = connection.lookupByUUIDString(operation.domains[0]["uuid"])
+    what = f"an interrupted revert to snapshot {plan.snapshot!r}"
+    if plan.internal:
+        # One call of libvirt's: it was made or it was not, and libvirt finishes it without us.
+        _finish(handle, plan, pending)
+        return {"what": what, "action": "left as libvirt left it"}
+    defined = _on_new(handle, plan) or _on_new(handle, plan, live=True)
+    started_on_old = handle.isActive() and not defined
+    if not operation.reached("stop") or (started_on_old and operation.reached("define")):
+        # Not begun; or somebody has started the guest on its old disks meanwhile, and that must not be stopped.
+        _undo(handle, plan)
+        pending.finish()
+        return {"what": what, "action": "taken back"}
+    _make_overlays(handle, plan)
+    _go_on(handle, plan, pending)
+    return {"what": what, "action": "finished"}

@@ -1,0 +1,307 @@
+#!/usr/bin/python
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Ansible module: full and incremental restore points of domains."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: backup
+short_description: Back up domains into a repository
+version_added: 0.1.0
+description:
+  - Makes a restore point of a running or stopped domain, or of several domains at one instant, in a repository, which is a
+    directory of the hypervisor.
+  - A running guest is frozen through its agent only while the backup begins, which takes a fraction of a second. QEMU then
+    copies the disks as they were at that instant while the guest writes on.
+  - An increment holds what changed since the last point. It is made only where libvirt's bitmaps, the chain of images and
+    what was recorded at the last point prove together that no change is missing. Otherwise the disk gets a full, and
+    RV(restore_point.reason) says why.
+  - A restore point exists whole or not at all.
+options:
+  repository:
+    description:
+      - An existing directory of the hypervisor, on a filesystem local to it, that QEMU's user can reach.
+      - An empty directory becomes a repository.
+    type: path
+    required: true
+  state:
+    description:
+      - V(present) makes a restore point, always, unless O(min_age) finds one that is young enough.
+      - V(absent) removes the point O(id).
+    type: str
+    choices: [present, absent]
+    default: present
+  id:
+    description: The restore point to remove. Required with, and only for, O(state=absent).
+    type: str
+  type:
+    description:
+      - V(auto) makes an increment of each disk where that is proved to hold every change, else a full.
+      - V(full) makes a full.
+      - V(incremental) fails, before anything is changed, if no disk can have an increment. Disks that can never have one, such
+        as raw images, get a full along with the others.
+    type: str
+    choices: [auto, full, incremental]
+    default: auto
+  min_age:
+    description:
+      - Do nothing if the latest point of every domain is younger than this. A duration such as V(20h), or seconds.
+    type: str
+  quiesce:
+    description:
+      - V(auto) freezes the guest if its agent answers, else makes a crash-consistent point with a warning.
+      - V(required) fails, before anything is changed, if the guest cannot be frozen, or is off and was not shut down cleanly.
+      - V(never) does not freeze.
+    type: str
+    choices: [auto, required, never]
+    default: auto
+  disks:
+    description:
+      - Targets of the only disks to hold, such as V(vda). One that the definition leaves out with C(snapshot='no') is then held.
+    type: list
+    elements: str
+  exclude_disks:
+    description: Targets of disks to leave out.
+    type: list
+    elements: str
+  protected:
+    description: Protect the point from removal.
+    type: bool
+    default: false
+  description:
+    description: Text to keep with the point.
+    type: str
+  tags:
+    description: Dictionary of texts to keep with the point. A JSON object in a string is accepted.
+    type: raw
+  deadline:
+    description:
+      - By when the guest is thawed at the latest, counted from just before the freeze. It does not limit the copy.
+      - A duration such as V(90s) or V(2m), or seconds.
+    type: str
+    default: 60s
+extends_documentation_fragment:
+  - vmkeeper.libvirt.hypervisor
+  - vmkeeper.libvirt.hypervisor.changing
+  - vmkeeper.libvirt.hypervisor.domains
+  - vmkeeper.libvirt.attributes
+attributes:
+  idempotent:
+    support: partial
+    details:
+      - O(state=present) makes a new point each time, except with O(min_age).
+notes:
+  - Several domains are frozen, then all paused for some milliseconds, then the backups begin. If one fails, none has the point.
+  - While a backup runs, a process on the hypervisor aborts it before the repository's filesystem is full, and when the module
+    is killed, since a target that cannot take a copy would fail the guest's own write.
+  - A stopped domain is copied in full and cannot be started until its disks are copied.
+  - Increments go on over external snapshots and over active commits of them.
+seealso:
+  - module: vmkeeper.libvirt.restore
+  - module: vmkeeper.libvirt.backup_info
+  - module: vmkeeper.libvirt.backup_verify
+author:
+  - vmkeeper.libvirt contributors (@vmkeeper)
+"""
+
+EXAMPLES = r"""
+- name: Back up a domain, incrementally where possible
+  vmkeeper.libvirt.backup:
+    domain: web01
+    repository: /srv/backup
+
+- name: Back up two machines of one application at one instant, once a day at most
+  vmkeeper.libvirt.backup:
+    domains: [app01, db01]
+    repository: /srv/backup
+    quiesce: required
+    min_age: 20h
+    tags:
+      app: shop
+
+- name: Remove a point
+  vmkeeper.libvirt.backup:
+    domain: web01
+    repository: /srv/backup
+    state: absent
+    id: 20261120T201500Z-7f3a
+"""
+
+RETURN = r"""
+restore_points:
+  description: One restore point for each domain, in the order asked. Empty when a point was removed.
+  returned: success
+  type: list
+  elements: dict
+restore_point:
+  description: The restore point, when exactly one domain was asked for.
+  returned: one domain, and O(state=present)
+  type: dict
+  contains:
+    id:
+      description: Identifier, which sorts by time for people. None in check mode.
+      type: str
+    sequence:
+      description: Number of the point among those of its domain. The highest is the latest, whatever the clock said.
+      type: int
+    domain:
+      description: Name of the domain as it was backed up.
+      type: str
+    domain_uuid:
+      description: UUID of the domain.
+      type: str
+    created:
+      description: When it was made, in ISO 8601. None in check mode.
+      type: str
+    type:
+      description: V(incremental) if any disk is an increment, else V(full).
+      type: str
+    reason:
+      description: Why it is of that type.
+      type: str
+    parent:
+      description: Id of the point that its increments stand on.
+      type: str
+    consistency:
+      description:
+        - V(application) when it was frozen and the guest's freeze hook proved that the applications went along.
+        - V(filesystem) when the agent held the filesystems frozen until the backup had begun.
+        - V(offline) when the guest had shut down cleanly and had no saved state.
+        - V(crash) for everything else.
+      type: str
+    frozen_ms:
+      description: Milliseconds that the guest was frozen. None when it was not.
+      type: int
+    paused_ms:
+      description: Milliseconds that the guest was paused for a group. None when it was not.
+      type: int
+    checkpoint:
+      description: Name of the libvirt checkpoint that the next increment starts from.
+      type: str
+    group:
+      description: Ids of all points made at the same instant, when several domains were backed up together.
+      type: list
+      elements: str
+    description:
+      description: Its description.
+      type: str
+    tags:
+      description: Its tags.
+      type: dict
+    protected:
+      description: Whether it is protected from removal.
+      type: bool
+    nvram:
+      description: Whether it holds the UEFI variables.
+      type: bool
+    stored_bytes:
+      description: Bytes that its images take in the repository. In check mode, the most that they may take.
+      type: int
+    changed_bytes:
+      description: Bytes of the guest's disks that it holds.
+      type: int
+    disks:
+      description: The disks, each with its C(target), C(type), C(reason), C(parent), C(file) and its sizes in bytes.
+      type: list
+      elements: dict
+    not_captured:
+      description: What it does not hold, each with C(kind), C(name), C(reason) and C(why).
+      type: list
+      elements: dict
+"""
+
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import removal
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.plan import Request
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.taking import take
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domains
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
+
+SHORTEST_DEADLINE = 2.0
+
+
+def request_of(call: _module.Call) -> Request:
+    """The checked options."""
+    params = call.params
+    deadline = names.parse_duration(params["deadline"], "deadline")
+    if deadline < SHORTEST_DEADLINE:
+        raise InvalidInput(
+            f"deadline {params['deadline']!r} is too short", advice=f"Use {SHORTEST_DEADLINE:.0f} s or more"
+        )
+    description = params["description"]
+    return Request(
+        type=params["type"],
+        quiesce=params["quiesce"],
+        disks=None if params["disks"] is None else tuple(params["disks"]),
+        exclude=None if params["exclude_disks"] is None else tuple(params["exclude_disks"]),
+        min_age=None if params["min_age"] is None else names.parse_duration(params["min_age"], "min_age"),
+        description=None if description is None else names.check_text(description, "description"),
+        tags=names.check_tags(params["tags"]),
+        protected=params["protected"],
+        deadline=deadline,
+    )
+
+
+def handle(call: _module.Call) -> _module.Answer:
+    """Make points, or remove one."""
+    params = call.params
+    if params["state"] == "absent":
+        return _remove(call)
+    if params["id"] is not None:
+        raise InvalidInput("id is given by the backup itself", advice="Leave it out, or use state: absent")
+    request = request_of(call)
+    handles = find_domains(call.connection, params["domains"])
+    made = take(call.connection, call.uri, handles, params["repository"], request, check=call.check)
+    points = [one.point for one in made]
+    return _module.Answer(
+        changed=any(one.changed for one in made),
+        result=_module.one_or_all("restore_points", "restore_point", points, len(params["domains"])),
+        warnings=[warning for one in made for warning in one.warnings],
+        diff=(
+            {"restore_points": []},
+            {"restore_points": [one.point for one in made if one.changed]},
+        ),
+    )
+
+
+def _remove(call: _module.Call) -> _module.Answer:
+    params = call.params
+    if params["id"] is None or len(params["domains"]) != 1:
+        raise InvalidInput("state: absent needs one domain and an id", advice="Give both")
+    removed = removal.remove_by_id(
+        call.connection, call.uri, params["repository"], params["domains"][0], params["id"], check=call.check
+    )
+    return _module.Answer(
+        changed=removed is not None,
+        result={"restore_points": []},
+        diff=({"restore_points": [removed] if removed else []}, {"restore_points": []}),
+    )
+
+
+def main() -> None:
+    """Entry point."""
+    _module.run(
+        {
+            "domains": dict(_module.DOMAINS_OPTION, required=True),
+            "repository": {"type": "path", "required": True},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "id": {"type": "str"},
+            "type": {"type": "str", "choices": ["auto", "full", "incremental"], "default": "auto"},
+            "min_age": {"type": "str"},
+            "quiesce": {"type": "str", "choices": ["auto", "required", "never"], "default": "auto"},
+            "disks": {"type": "list", "elements": "str"},
+            "exclude_disks": {"type": "list", "elements": "str"},
+            "protected": {"type": "bool", "default": False},
+            "description": {"type": "str"},
+            "tags": {"type": "raw"},
+            "deadline": {"type": "str", "default": "60s"},
+        },
+        handle,
+    )
+
+
+if __name__ == "__main__":
+    main()

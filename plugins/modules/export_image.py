@@ -1,0 +1,242 @@
+#!/usr/bin/python
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Ansible module: export a domain as a launchable image."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: export_image
+short_description: Export a domain as a launchable image
+version_added: 0.1.0
+description:
+  - Makes an image of a running domain, of a stopped one, or of one of its external snapshots. An image is a directory with the
+    disks, flattened and sparse, and a manifest that says what they are and what a launch needs.
+    M(vmkeeper.libvirt.import_image) launches it on any hypervisor.
+  - The disks of a running domain are of one instant. The guest is frozen through its agent for a fraction of a second and goes
+    on writing while QEMU copies. Its own images and their chain stay as they are.
+  - The image appears whole, by one rename, or not at all.
+options:
+  domain:
+    description: Name or UUID of the domain.
+    type: str
+    required: true
+  dest:
+    description: An existing directory of the hypervisor, in which the image's own directory is made.
+    type: path
+    required: true
+  name:
+    description: Name of the image, and of its directory. Letters, digits and C(. _ + @ = -).
+    type: str
+    required: true
+  snapshot:
+    description:
+      - Export the content of this external snapshot in place of the domain's present one.
+      - Its memory, if it has one, is not part of an image.
+    type: str
+  disks:
+    description:
+      - Targets of the only disks to export, such as V(vda). With one disk the image is a volume as much as a machine.
+    type: list
+    elements: str
+  exclude_disks:
+    description: Targets of disks to leave out.
+    type: list
+    elements: str
+  format:
+    description: Format of the image's disks.
+    type: str
+    choices: [qcow2, raw, vmdk, vhdx]
+    default: qcow2
+  compression:
+    description:
+      - V(zstd) and V(zlib) for O(format=qcow2), V(zlib) for O(format=vmdk).
+      - QEMU reads V(zstd) from version 5.1 on.
+    type: str
+    choices: [none, zlib, zstd]
+    default: none
+  quiesce:
+    description:
+      - V(auto) freezes a running guest if its agent answers, else the image is crash-consistent, with a warning.
+      - V(required) fails, before anything is changed, if the image would not be consistent.
+      - V(never) does not freeze.
+    type: str
+    choices: [auto, required, never]
+    default: auto
+  scratch:
+    description:
+      - An existing local directory in which a running guest's disks are copied first. QEMU's user must be able to reach it.
+      - By default QEMU copies straight to O(dest) if that is a local directory that its user can reach, else to
+        C(/var/lib/libvirt/images).
+    type: path
+  tags:
+    description: Dictionary of texts to keep with the image. A JSON object in a string is accepted.
+    type: raw
+  deadline:
+    description:
+      - By when the guest is thawed at the latest, counted from just before the freeze.
+      - A duration such as V(90s) or V(2m), or seconds.
+    type: str
+    default: 60s
+extends_documentation_fragment:
+  - vmkeeper.libvirt.hypervisor
+  - vmkeeper.libvirt.hypervisor.changing
+  - vmkeeper.libvirt.attributes
+attributes:
+  idempotent:
+    support: partial
+    details:
+      - An image of a stopped domain or of a snapshot is left alone if its content is still the same. It is never overwritten.
+      - A running domain changes all the time, so a second export under the same name fails and changes nothing.
+notes:
+  - An image holds whatever is on the disks, also secrets such as SSH host keys. It is readable by root only.
+  - Encrypted disks are refused, since an image would hold their data in the clear.
+  - UEFI variables are part of an image, except of a snapshot's. TPM state is not.
+  - While a stopped domain is exported it cannot be started, since its images are locked.
+seealso:
+  - module: vmkeeper.libvirt.import_image
+  - module: vmkeeper.libvirt.push_image
+  - module: vmkeeper.libvirt.snapshot
+author:
+  - vmkeeper.libvirt contributors (@vmkeeper)
+"""
+
+EXAMPLES = r"""
+- name: Export a running machine, consistently, without stopping it
+  vmkeeper.libvirt.export_image:
+    domain: web01
+    dest: /srv/images
+    name: web01-golden
+    quiesce: required
+    compression: zstd
+
+- name: Export what a machine was before the upgrade
+  vmkeeper.libvirt.export_image:
+    domain: web01
+    snapshot: before-upgrade
+    dest: /srv/images
+    name: web01-before-upgrade
+
+- name: Export one data disk for another kind of hypervisor
+  vmkeeper.libvirt.export_image:
+    domain: db01
+    disks: [vdb]
+    format: vmdk
+    dest: /srv/images
+    name: db01-data
+"""
+
+RETURN = r"""
+image:
+  description: The image.
+  returned: success
+  type: dict
+  contains:
+    path:
+      description: Its directory.
+      type: str
+    name:
+      description: Its name.
+      type: str
+    manifest:
+      description: Path of its manifest.
+      type: str
+    digest:
+      description: sha256 of the manifest, which names the sha256 of everything else. None in check mode.
+      type: str
+    created:
+      description: When it was exported, in ISO 8601. None in check mode.
+      type: str
+    consistency:
+      description: V(application), V(filesystem), V(offline) or V(crash), as in M(vmkeeper.libvirt.snapshot).
+      type: str
+    frozen_ms:
+      description: Milliseconds that the guest was frozen. None when nothing was frozen.
+      type: int
+    disks:
+      description: Its disks, each with C(target), C(bus), C(file), C(format), C(compression), C(sha256) and its sizes in bytes.
+      type: list
+      elements: dict
+    machine:
+      description: What a launch gives the guest unless told otherwise; C(memory) in bytes.
+      type: dict
+    not_captured:
+      description: What it does not hold, each with C(kind), C(name), C(reason) and C(why).
+      type: list
+      elements: dict
+    tags:
+      description: Its tags.
+      type: dict
+"""
+
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domain
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.export_plan import Request
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.exporting import export
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
+
+SHORTEST_DEADLINE = 2.0
+
+
+def request_of(call: _module.Call) -> Request:
+    """The checked options."""
+    params = call.params
+    deadline = names.parse_duration(params["deadline"], "deadline")
+    if deadline < SHORTEST_DEADLINE:
+        raise InvalidInput(
+            f"deadline {params['deadline']} is too short", advice=f"Give at least {SHORTEST_DEADLINE:.0f} s"
+        )
+    return Request(
+        dest=names.check_directory(params["dest"], "dest"),
+        name=names.check_name(params["name"]),
+        snapshot=params["snapshot"],
+        disks=tuple(params["disks"]) if params["disks"] is not None else None,
+        exclude=tuple(params["exclude_disks"]) if params["exclude_disks"] is not None else None,
+        format=params["format"],
+        compression=params["compression"],
+        quiesce=params["quiesce"],
+        scratch=names.check_directory(params["scratch"], "scratch") if params["scratch"] else None,
+        tags=names.check_tags(params["tags"]) or {},
+        deadline=deadline,
+    )
+
+
+def handle(call: _module.Call) -> _module.Answer:
+    """See that the image exists."""
+    request = request_of(call)
+    done = export(
+        call.connection, call.uri, find_domain(call.connection, call.params["domain"]), request, check=call.check
+    )
+    return _module.Answer(
+        changed=done.changed,
+        result={"image": done.image},
+        warnings=done.warnings,
+        diff=({} if done.changed else {request.path: done.image}, {request.path: done.image}),
+    )
+
+
+def main() -> None:
+    """Entry point."""
+    _module.run(
+        {
+            "domain": {"type": "str", "required": True},
+            "dest": {"type": "path", "required": True},
+            "name": {"type": "str", "required": True},
+            "snapshot": {"type": "str"},
+            "disks": {"type": "list", "elements": "str"},
+            "exclude_disks": {"type": "list", "elements": "str"},
+            "format": {"type": "str", "choices": ["qcow2", "raw", "vmdk", "vhdx"], "default": "qcow2"},
+            "compression": {"type": "str", "choices": ["none", "zlib", "zstd"], "default": "none"},
+            "quiesce": {"type": "str", "choices": ["auto", "required", "never"], "default": "auto"},
+            "scratch": {"type": "path"},
+            "tags": {"type": "raw"},
+            "deadline": {"type": "str", "default": "60s"},
+        },
+        handle,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+#!/usr/bin/python
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Ansible module: restore domains or single disks from a repository."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: restore
+short_description: Restore a domain or single disks from a repository
+version_added: 0.1.0
+description:
+  - Restores a point that M(vmkeeper.libvirt.backup) made, as a new domain, in place of the original, or single disks.
+  - All disks are copied beside their places and compared with the digests of the point. Only when all are complete is anything
+    put in place, so that an interrupted restore changes nothing or is finished by the same task.
+  - What this host lacks of the definition (machine type, CPU, networks, paths) is mapped, and each change is told as a warning.
+options:
+  repository:
+    description: The directory of the repository.
+    type: path
+    required: true
+  id:
+    description: The restore point. The latest one of O(source_domain) when left out.
+    type: str
+  source_domain:
+    description: Name or UUID of the domain as it was backed up. Needed when O(id) is left out.
+    type: str
+  before:
+    description: Restore the latest point made before this time, in ISO 8601 with a zone. Only with O(source_domain).
+    type: str
+  domain:
+    description:
+      - Name of the restored domain. Its original name when left out.
+      - It has its original identity (UUID and MAC addresses) when it keeps its name and the original is not defined on this
+        host, else a new one.
+    type: str
+  disks:
+    description: Targets of single disks to restore, with O(in_place) or O(attach_to).
+    type: list
+    elements: str
+  attach_to:
+    description: Name or UUID of an existing domain, running or not, to attach the restored O(disks) to.
+    type: str
+  directory:
+    description:
+      - An existing directory for the disks. By default each goes to the directory that it came from, if that exists, else to
+        C(/var/lib/libvirt/images).
+    type: path
+  pool:
+    description: A storage pool for the disks that is a directory, instead of O(directory).
+    type: str
+  network:
+    description:
+      - V(keep) leaves network interfaces as they were; one whose network or bridge this host lacks is disconnected.
+      - V(disconnected) takes the link of all interfaces down.
+      - Any other value is the name of the network to connect all interfaces to.
+    type: str
+    default: keep
+  in_place:
+    description:
+      - Replace the disks of the original domain, which must be shut off. The original images are kept aside until everything is
+        restored, and are then removed.
+      - Without O(disks), its definition is restored too.
+    type: bool
+    default: false
+  confirm:
+    description: The name of the domain whose disks are replaced. Required by O(in_place).
+    type: str
+  state:
+    description: V(running) starts the restored domain.
+    type: str
+    choices: [defined, running]
+    default: defined
+extends_documentation_fragment:
+  - vmkeeper.libvirt.hypervisor
+  - vmkeeper.libvirt.hypervisor.changing
+  - vmkeeper.libvirt.attributes
+attributes:
+  idempotent:
+    support: none
+    details:
+      - A restore always acts. A domain or file that exists already is not overwritten, except with O(in_place).
+notes:
+  - A restored image has no bitmaps, so that the next backup of a domain restored in place is a full.
+seealso:
+  - module: vmkeeper.libvirt.backup
+  - module: vmkeeper.libvirt.backup_info
+  - module: vmkeeper.libvirt.backup_verify
+author:
+  - vmkeeper.libvirt contributors (@vmkeeper)
+"""
+
+EXAMPLES = r"""
+- name: Restore the latest point beside the original, without network
+  vmkeeper.libvirt.restore:
+    repository: /srv/backup
+    source_domain: web01
+    domain: web01-restored
+    network: disconnected
+
+- name: Put yesterday's data disk back
+  vmkeeper.libvirt.restore:
+    repository: /srv/backup
+    source_domain: db01
+    before: "2026-11-20T00:00:00Z"
+    disks: [vdb]
+    in_place: true
+    confirm: db01
+
+- name: Look at a lost file on another domain
+  vmkeeper.libvirt.restore:
+    repository: /srv/backup
+    id: 20261120T201500Z-7f3a
+    disks: [vda]
+    attach_to: rescue
+"""
+
+RETURN = r"""
+domain:
+  description: The domain that was made or changed.
+  returned: success
+  type: dict
+  contains:
+    name:
+      description: Its name.
+      type: str
+    uuid:
+      description: Its UUID.
+      type: str
+    in_place:
+      description: Whether it is the original.
+      type: bool
+    attached:
+      description: For O(attach_to), the stored disk's target and the target that it got.
+      type: dict
+    mapped:
+      description: What was changed in the definition, as sentences.
+      type: list
+      elements: str
+restored:
+  description: The files, each with C(target), C(path), C(format) and C(attached_as).
+  returned: success
+  type: list
+  elements: dict
+id:
+  description: The restore point.
+  returned: success
+  type: str
+"""
+
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.restoring import Request, restore
+
+
+def request_of(call: _module.Call) -> Request:
+    """The checked options."""
+    params = call.params
+    if params["before"] is not None and (params["source_domain"] is None or params["id"] is not None):
+        raise InvalidInput("before goes with source_domain and without id", advice="Give source_domain and before")
+    return Request(
+        repository=params["repository"],
+        id=params["id"],
+        source_domain=params["source_domain"],
+        before=params["before"],
+        domain=params["domain"],
+        disks=None if params["disks"] is None else tuple(params["disks"]),
+        directory=params["directory"],
+        pool=params["pool"],
+        network=params["network"],
+        in_place=params["in_place"],
+        confirm=params["confirm"],
+        attach_to=params["attach_to"],
+        running=params["state"] == "running",
+    )
+
+
+def handle(call: _module.Call) -> _module.Answer:
+    """Restore."""
+    done = restore(call.connection, call.uri, request_of(call), check=call.check)
+    return _module.Answer(
+        changed=True,
+        result={"domain": done.domain, "restored": done.restored, "id": done.point},
+        warnings=done.warnings,
+        diff=({"restored": []}, {"domain": done.domain, "restored": done.restored}),
+    )
+
+
+def main() -> None:
+    """Entry point."""
+    _module.run(
+        {
+            "repository": {"type": "path", "required": True},
+            "id": {"type": "str"},
+            "source_domain": {"type": "str"},
+            "before": {"type": "str"},
+            "domain": {"type": "str"},
+            "disks": {"type": "list", "elements": "str"},
+            "attach_to": {"type": "str"},
+            "directory": {"type": "path"},
+            "pool": {"type": "str"},
+            "network": {"type": "str", "default": "keep"},
+            "in_place": {"type": "bool", "default": False},
+            "confirm": {"type": "str"},
+            "state": {"type": "str", "choices": ["defined", "running"], "default": "defined"},
+        },
+        handle,
+    )
+
+
+if __name__ == "__main__":
+    main()

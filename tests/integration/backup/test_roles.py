@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Copyright: vmkeeper.libvirt contributors
+"""The playbooks and roles, as ``ansible-playbook vmkeeper.libvirt.backup`` runs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lab.ansible import run_playbook
+from lab.guest import DiskSpec, GuestSpec
+from lab.spec import MIB
+
+from ansible_collections.vmkeeper.libvirt.tests.integration.backup import points
+from ansible_collections.vmkeeper.libvirt.tests.integration.backup.points import ok
+
+
+def test_backup_then_restore_by_playbook(module_guest_factory, directory: Path) -> None:
+    disk = DiskSpec("vda", size=8 * MIB, fs=None, writer=False)
+    guest = module_guest_factory(GuestSpec("roles", disks=(disk,)), start=False)
+    repository = directory / "repository"
+    repository.mkdir()
+    variables = {
+        "consistent_backup_repository": str(repository),
+        "consistent_backup_domains": [guest.name, "lab-nobody"],
+        "consistent_backup_verify": "digest",
+    }
+    run = run_playbook("vmkeeper.libvirt.backup", extra_vars=variables)
+    assert run.rc != 0, "one domain does not exist"
+    assert "FAILED" in run.stdout + str(run.tasks)
+    made = ok("backup_info", repository=str(repository), domain=guest.name)["restore_points"]
+    assert len(made) == 1, run.stdout
+    assert made[0]["verified"]["verified"]
+    variables["consistent_backup_domains"] = [guest.name]
+    again = run_playbook("vmkeeper.libvirt.backup", extra_vars={**variables, "consistent_backup_min_age": "1d"})
+    assert again.rc == 0, again.stdout
+    assert len(ok("backup_info", repository=str(repository))["restore_points"]) == 1
+    restored = run_playbook(
+        "vmkeeper.libvirt.restore",
+        extra_vars={
+            "restore_domain_repository": str(repository),
+            "restore_domain_source": guest.name,
+            "restore_domain_name": "lab-roles-r",
+            "restore_domain_directory": str(directory),
+        },
+    )
+    assert restored.rc == 0, restored.stdout
+    image = directory / "lab-roles-r.vda.qcow2"
+    assert points.content(image) == points.content(guest.images["vda"])
+    points.forget_domain(guest, "lab-roles-r")

@@ -1,0 +1,70 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import libvirt
+import pytest
+
+from ansible_collections.vmkeeper.libvirt.tests.lab.guest import Guest, GuestSpec
+from ansible_collections.vmkeeper.libvirt.tests.lab.host import TestHost
+from ansible_collections.vmkeeper.libvirt.tests.lab.spec import DiskSpec
+
+from .bootable import make_bootable
+
+IMAGES = Path("/var/lib/libvirt/images")
+
+
+@pytest.fixture
+def library() -> Iterator[Path]:
+    """A directory for images, gone after the test."""
+    directory = IMAGES / "library"
+    directory.mkdir(mode=0o755)
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def launched(host: TestHost) -> Iterator[list[str]]:
+    """Names of domains that the test launches; they go with their disks and bases."""
+    names: list[str] = []
+    yield names
+    connection = host.connect()
+    for name in names:
+        with contextlib.suppress(libvirt.libvirtError):
+            domain = connection.lookupByName(name)
+            with contextlib.suppress(libvirt.libvirtError):
+                domain.destroy()
+            domain.undefine()
+        for path in IMAGES.glob(f"{name}.*.qcow2"):
+            path.unlink()
+    connection.close()
+    shutil.rmtree(IMAGES / ".vmkeeper-bases", ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def running(host: TestHost) -> Iterator[Guest]:
+    """A guest that boots from its own first disk and writes on both."""
+    guest = Guest(host, GuestSpec("origin", disks=(DiskSpec("vda", partitioned=True), DiskSpec("vdb", format="raw"))))
+    try:
+        guest.define()
+        make_bootable(guest)
+        yield guest.start()
+    finally:
+        guest.cleanup()
+
+
+@pytest.fixture(scope="module")
+def still(host: TestHost) -> Iterator[Guest]:
+    """A guest that was never started."""
+    disks = (DiskSpec("vda", size=24 << 20), DiskSpec("vdb", size=16 << 20, format="raw"))
+    guest = Guest(host, GuestSpec("still", disks=disks))
+    try:
+        yield guest.define()
+    finally:
+        guest.cleanup()

@@ -1,0 +1,120 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Run one of the image modules: its own code, in a process of its own, with what Ansible would give it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[3]
+KILLHOOK = ROOT / "tests" / "lab" / "killhook"
+PYTHON = "/usr/bin/python3"
+"""The interpreter that has the libvirt bindings, as on a hypervisor."""
+
+TIMEOUT = 300
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a module answered; ``answer`` is empty when it was killed."""
+
+    answer: dict[str, Any]
+    rc: int
+    errors: str
+
+    def __getitem__(self, key: str) -> Any:
+        return self.answer[key]
+
+    @property
+    def changed(self) -> bool:
+        return bool(self.answer["changed"])
+
+    @property
+    def message(self) -> str:
+        return str(self.answer.get("msg", ""))
+
+
+@functools.cache
+def _ansible() -> str:
+    """The directory of ansible-core: of this interpreter, which may be another than the hypervisor's."""
+    import ansible
+
+    return str(Path(ansible.__file__).parent.parent)
+
+
+def run(module: str, *, check: bool = False, env: dict[str, str] | None = None, **options: Any) -> Result:
+    """Run it to its end, whichever that is."""
+    paths = [str(ROOT / ".ansible" / "collections"), _only_ansible()]
+    code = (
+        f"import sys; sys.path[:0] = {paths!r}\n"
+        f"from ansible_collections.vmkeeper.libvirt.plugins.modules.{module} import main; main()"
+    )
+    arguments = {"ANSIBLE_MODULE_ARGS": {**options, "_ansible_check_mode": check, "_ansible_diff": True}}
+    done = subprocess.run(
+        [PYTHON, "-c", code],
+        input=json.dumps(arguments),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        cwd="/",
+        check=False,
+        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", **(env or {})},
+    )
+    answer = json.loads(done.stdout[done.stdout.index("{") :]) if "{" in done.stdout else {}
+    assert answer or done.returncode, (done.stdout, done.stderr)
+    return Result(answer, done.returncode, done.stderr)
+
+
+@functools.cache
+def _only_ansible() -> str:
+    """A directory with nothing but ansible-core in it: the rest of a virtual environment is not the hypervisor's."""
+    directory = Path("/run/vmk-images-ansible")
+    directory.mkdir(exist_ok=True)
+    link = directory / "ansible"
+    if not link.is_symlink():
+        link.symlink_to(os.path.join(_ansible(), "ansible"))
+    return str(directory)
+
+
+def ok(module: str, **options: Any) -> Result:
+    """Run it; it must not fail."""
+    result = run(module, **options)
+    assert result.rc == 0, (result.message, result.errors[-2000:])
+    return result
+
+
+def refused(module: str, *words: str, **options: Any) -> Result:
+    """Run it; it must fail with an error of ours that contains the words."""
+    result = run(module, **options)
+    assert result.rc == 1, result
+    assert result.answer.get("error", {}).get("kind"), (result.message, result.errors[-2000:])
+    for word in words:
+        assert word in result.message, result.message
+    return result
+
+
+def steps_of(module: str, log: Path, **options: Any) -> list[str]:
+    """The steps that a whole run goes through, the second time of one as ``step#2``."""
+    log.unlink(missing_ok=True)
+    ok(module, env={"PYTHONPATH": str(KILLHOOK), "VMK_KILL_LOG": str(log)}, **options)
+    names: list[str] = []
+    for name in log.read_text().split():
+        count = sum(one.partition("#")[0] == name for one in names) + 1
+        names.append(name if count == 1 else f"{name}#{count}")
+    return names
+
+
+def kill_at(step: str, module: str, log: Path, **options: Any) -> None:
+    """Run it and kill it when it has recorded the step; asserts that the kill landed there."""
+    log.unlink(missing_ok=True)
+    env = {"PYTHONPATH": str(KILLHOOK), "VMK_KILL_LOG": str(log), "VMK_KILL_AT": step}
+    result = run(module, env=env, **options)
+    assert result.rc == -9, (step, result)
+    assert log.read_text().split()[-1] == f"!{step.partition('#')[0]}"

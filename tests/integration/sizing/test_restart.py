@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Copyright: vmkeeper.libvirt contributors
+"""What needs a start: the next boot, a restart, and the way back when the new size does not work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from lab.guest import DiskSpec, Guest, GuestSpec
+
+from ansible_collections.vmkeeper.libvirt.tests.integration.conftest import GuestFactory
+from ansible_collections.vmkeeper.libvirt.tests.integration.sizing.resizing import (
+    MIB,
+    change,
+    memory_total,
+    online_cpus,
+    resize,
+    start,
+    twice,
+    unfinished,
+)
+
+
+@pytest.fixture(scope="module")
+def small(module_guest_factory: GuestFactory) -> Guest:
+    """No room to grow while it runs."""
+    return module_guest_factory(GuestSpec("small", vcpus=1, memory=160, disks=(DiskSpec("vda"),)))
+
+
+def test_the_next_boot_gets_what_cannot_be_live(small: Guest) -> None:
+    made = twice(small, vcpus=2, memory="192M", max_memory="1G")
+    assert made["restart_required"]
+    assert not made["restarted"]
+    assert {one["applied"] for one in made["changes"]} == {"next_boot"}
+    assert online_cpus(small) == 1
+    definition = small.xml(inactive=True)
+    assert definition.find("vcpu").text == "2"
+    assert definition.find("cpu/numa/cell").get("memory") == str(192 * 1024)
+
+
+def test_a_restart_puts_it_in_force(small: Guest) -> None:
+    made = resize(
+        small, vcpus=2, memory="192M", max_memory="1G", allow_restart=True, health_command=["cat", "/run/lab-ready"]
+    )
+    assert made["changed"]
+    assert made["restarted"]
+    assert made["downtime_ms"] > 0
+    assert not made["restart_required"]
+    assert change(made, "vcpus")["guest_sees"] == 2 == online_cpus(small)
+    assert change(made, "memory")["guest_sees"] == memory_total(small)
+    assert not resize(small, vcpus=2, memory="192M", max_memory="1G", allow_restart=True)["changed"]
+
+
+def test_a_size_that_cannot_boot_comes_back_by_itself(small: Guest) -> None:
+    before = small.xml_text(inactive=True)
+    result = start(small, memory="48M", allow_restart=True, apply="auto", health_timeout="20s").result()
+    assert result["failed"]
+    assert result["rolled_back"]
+    assert "old definition is back" in result["msg"]
+    assert small.xml_text(inactive=True) == before
+    small.wait_ready()
+    assert memory_total(small) > 64 * MIB
+    assert small.writer_log("vda").is_intact
+    assert not unfinished(small)
+
+
+def test_a_kill_at_any_step_of_a_restart_is_repaired(small: Guest, tmp_path: Path) -> None:
+    steps = ["begin", "shutdown", "define", "start", "health"]
+    for number, step in enumerate(steps):
+        wanted = {"max_vcpus": 3 + number, "vcpus": 3 + number, "allow_restart": True}
+        log = tmp_path / str(number)
+        assert start(small, kill_at=step, log=log, **wanted).wait() < 0, step
+        assert log.read_text().splitlines()[-1] == f"!{step}"
+        resize(small, **wanted)
+        assert online_cpus(small) == 3 + number, step
+        assert not resize(small, **wanted)["changed"], step
+    assert small.writer_log("vda").is_intact
+    assert not unfinished(small)
+
+
+@pytest.mark.parametrize("step", ["rollback", "start-old"])
+def test_a_kill_during_the_way_back_is_repaired(small: Guest, step: str) -> None:
+    before = small.xml_text(inactive=True)
+    now = online_cpus(small)
+    wanted = {"vcpus": now + 1, "allow_restart": True, "health_command": ["false"], "health_timeout": "1s"}
+    assert start(small, kill_at=step, **wanted).wait() < 0
+    present = resize(small, vcpus=now)  # the size that it had
+    assert not present["changed"]
+    assert any("taken back" in warning for warning in present["warnings"])
+    assert small.xml_text(inactive=True) == before
+    small.wait_ready()
+    assert online_cpus(small) == now
+    assert not unfinished(small)
+
+
+def test_a_stopped_domain_and_its_disk_change_at_once(small: Guest) -> None:
+    small.shutdown()
+    made = twice(small, vcpus=1, memory="160M", disks=[{"target": "vda", "size": "160M"}])
+    assert change(made, "disk vda")["applied"] == "offline"
+    assert change(made, "filesystem vda")["applied"] == "none"
+    assert not made["restart_required"]
+    small.start()
+    assert online_cpus(small) == 1
+    grown = twice(small, disks=[{"target": "vda"}])
+    assert change(grown, "filesystem vda")["guest_sees"] == 160 * MIB
+
+
+def test_a_saved_domain_is_refused(small: Guest) -> None:
+    small.domain().managedSave()
+    result = start(small, vcpus=2).result()
+    assert result["failed"]
+    assert "saved state" in result["msg"]
+    small.start()
+
+
+def test_without_guest_exec_it_says_so_and_grows_the_disk(guest_factory: GuestFactory) -> None:
+    closed = guest_factory(GuestSpec("closed", agent="real:guest-exec guest-file-open"))
+    made = twice(closed, disks=[{"target": "vda", "size": "160M"}], memory="144M")
+    assert change(made, "disk vda")["applied"] == "live"
+    assert change(made, "disk vda")["guest_sees"] is None
+    assert change(made, "filesystem vda")["applied"] == "none"
+    assert "guest-exec" in change(made, "filesystem vda")["why"]
+    assert any("was not grown" in warning for warning in made["warnings"])
+    assert change(made, "memory")["guest_sees"] is None

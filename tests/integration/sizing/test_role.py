@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Copyright: vmkeeper.libvirt contributors
+"""The playbook brings a machine to a named size, takes a snapshot before disks change, and reports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from lab import ansible
+from lab.guest import Guest, GuestSpec
+
+from ansible_collections.vmkeeper.libvirt.tests.integration.conftest import GuestFactory
+from ansible_collections.vmkeeper.libvirt.tests.integration.sizing.resizing import online_cpus
+
+SIZES = {"mini": {"vcpus": 1, "memory": "224M"}, "midi": {"vcpus": 2, "memory": "224M"}}
+
+
+@pytest.fixture(scope="module")
+def machine(module_guest_factory: GuestFactory) -> Guest:
+    return module_guest_factory(GuestSpec("role", vcpus=1, max_vcpus=2, memory=224))
+
+
+def scale(guest: Guest, **variables: Any) -> ansible.PlaybookRun:
+    return ansible.run_playbook(
+        "vmkeeper.libvirt.scale",
+        extra_vars={
+            "target": "localhost",
+            "ansible_become": False,
+            "vertical_scale_domains": [guest.name],
+            "vertical_scale_overcommit": True,
+            "vertical_scale_sizes": SIZES,
+            **variables,
+        },
+    )
+
+
+def resized(run: ansible.PlaybookRun) -> dict[str, Any]:
+    """The result of the task that changes the size, the last of its module."""
+    assert run.rc == 0, run.stdout + run.stderr
+    return [task.result for task in run.tasks if "restart_required" in task.result][-1]
+
+
+def test_a_machine_goes_one_size_up_with_a_larger_disk(machine: Guest) -> None:
+    run = scale(machine, vertical_scale_direction="up", vertical_scale_disks=[{"target": "vda", "size": "160M"}])
+    result = resized(run)
+    assert {change["what"]: change["applied"] for change in result["changes"]} == {
+        "vcpus": "live",
+        "disk vda": "live",
+        "filesystem vda": "live",
+    }
+    assert online_cpus(machine) == 2
+    assert [one.getName() for one in machine.domain().listAllSnapshots()] == ["before-scaling"]
+    assert "downtime ms" in run.stdout + str([task.result for task in run.tasks])
+
+
+def test_a_named_size_that_it_has_changes_nothing(machine: Guest) -> None:
+    run = scale(machine, vertical_scale_size="midi", vertical_scale_disks=[{"target": "vda", "size": "160M"}])
+    assert not resized(run)["changed"]
+
+
+def test_no_size_beyond_the_largest(machine: Guest) -> None:
+    run = scale(machine, vertical_scale_direction="up")
+    assert run.rc != 0
+    assert "There is no size up" in str([task.result for task in run.tasks])
+    assert online_cpus(machine) == 2

@@ -1,0 +1,162 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Removing snapshots: its neighbours stay whole, live and offline, with children and with branches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import tasks, ways
+from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
+from ansible_collections.vmkeeper.libvirt.tests.lab.spec import MIB
+
+KILLED_AT = ["begin", "mark", "commit", "relink", "verify", "snapshots", "remove"]
+
+
+@pytest.fixture(scope="module")
+def guest(make_guest: Callable[..., Guest]) -> Guest:
+    return make_guest(GuestSpec("removal", disks=(DiskSpec("vda", size=32 * MIB, writer=False),)))
+
+
+@pytest.fixture
+def stopped(make_guest: Callable[..., Guest]) -> Guest:
+    return make_guest(GuestSpec("gone", disks=(DiskSpec("vda", size=8 * MIB, fs=None, writer=False),)), start="no")
+
+
+@pytest.fixture(autouse=True)
+def flat_and_running(guest: Guest) -> Iterator[None]:
+    if not guest.is_running():
+        guest.start()
+    yield
+    tasks.ok("recover_domain", domain=guest.name)
+    for name in ways.snapshots(guest):
+        tasks.ok("snapshot", domain=guest.name, name=name, state="absent")
+    tasks.ok("blockcommit", domain=guest.name)
+    ways.assert_whole(guest)
+
+
+def take(guest: Guest, *names: str, memory: bool = False) -> None:
+    """A snapshot of each name, of a guest that has just written that name."""
+    for name in names:
+        ways.write(guest, name)
+        tasks.ok("snapshot", domain=guest.name, name=name, memory=memory, quiesce="never")
+
+
+def remove(guest: Guest, name: str) -> tasks.Outcome:
+    """Remove one."""
+    return tasks.ok("snapshot", domain=guest.name, name=name, state="absent")
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["live", "offline"])
+def test_first_middle_and_last_go_and_the_others_keep_their_content(guest: Guest, running: bool) -> None:
+    take(guest, "one", "two", "three", "four")
+    ways.write(guest, "end")
+    if not running:
+        guest.shutdown()
+    left = ["one", "two", "three", "four"]
+    for name in ("two", "four", "one"):
+        left.remove(name)
+        foreseen = tasks.ok("snapshot", domain=guest.name, name=name, state="absent", check=True)
+        answer = remove(guest, name)
+        assert foreseen["snapshot"]["removed"] == answer["snapshot"]["removed"]
+        assert set(ways.snapshots(guest)) == set(left)
+        for other in left:
+            assert ways.content_of(guest, other) == {other}
+        assert ways.read(guest) == {"end"}
+        ways.assert_whole(guest)
+    assert not remove(guest, "one").changed
+
+
+def test_a_layer_that_two_branches_stand_on_stays_and_the_answer_says_for_whom(guest: Guest) -> None:
+    take(guest, "one", memory=True)
+    take(guest, "left", memory=True)
+    tasks.ok("snapshot", domain=guest.name, name="one", state="reverted")
+    guest.wait_ready()
+    take(guest, "right")
+    ways.write(guest, "end")
+    answer = remove(guest, "one")
+    kept = answer["snapshot"]["layer_kept_for"]
+    assert {reader["name"] for reader in kept[0]["for"]} == {"left", "right", guest.name}
+    assert ways.snapshots(guest) == {"left": None, "right": None}
+    assert ways.content_of(guest, "left") == {"left"}
+    assert ways.content_of(guest, "right") == {"right"}
+    assert ways.read(guest) == {"end"}
+    ways.assert_whole(guest)
+    tasks.ok("snapshot", domain=guest.name, name="left", state="reverted")
+    guest.wait_ready()
+    assert ways.read(guest) == {"left"}
+    ways.assert_whole(guest)
+
+
+def test_a_snapshot_with_memory_takes_its_memory_along(guest: Guest) -> None:
+    take(guest, "one", memory=True)
+    assert any(name.endswith(".memory") for name in ways.files(guest))
+    remove(guest, "one")
+    assert ways.files(guest) == {"vda.qcow2"}
+
+
+def test_a_removal_killed_at_any_step_is_finished_by_the_same_task(guest: Guest, tmp_path: Path) -> None:
+    log = tmp_path / "steps"
+    take(guest, *(f"s{number}" for number in range(len(KILLED_AT) + 1)))
+    ways.write(guest, "end")
+    for number, step in enumerate(KILLED_AT):
+        # Alternately from the bottom (a layer between others) and from the top (what the guest writes to).
+        names = sorted(ways.snapshots(guest))
+        name = names[0] if number % 2 else names[-1]
+        killed = tasks.finish(tasks.killed_at(step, "snapshot", log, domain=guest.name, name=name, state="absent"))
+        assert killed.killed, (step, tasks.steps_in(log))
+        if step == "commit":
+            back = tasks.run("snapshot", domain=guest.name, name=name, state="reverted", allow_restart=True, check=True)
+            assert back.failed
+        assert remove(guest, name).changed, step
+        assert name not in ways.snapshots(guest)
+        assert ways.read(guest) == {"end"}
+        ways.assert_whole(guest)
+    for other in ways.snapshots(guest):
+        assert ways.content_of(guest, other) == {other}
+
+
+def test_an_offline_removal_killed_at_any_step_is_finished_by_the_same_task(stopped: Guest, tmp_path: Path) -> None:
+    log = tmp_path / "steps"
+    for number in range(len(KILLED_AT) + 1):
+        ways.write_stopped(stopped, f"s{number}")
+        tasks.ok("snapshot", domain=stopped.name, name=f"s{number}")
+    ways.write_stopped(stopped, "end")
+    for number, step in enumerate(KILLED_AT):
+        names = sorted(ways.snapshots(stopped))
+        name = names[0] if number % 2 else names[-1]
+        killed = tasks.finish(tasks.killed_at(step, "snapshot", log, domain=stopped.name, name=name, state="absent"))
+        assert killed.killed, (step, tasks.steps_in(log))
+        assert remove(stopped, name).changed, step
+        assert name not in ways.snapshots(stopped)
+        for other in ways.snapshots(stopped):
+            assert ways.read_stopped(ways.bases(stopped, other).values()) == {other}, (step, name)
+        assert ways.read_stopped(stopped.active_paths().values()) == {"end"}
+        ways.assert_whole(stopped)
+
+
+def test_an_overlay_of_a_detached_disk_is_never_deleted(make_guest: Callable[..., Guest]) -> None:
+    two = make_guest(
+        GuestSpec(
+            "detached",
+            disks=(DiskSpec("vda", size=16 * MIB, writer=False), DiskSpec("vdb", size=16 * MIB, writer=False)),
+        ),
+        start="no",
+    )
+    tasks.ok("snapshot", domain=two.name, name="one")
+    overlay = two.active_paths()["vdb"]
+    xml = two.xml_text(inactive=True)
+    start = xml.rindex("<disk ", 0, xml.index("<target dev='vdb'"))
+    two.connection().defineXML(xml[:start] + xml[xml.index("</disk>", start) + len("</disk>") :])
+    answer = tasks.ok("snapshot", domain=two.name, name="one", state="absent")
+    kept = answer["snapshot"]["layer_kept_for"]
+    assert [(one["disk"], one["for"][0]["kind"], one["for"][0]["name"]) for one in kept] == [
+        ("vdb", "file", str(overlay))
+    ]
+    assert ways.chain(overlay) == [overlay, two.images["vdb"]]
+    assert ways.chain(two.active_paths()["vda"]) == [two.images["vda"]]
+    two.cleanup()

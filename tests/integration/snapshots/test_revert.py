@@ -1,0 +1,244 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Going back: the guest is what it was, one can go back again, and an interrupted revert is finished or taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import libvirt
+import pytest
+
+from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import tasks, ways
+from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
+from ansible_collections.vmkeeper.libvirt.tests.lab.spec import MIB
+
+KILLED_AT = ["begin", "overlays", "stop", "define", "current", "checkpoints", "start", "discard"]
+
+
+@pytest.fixture(scope="module")
+def guest(make_guest: Callable[..., Guest]) -> Guest:
+    return make_guest(
+        GuestSpec(
+            "revert",
+            disks=(
+                DiskSpec("vda", size=32 * MIB, writer=False),
+                DiskSpec("vdb", size=24 * MIB, format="raw", writer=False),
+            ),
+        )
+    )
+
+
+@pytest.fixture(autouse=True)
+def flat_and_running(guest: Guest) -> Iterator[None]:
+    if not guest.is_running():
+        guest.start()
+    yield
+    tasks.ok("recover_domain", domain=guest.name)
+    for name in ways.snapshots(guest):
+        tasks.ok("snapshot", domain=guest.name, name=name, state="absent")
+    tasks.ok("blockcommit", domain=guest.name)
+    ways.assert_whole(guest)
+
+
+def back(guest: Guest, name: str, **options: object) -> tasks.Outcome:
+    """Go back and wait for the guest, if it runs."""
+    answer = tasks.ok("snapshot", domain=guest.name, name=name, state="reverted", **options)
+    if guest.is_running():
+        guest.wait_ready()
+    return answer
+
+
+def test_a_running_guest_is_booted_on_the_snapshot_only_if_that_is_allowed(guest: Guest) -> None:
+    ways.write(guest, "one")
+    tasks.ok("snapshot", domain=guest.name, name="one")
+    ways.write(guest, "two")
+    before = ways.files(guest)
+    refused = tasks.run("snapshot", domain=guest.name, name="one", state="reverted", allow_restart=False)
+    assert refused.failed
+    assert "allow_restart" in refused.message
+    assert ways.files(guest) == before
+    foreseen = tasks.ok("snapshot", domain=guest.name, name="one", state="reverted", allow_restart=True, check=True)
+    assert ways.read(guest) == {"two"}
+    answer = back(guest, "one", allow_restart=True)
+    assert foreseen["snapshot"]["discarded"] == answer["snapshot"]["discarded"]
+    assert [part["disk"] for part in answer["snapshot"]["discarded"]] == ["vda", "vdb"]
+    assert answer["snapshot"]["guest"] == "booted"
+    assert ways.read(guest) == {"one"}
+    ways.assert_whole(guest)
+    ways.write(guest, "three")
+    assert back(guest, "one", allow_restart=True).changed
+    assert ways.read(guest) == {"one"}
+    ways.assert_whole(guest)
+
+
+def test_memory_is_resumed_again_and_again_and_the_next_start_is_on_the_same_disks(guest: Guest) -> None:
+    ways.write(guest, "one")
+    guest.exec("echo held > /run/in-memory")
+    tasks.ok("snapshot", domain=guest.name, name="one", memory=True)
+    for _time in range(2):
+        ways.write(guest, "two")
+        guest.exec("echo lost > /run/in-memory")
+        assert back(guest, "one")["snapshot"]["guest"] == "resumed"
+        assert guest.read_file("/run/in-memory") == b"held\n"
+        assert ways.read(guest) == {"one"}
+        ways.assert_whole(guest)
+    ways.write(guest, "three")
+    guest.shutdown()
+    assert ways.read(guest) == {"three"}
+    # Also from off: that is what its memory is for.
+    assert back(guest, "one")["snapshot"]["guest"] == "resumed"
+    assert ways.read(guest) == {"one"}
+
+
+def test_the_present_is_kept_as_a_branch_that_one_can_go_back_to(guest: Guest) -> None:
+    ways.write(guest, "one")
+    tasks.ok("snapshot", domain=guest.name, name="one")
+    ways.write(guest, "two")
+    answer = back(guest, "one", allow_restart=True, keep_present_as="two")
+    assert answer["snapshot"]["kept_present_as"] == "two"
+    assert answer["snapshot"]["discarded"] == []
+    assert ways.read(guest) == {"one"}
+    assert ways.snapshots(guest) == {"one": None, "two": "one"}
+    again = tasks.run(
+        "snapshot", domain=guest.name, name="one", state="reverted", allow_restart=True, keep_present_as="two"
+    )
+    assert again.failed
+    assert "keep_present_as" in again.message
+    info = tasks.ok("snapshot_info", domain=guest.name, name="two")
+    assert info["snapshot"]["tags"] == {}
+    back(guest, "two", allow_restart=True)
+    assert ways.read(guest) == {"two"}
+    ways.assert_whole(guest)
+
+
+def test_a_stopped_domain_stays_off_and_keeps_todays_definition(guest: Guest) -> None:
+    ways.write(guest, "one")
+    tasks.ok("snapshot", domain=guest.name, name="one")
+    ways.write(guest, "two")
+    guest.shutdown()
+    text = guest.xml_text(inactive=True)
+    guest.connection().defineXML(text.replace("<on_crash>destroy</on_crash>", "<on_crash>preserve</on_crash>"))
+    try:
+        assert back(guest, "one")["snapshot"]["guest"] == "shut off"
+        assert not guest.is_running()
+        assert ways.read(guest) == {"one"}
+        assert "<on_crash>preserve</on_crash>" in guest.xml_text(inactive=True)
+    finally:
+        text = guest.xml_text(inactive=True)
+        guest.connection().defineXML(text.replace("<on_crash>preserve</on_crash>", "<on_crash>destroy</on_crash>"))
+
+
+@pytest.mark.parametrize("memory", [False, True], ids=["booted", "resumed"])
+def test_a_revert_killed_at_any_step_is_finished_by_the_same_task(guest: Guest, tmp_path: Path, memory: bool) -> None:
+    log = tmp_path / "steps"
+    ways.write(guest, "one")
+    tasks.ok("snapshot", domain=guest.name, name="one", memory=memory)
+    # A stopped domain takes the same steps; it is booted once, at the end.
+    steps = KILLED_AT if memory else [*KILLED_AT[:2], "stop", "start"]
+    for step in steps:
+        ways.write(guest, "two")
+        options = {"domain": guest.name, "name": "one", "state": "reverted", "allow_restart": True}
+        killed = tasks.finish(tasks.killed_at(step, "snapshot", log, **options))
+        assert killed.killed, (step, tasks.steps_in(log))
+        if step in ("begin", "overlays"):
+            assert ways.read(guest) == {"two"}, step
+        tasks.ok("snapshot", **options)
+        guest.wait_ready()
+        assert ways.read(guest) == {"one"}, step
+        ways.assert_whole(guest)
+
+
+def test_recover_domain_finishes_what_had_stopped_the_guest_and_takes_back_what_had_not(
+    guest: Guest, tmp_path: Path
+) -> None:
+    log = tmp_path / "steps"
+    ways.write(guest, "one")
+    tasks.ok("snapshot", domain=guest.name, name="one", memory=True)
+    ways.write(guest, "two")
+    for step, content in (("overlays", "two"), ("define", "one")):
+        killed = tasks.finish(tasks.killed_at(step, "snapshot", log, domain=guest.name, name="one", state="reverted"))
+        assert killed.killed
+        foreseen = tasks.ok("recover_domain", domain=guest.name, check=True)
+        assert len(foreseen["findings"]) == 1
+        found = tasks.ok("recover_domain", domain=guest.name)["findings"]
+        assert [one["settled"] for one in found] == [True]
+        guest.wait_ready()
+        assert ways.read(guest) == {content}
+        ways.assert_whole(guest)
+        assert not tasks.ok("recover_domain", domain=guest.name).changed
+
+
+def test_a_guest_that_was_started_by_hand_after_a_kill_is_not_stopped_again(guest: Guest, tmp_path: Path) -> None:
+    ways.write(guest, "one")
+    tasks.ok("snapshot", domain=guest.name, name="one")
+    ways.write(guest, "two")
+    options = {"domain": guest.name, "name": "one", "state": "reverted", "allow_restart": True}
+    killed = tasks.finish(tasks.killed_at("define", "snapshot", tmp_path / "steps", **options))
+    assert killed.killed
+    assert not guest.is_running()
+    guest.start()
+    found = tasks.ok("recover_domain", domain=guest.name)["findings"]
+    assert [one["action"] for one in found] == ["taken back"]
+    assert ways.read(guest) == {"two"}
+    ways.assert_whole(guest)
+
+
+def test_checkpoints_made_after_the_snapshot_end_and_earlier_ones_go_on(guest: Guest) -> None:
+    def checkpoint(name: str) -> None:
+        xml = f"<domaincheckpoint><name>{name}</name><disks><disk name='vda'/><disk name='vdb' checkpoint='no'/></disks></domaincheckpoint>"
+        guest.domain().checkpointCreateXML(xml)
+
+    checkpoint("before")
+    tasks.ok("snapshot", domain=guest.name, name="one", disks=["vda"])
+    checkpoint("after")
+    answer = back(guest, "one", allow_restart=True)
+    try:
+        assert answer["snapshot"]["checkpoints_ended"] == ["after"]
+        assert [one.getName() for one in guest.domain().listAllCheckpoints()] == ["before"]
+        # libvirt measures through every layer, so the chain of bitmaps must be whole.
+        size = libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE
+        assert "size=" in guest.domain().checkpointLookupByName("before").getXMLDesc(size)
+    finally:
+        for one in guest.domain().listAllCheckpoints():
+            one.delete()
+
+
+def test_an_internal_snapshot_under_dirty_bitmaps_is_refused_and_qemu_lives(make_guest: Callable[..., Guest]) -> None:
+    inside = make_guest(GuestSpec("inside", disks=(DiskSpec("vda", size=24 * MIB, writer=False),)))
+    ways.write(inside, "one")
+    tasks.ok("snapshot", domain=inside.name, name="one", mode="internal", memory=True)
+    inside.domain().checkpointCreateXML("<domaincheckpoint><name>c</name></domaincheckpoint>")
+    ways.write(inside, "two")
+    refused = tasks.run("snapshot", domain=inside.name, name="one", state="reverted")
+    assert refused.failed
+    assert "bitmap" in refused.message
+    assert inside.is_running()
+    assert ways.read(inside) == {"two"}
+    inside.domain().checkpointLookupByName("c").delete()
+    tasks.ok("snapshot", domain=inside.name, name="one", state="reverted")
+    inside.wait_ready()
+    assert ways.read(inside) == {"one"}
+    inside.cleanup()
+
+
+def test_what_cannot_be_gone_back_to_is_refused_before_anything_is_changed(guest: Guest) -> None:
+    ways.write(guest, "one")
+    tasks.ok("snapshot", domain=guest.name, name="one", memory=True)
+    unknown = tasks.run("snapshot", domain=guest.name, name="nothing", state="reverted")
+    assert "one" in unknown.message
+    hidden = guest.directory / "hidden"
+    memory = next(guest.directory.glob("*.memory"))
+    memory.rename(hidden)
+    try:
+        refused = tasks.run("snapshot", domain=guest.name, name="one", state="reverted", allow_restart=False)
+        assert refused.failed
+        assert str(memory) in refused.message
+    finally:
+        hidden.rename(memory)
+    ignored = tasks.run("snapshot", domain=guest.name, name="one", state="reverted", tags={"a": "b"})
+    assert ignored.failed
+    assert guest.is_running()
+    assert ways.read(guest) == {"one"}

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Copyright: vmkeeper.libvirt contributors
+"""Nested hypervisors from a shell, and for molecule's create and destroy: ``PYTHONPATH=tests python3 -m nested --help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from lab.spec import DiskSpec, GuestSpec
+
+from . import guest, machine
+from .image import BuildError, built_image
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Do what the command line says; the exit code."""
+    parser = argparse.ArgumentParser(prog="python3 -m nested", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("build", help="build the image unless it is there; print its directory")
+    up = commands.add_parser("up", help="start machines, in place of what there is of these names")
+    up.add_argument("names", nargs="+", metavar="NAME")
+    up.add_argument("--instances", type=Path, metavar="FILE", help="write molecule's instance configuration")
+    down = commands.add_parser("down", help="destroy machines; without a name, all of this cache")
+    down.add_argument("names", nargs="*", metavar="NAME")
+    commands.add_parser("list", help="names of all machines of this cache")
+    shell = commands.add_parser("ssh", help="log in, or run a command line")
+    shell.add_argument("--user", default="root", choices=("root", "operator", "observer"))
+    shell.add_argument("name")
+    shell.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND")
+    add_guest = commands.add_parser("guest", help="define and start a tiny guest in a machine")
+    add_guest.add_argument("name", help="the machine")
+    add_guest.add_argument("guest", help="the domain will be called lab-GUEST")
+    add_guest.add_argument("--disks", default="vda", help="targets, such as vda,vdb (default: vda)")
+    add_guest.add_argument("--defined", action="store_true", help="leave it shut off")
+    options = parser.parse_args(arguments)
+    try:
+        return {"build": _build, "up": _up, "down": _down, "list": _list, "ssh": _ssh, "guest": _guest}[
+            options.command
+        ](options)
+    except (machine.MachineError, BuildError) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _build(_options: argparse.Namespace) -> int:
+    print(built_image().directory)
+    return 0
+
+
+def _up(options: argparse.Namespace) -> int:
+    started: list[machine.Machine] = []
+    try:
+        with ThreadPoolExecutor() as pool:
+            started = list(pool.map(machine.start, options.names))
+    except BaseException:
+        for name in options.names:
+            machine.destroy(name)
+        raise
+    if options.instances:
+        instances = [_instance(each) for each in started]
+        options.instances.write_text(json.dumps(instances, indent=1) + "\n")  # JSON is YAML
+    for each in started:
+        print(f"{each.name}: {' '.join(each.ssh_command())}")
+    return 0
+
+
+def _instance(started: machine.Machine) -> dict[str, object]:
+    return {
+        "instance": started.name,
+        "address": "127.0.0.1",
+        "port": started.port,
+        "user": "operator",
+        "identity_file": str(started.private_key),
+    }
+
+
+def _down(options: argparse.Namespace) -> int:
+    for name in options.names or machine.names():
+        machine.destroy(name)
+    return 0
+
+
+def _list(_options: argparse.Namespace) -> int:
+    print("".join(f"{name}\n" for name in machine.names()), end="")
+    return 0
+
+
+def _ssh(options: argparse.Namespace) -> int:
+    command = machine.running(options.name).ssh_command(options.user)
+    sys.stdout.flush()
+    os.execvp(command[0], [*command, *options.words])
+
+
+def _guest(options: argparse.Namespace) -> int:
+    disks = tuple(DiskSpec(target) for target in options.disks.split(","))
+    spec = GuestSpec(options.guest, disks=disks)
+    print(guest.place(machine.running(options.name), spec, start=not options.defined))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

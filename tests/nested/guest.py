@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Copyright: vmkeeper.libvirt contributors
+"""The lab's tiny guests, defined inside a nested hypervisor."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from lab import assets, images
+from lab.spec import PREFIX, Boot, GuestSpec, domain_xml
+
+from .machine import Machine
+
+IMAGES = "/var/lib/libvirt/images/lab"
+BOOT = "/var/lib/libvirt/boot"
+
+
+def place(machine: Machine, spec: GuestSpec, *, start: bool = True) -> str:
+    """Define ``spec`` in ``machine`` and start it; the domain's name. Does not wait for the guest to boot.
+
+    Its images, made here, are ``/var/lib/libvirt/images/lab/NAME/TARGET.FORMAT`` there. Only disks of kind ``file`` without
+    backing are known here. The domain is of type ``kvm`` wherever the machine has ``/dev/kvm``.
+    """
+    built = assets.guest_assets()
+    boot_files = {f"{BOOT}/lab-{built.digest}-{file.name}": file for file in (built.kernel, built.initramfs)}
+    for place_there, file in boot_files.items():
+        if machine.ssh(f"test -e {place_there}").returncode != 0:
+            machine.put(file, place_there)
+    directory = f"{IMAGES}/{spec.name}"
+    with tempfile.TemporaryDirectory(prefix="nested-") as scratch:
+        for disk in spec.disks:
+            image = Path(scratch) / f"{disk.target}.{disk.format}"
+            images.make_image(disk, image)
+            machine.put(image, f"{directory}/{image.name}")
+        kernel, initramfs = (Path(name) for name in boot_files)
+        sources = {disk.target: f"<source file='{directory}/{disk.target}.{disk.format}'/>" for disk in spec.disks}
+        accelerated = machine.ssh("test -w /dev/kvm").returncode == 0
+        boot = Boot("kvm" if accelerated else "qemu", kernel, initramfs, serial_log(spec.name), sources)
+        definition = Path(scratch) / "domain.xml"
+        definition.write_text(domain_xml(spec, boot))
+        machine.put(definition, f"/tmp/{PREFIX}{spec.name}.xml")
+    machine.run(f"chmod 711 {IMAGES} {directory}; virsh --quiet define /tmp/{PREFIX}{spec.name}.xml")
+    if start:
+        machine.run(f"virsh --quiet start {PREFIX}{spec.name}")
+    return PREFIX + spec.name
+
+
+def serial_log(name: str) -> Path:
+    """Where the guest's console is written, inside the machine."""
+    return Path(f"/var/log/libvirt/qemu/{PREFIX}{name}-serial.log")

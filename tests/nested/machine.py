@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Copyright: vmkeeper.libvirt contributors
+"""One nested hypervisor: a QEMU process with an overlay over the image and an ssh port on 127.0.0.1."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import uuid
+from pathlib import Path
+
+from lab import probe
+from lab.waiting import until
+
+from .image import Image, built_image, cache_directory, ssh_key
+
+MEMORY_MIB = 3072
+VCPUS = 2
+BOOT_SECONDS = 1200.0
+"""How long a boot may take: 20 seconds on two idle cores without KVM, many times that where they are shared."""
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?")  # it becomes a host name and a directory
+
+
+class MachineError(RuntimeError):
+    """A machine did not start or does not do what it was told; the message says what was seen."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """A nested hypervisor that can be logged in to. All it has on this computer is below ``directory``."""
+
+    name: str
+    directory: Path
+    port: int
+    private_key: Path
+
+    @property
+    def ssh_options(self) -> dict[str, str]:
+        """Options for ``ssh -o``: the key of the cache, and no other machine than this is accepted."""
+        return {
+            "IdentityFile": str(self.private_key),
+            "IdentitiesOnly": "yes",
+            "UserKnownHostsFile": str(self.directory / "known_hosts"),
+            "StrictHostKeyChecking": "yes",
+            "BatchMode": "yes",
+            "ConnectTimeout": "60",
+        }
+
+    def ssh_command(self, user: str = "root") -> list[str]:
+        """The ``ssh`` command line that logs in as ``root``, ``operator`` (sudo) or ``observer`` (libvirt group)."""
+        options = [word for name, value in self.ssh_options.items() for word in ("-o", f"{name}={value}")]
+        return ["ssh", *options, "-p", str(self.port), f"{user}@127.0.0.1"]
+
+    def ssh(self, command: str, user: str = "root", timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
+        """Run a shell command line in the machine; its outcome, whatever that is."""
+        return subprocess.run(
+            [*self.ssh_command(user), command],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def run(self, command: str, user: str = "root", timeout: float = 600.0) -> str:
+        """Run a shell command line in the machine; its stdout. Raises MachineError when it fails."""
+        result = self.ssh(command, user, timeout)
+        if result.returncode != 0:
+            raise MachineError(
+                f"{self.name}: `{command}` ended with {result.returncode}: {result.stderr.strip() or result.stdout.strip()}"
+            )
+        return result.stdout
+
+    def put(self, source: Path, destination: str) -> None:
+        """Copy a file of this computer into the machine; the directory is made, holes stay holes."""
+        directory, name = os.path.split(destination)
+        receive = f"mkdir -p {directory} && tar -xSf - -C {directory}"
+        pack = ["tar", "-cSf", "-", "--owner=0", "--group=0", f"--transform=s,.*,{name},", "-C", str(source.parent)]
+        with subprocess.Popen([*pack, source.name], stdout=subprocess.PIPE) as sender:
+            received = subprocess.run([*self.ssh_command(), receive], stdin=sender.stdout, check=False)
+        if sender.returncode or received.returncode:
+            raise MachineError(f"{self.name}: could not copy {source} to {destination}")
+
+
+def start(name: str) -> Machine:
+    """Start a new machine and wait until it can be logged in to.
+
+    What an interrupted run left of a machine of this name is destroyed first. Raises MachineError (or BuildError of the
+    image), and then nothing of the machine is left.
+    """
+    if not _NAME.fullmatch(name):
+        raise MachineError(f"{name!r} cannot be a machine's name: lower-case letters, digits and hyphens only")
+    image = built_image()
+    destroy(name)
+    directory = _directory(name)
+    directory.mkdir(parents=True)
+    machine = Machine(name, directory, _free_port(), ssh_key())
+    try:
+        _launch(machine, image)
+        _wait_for_login(machine)
+    except BaseException:
+        destroy(name)
+        raise
+    return machine
+
+
+def running(name: str) -> Machine:
+    """The machine of that name, which runs already. Raises MachineError."""
+    directory = _directory(name)
+    if not _processes(directory):
+        raise MachineError(f"there is no machine {name} running; those that are: {', '.join(names()) or 'none'}")
+    port = int((directory / "port").read_text())
+    return Machine(name, directory, port, ssh_key())
+
+
+def names() -> list[str]:
+    """The names of all machines of this cache, also of what an interrupted run left."""
+    return sorted(path.name for path in (cache_directory() / "machines").glob("*"))
+
+
+def destroy(name: str) -> None:
+    """End the machine and remove all it had. Nothing happens when there is none."""
+    directory = _directory(name)
+    for pid in _processes(directory):
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not _processes(directory), f"the end of machine {name}", timeout=120)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _directory(name: str) -> Path:
+    return cache_directory() / "machines" / name
+
+
+def _disk(directory: Path) -> Path:
+    return directory / "disk.qcow2"
+
+
+def _processes(directory: Path) -> list[int]:
+    """The machine's QEMU processes, known by the disk that they name: a process that wrote no pidfile counts too."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it has just ended
+        if words[0].endswith(b"qemu-system-x86_64") and any(os.fsencode(_disk(directory)) in word for word in words):
+            found.append(int(entry.name))
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe_socket:
+        probe_socket.bind(("127.0.0.1", 0))
+        return int(probe_socket.getsockname()[1])
+
+
+def _launch(machine: Machine, image: Image) -> None:
+    directory, disk = machine.directory, _disk(machine.directory)
+    kvm = probe.acceleration() == "kvm"
+    (directory / "port").write_text(f"{machine.port}\n")
+    (directory / "known_hosts").write_text(f"[127.0.0.1]:{machine.port} {image.host_key}\n")
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(image.disk), str(disk)], check=True
+    )
+    kernel_words = "root=/dev/vda rootfstype=ext4 rw console=ttyS0 quiet net.ifnames=0 mitigations=off"
+    command = [
+        *("qemu-system-x86_64", "-name", f"vmkeeper-nested-{machine.name}", "-uuid", str(uuid.uuid4())),
+        # Without KVM here, QEMU emulates a CPU with SVM: what runs inside has KVM all the same.
+        *("-machine", "q35", "-accel", "kvm" if kvm else "tcg", "-cpu", "host" if kvm else "max"),
+        *("-m", str(MEMORY_MIB), "-smp", str(VCPUS), "-nodefaults", "-display", "none", "-no-reboot"),
+        *("-kernel", str(image.kernel), "-initrd", str(image.initrd)),
+        *("-append", f"{kernel_words} systemd.hostname={machine.name}"),
+        # The disk lives no longer than this process: flushing it to the real disk would be for nothing.
+        *("-drive", f"if=none,id=disk,format=qcow2,cache=unsafe,discard=unmap,file={disk}"),
+        *("-device", "virtio-blk-pci,drive=disk"),
+        # restrict: the machine reaches nothing, it is only reached.
+        *("-netdev", f"user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{machine.port}-:22"),
+        *("-device", "virtio-net-pci,netdev=net", "-device", "virtio-rng-pci"),
+        *("-device", "virtio-balloon-pci,free-page-reporting=on"),
+        *("-chardev", f"file,id=console,path={directory / 'console.log'}", "-serial", "chardev:console"),
+        "-daemonize",
+    ]
+    launched = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if launched.returncode != 0:
+        raise MachineError(f"QEMU did not start machine {machine.name}: {launched.stderr.strip()}")
+
+
+def _wait_for_login(machine: Machine) -> None:
+    problem = ""
+
+    def settled() -> bool:
+        nonlocal problem
+        if not _processes(machine.directory):
+            problem = "its QEMU process ended"
+            return True
+        try:
+            answer = machine.ssh("true", timeout=120)
+        except subprocess.TimeoutExpired:
+            problem = "ssh is connected but gets no answer"
+            return False
+        problem = answer.stderr.strip()
+        return answer.returncode == 0
+
+    try:
+        until(settled, f"login to machine {machine.name}", timeout=BOOT_SECONDS, interval=1)
+    except TimeoutError as error:
+        raise MachineError(f"{error}: {problem}\n{_console(machine)}") from error
+    if problem:
+        raise MachineError(f"machine {machine.name} did not come up: {problem}\n{_console(machine)}")
+
+
+def _console(machine: Machine) -> str:
+    log = machine.directory / "console.log"
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return "Its console said last:\n" + "\n".join(lines[-30:])

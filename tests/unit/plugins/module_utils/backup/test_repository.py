@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Copyright: vmkeeper.libvirt contributors
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import (
+    InvalidInput,
+    NotFound,
+    Refused,
+    Unsupported,
+)
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import listing, manifest, removal, repository
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.manifest import Point, StoredDisk
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import places
+
+UUID = "8b2f4a3e-0000-4000-8000-000000000001"
+
+
+def point(number: int, parent: str | None = None, **changes) -> Point:
+    disk = StoredDisk("vda", "incremental" if parent else "full", "r", parent, 1 << 20, 1, 1)
+    return replace(
+        Point(
+            f"20261120T2015{number:02d}Z-7f3a",
+            number,
+            "web",
+            UUID,
+            f"2026-11-20T20:15:{number:02d}+00:00",
+            "full",
+            "r",
+            parent,
+            "crash",
+            (disk,),
+        ),
+        **changes,
+    )
+
+
+def store(where: repository.Repository, one: Point) -> Path:
+    path = Path(where.point_directory(one.domain_uuid, one.id))
+    path.mkdir(parents=True)
+    (path / "vda.qcow2").touch()
+    places.write_json(str(path / "manifest.json"), manifest.to_json(one))
+    return path
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> repository.Repository:
+    return repository.open_repository(str(tmp_path), create=True)
+
+
+def test_only_an_empty_directory_becomes_a_repository(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="not a repository"):
+        repository.open_repository(str(tmp_path))
+    assert repository.open_repository(str(tmp_path), create=True, check=True).fresh
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "lost+found").mkdir()
+    made = repository.open_repository(str(tmp_path), create=True)
+    assert repository.open_repository(str(tmp_path)) == made
+    (tmp_path / "repository.json").unlink()
+    (tmp_path / "data").touch()
+    with pytest.raises(Refused, match="not empty"):
+        repository.open_repository(str(tmp_path), create=True)
+
+
+def test_a_newer_or_damaged_repository_is_refused(tmp_path: Path) -> None:
+    marker = tmp_path / "repository.json"
+    for text, error in (
+        ('{"format": 2}', Unsupported),
+        ("{", Refused),
+        ("[]", Refused),
+        ('{"format": 1, "uuid": "../x"}', Refused),
+    ):
+        marker.write_text(text)
+        with pytest.raises(error):
+            repository.open_repository(str(tmp_path))
+
+
+def test_one_damaged_point_does_not_hide_the_others_and_breaks_only_what_stands_on_it(opened) -> None:
+    chain = [point(1), point(2, point(1).id), point(3, point(2).id), point(4)]
+    paths = [store(opened, one) for one in chain]
+    (paths[1] / "manifest.json").write_text("{")
+    history = opened.history(UUID)
+    assert [one.sequence for one in history.points] == [1, 3, 4]
+    assert [one.id for one in history.broken] == [chain[1].id]
+    assert [one.sequence for one in listing.restorable(opened, history)] == [1, 4]
+    with pytest.raises(Refused, match=chain[1].id) as caught:
+        listing.require_restorable(opened, listing.Found(history, history.points[1]))
+    assert chain[0].id in caught.value.advice
+    assert chain[3].id in caught.value.advice
+
+
+def test_the_latest_is_by_sequence_whatever_the_clock_said(opened) -> None:
+    store(opened, point(1, created="2030-01-01T00:00:00+00:00"))
+    store(opened, point(2))
+    assert listing.find_point(opened, source="web").point.sequence == 2
+    before = manifest.parse_time("2027-01-01T00:00:00Z")
+    assert listing.find_point(opened, source=UUID, before=before).point.sequence == 2
+    with pytest.raises(NotFound):
+        listing.find_point(opened, source="web", before=manifest.parse_time("2001-01-01T00:00:00Z"))
+    with pytest.raises(NotFound, match="nobody"):
+        listing.find_point(opened, source="nobody")
+
+
+def test_what_is_stood_on_or_protected_is_not_removed() -> None:
+    with pytest.raises(Refused, match="stands on"):
+        removal.refuse_removal(point(1), ["x"])
+    with pytest.raises(Refused, match="protected"):
+        removal.refuse_removal(point(1, protected=True), [])
+    removal.refuse_removal(point(1), [])
+
+
+def test_an_interrupted_removal_is_swept_and_new_ones_are_no_points(opened) -> None:
+    base = Path(opened.domain_directory(UUID))
+    (base / f"{repository.GONE}x").mkdir(parents=True)
+    (base / f"{repository.NEW}{point(1).id}").mkdir()
+    repository.sweep(opened, UUID)
+    assert [path.name for path in base.iterdir()] == [f"{repository.NEW}{point(1).id}"]
+    assert opened.history(UUID) == repository.History()
+
+
+@pytest.mark.parametrize(
+    ("name", "remote"), [("ext4", False), ("xfs", False), ("nfs4", True), ("fuse.sshfs", True), ("cifs", True)]
+)
+def test_remote_filesystems_are_told_by_their_name(tmp_path: Path, monkeypatch, name: str, remote: bool) -> None:
+    monkeypatch.setattr(repository, "filesystem_type", lambda _path: name)
+    assert repository.is_local(str(tmp_path)) is not remote
+
+
+def test_the_type_of_a_filesystem_is_read_from_mountinfo(tmp_path: Path) -> None:
+    device = os.stat(tmp_path).st_dev
+    info = tmp_path / "mountinfo"
+    info.write_text(f"1 0 {os.major(device)}:{os.minor(device)} / /x rw shared:1 - nfs4 server:/x rw\n")
+    assert repository.filesystem_type(str(tmp_path), mountinfo=str(info)) == "nfs4"
+
+
+def test_a_directory_that_qemu_cannot_enter_is_named(opened, monkeypatch) -> None:
+    monkeypatch.setattr(repository, "is_local", lambda _path: True)
+    os.chmod(opened.path, 0o700)
+    with pytest.raises(InvalidInput, match="let it through"):
+        repository.check_target(opened, (64055, 64055))
+    repository.check_target(opened, (0, 0))
+
+
+def test_a_gib_for_thirty_days_is_one_gib_month() -> None:
+    created = manifest.parse_time("2026-01-01T00:00:00Z")
+    assert listing.gib_months(1 << 30, created, manifest.parse_time("2026-01-31T00:00:00Z")) == 1.0
+    assert listing.gib_months(1 << 30, created, manifest.parse_time("2025-01-31T00:00:00Z")) == 0.0
