@@ -19,15 +19,18 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "guestfs"
 
+_KEPT_SECONDS = 14 * 24 * 3600  # a built guest that nobody has used for so long goes
+
 _KERNEL_META = "linux-image-cloud-amd64"
-# Fetched, not installed: partition tools that the guest has and a hypervisor may lack.
-_TOOL_PACKAGES = ("fdisk", "cloud-guest-utils")
+# Fetched, not installed: partition tools that the guest has and a hypervisor may lack, and a boot loader for disks.
+_TOOL_PACKAGES = ("fdisk", "cloud-guest-utils", "syslinux", "syslinux-common", "mtools")
 # Installed on the host and copied into the guest.
 _HOST_PACKAGES = ("busybox-static", "e2fsprogs", "xfsprogs", "qemu-guest-agent", "gcc", "libc6-dev", "util-linux")
 
@@ -93,6 +96,8 @@ class Assets:
     initramfs: Path
     sfdisk: Path
     """Runs on the host: not every host has the fdisk package."""
+    loader: Path
+    """A directory with the programs ``syslinux`` and ``mcopy`` and the master boot record ``mbr.bin``."""
     digest: str
 
 
@@ -116,7 +121,15 @@ def guest_assets() -> Assets:
         directory = cache / f"guest-{digest}"
         if not directory.exists():
             _build(directory, packages)
-    return Assets(directory / "vmlinuz", directory / "initramfs", directory / "sfdisk", digest)
+            _forget_old(cache)
+        os.utime(directory)
+    return Assets(directory / "vmlinuz", directory / "initramfs", directory / "sfdisk", directory / "loader", digest)
+
+
+def _forget_old(cache: Path) -> None:
+    for directory in cache.glob("guest-*"):
+        if time.time() - directory.stat().st_mtime > _KEPT_SECONDS:
+            shutil.rmtree(directory)
 
 
 @contextlib.contextmanager
@@ -172,26 +185,33 @@ def _kernel_package(directory: Path) -> str:
     present = sorted(directory.glob("linux-image-*-cloud-amd64_*.deb"))
     if present:
         return present[-1].name.split("_")[0]
-    listing = subprocess.run(
-        ["apt-cache", "depends", _KERNEL_META], stdout=subprocess.PIPE, text=True, check=False
-    ).stdout
-    match = re.search(r"Depends: (linux-image-\S+)", listing)
-    if match is None:
-        raise AssetError(f"apt knows no {_KERNEL_META}; run: apt-get update")
-    return match.group(1)
+    for _attempt in _before_and_after_an_update():
+        listing = _apt("apt-cache", "depends", _KERNEL_META).stdout
+        match = re.search(r"Depends: (linux-image-\S+)", listing)
+        if match:
+            return match.group(1)
+    raise AssetError(f"apt knows no {_KERNEL_META}, from which the lab's guest has its kernel")
 
 
 def _download(name: str, directory: Path) -> None:
-    result = subprocess.run(
-        ["apt-get", "download", "-q", name],
-        cwd=directory,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
+    for _attempt in _before_and_after_an_update():
+        result = _apt("apt-get", "download", "-q", name, directory=directory)
+        if result.returncode == 0:
+            return
+    raise AssetError(f"cannot download the package {name} for the lab's guest: {result.stdout.strip()}")
+
+
+def _before_and_after_an_update() -> Iterator[None]:
+    """Try with apt's lists as they are; lists that are missing or name what the archive no longer has are renewed once."""
+    yield
+    _apt("apt-get", "update", "-q")
+    yield
+
+
+def _apt(*command: str, directory: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
-    if result.returncode != 0:
-        raise AssetError(f"cannot download the package {name} for the lab's guest: {result.stdout.strip()}")
 
 
 # --- build -------------------------------------------------------------------------------------------
@@ -210,6 +230,12 @@ def _build(directory: Path, packages: list[Path]) -> None:
         kernel = next((unpacked / "boot").glob("vmlinuz-*"))
         shutil.copy(kernel, result / "vmlinuz")
         shutil.copy(unpacked / "sbin/sfdisk", result / "sfdisk")
+        loader = result / "loader"
+        loader.mkdir()
+        for name in ("usr/bin/syslinux", "usr/bin/mtools", "usr/lib/syslinux/mbr/mbr.bin"):
+            shutil.copy(unpacked / name, loader)
+        for name in ("mcopy", "mattrib", "mmove"):
+            (loader / name).symlink_to("mtools")
         (result / "initramfs").write_bytes(cpio(_tree(root)))
         result.rename(directory)
 

@@ -22,7 +22,7 @@ from . import assets, images, kernel, probe
 from .channel import ChannelError, ExecResult, LabChannel
 from .evidence import WriterLog, parse_writer_log
 from .host import TestHost
-from .spec import AGENT_PORT, LAB_PORT, PREFIX, Boot, DiskSpec, GuestSpec, domain_xml
+from .spec import AGENT_PORT, LAB_PORT, PREFIX, Boot, DiskSpec, GuestSpec, agent_word, command_line, domain_xml
 from .waiting import PATIENCE, until
 
 __all__ = ["Boot", "DiskSpec", "ExecResult", "Gap", "Gaps", "Guest", "GuestSpec"]
@@ -91,20 +91,21 @@ class Guest:
         """Make disks and define the domain (shut off)."""
         self.directory.mkdir(parents=True)
         self.directory.chmod(0o711)
-        sources = {disk.target: self._make_disk(disk) for disk in self.spec.disks}
         kernel_path, initramfs = self._boot_files()
+        files = images.BootFiles(kernel_path, initramfs, command_line(self.spec))
+        sources = {disk.target: self._make_disk(disk, files) for disk in self.spec.disks}
         boot = Boot(probe.acceleration(), kernel_path, initramfs, self.serial_log, sources)
         self.connection().defineXML(domain_xml(self.spec, boot))
         return self
 
-    def _make_disk(self, disk: DiskSpec) -> str:
+    def _make_disk(self, disk: DiskSpec, boot: images.BootFiles) -> str:
         directory = disk.directory or self.directory
         if disk.kind == "volume":
             directory = self.directory / f"pool-{disk.target}"
         directory.mkdir(parents=True, exist_ok=True)
         directory.chmod(0o711)
         path = directory / (f"{disk.target}.img" if disk.kind == "block" else f"{disk.target}.{disk.format}")
-        images.make_image(disk, path)
+        images.make_image(disk, path, boot)
         self.images[disk.target] = path
         if disk.kind == "block":
             node = images.attach_loop(path)
@@ -168,6 +169,23 @@ class Guest:
         until(self.agent_connected, f"the agent of {self.name} connecting", timeout)
         if self.spec.agent.startswith("real"):
             until(self._agent_pings, f"the agent of {self.name} answering", timeout)
+
+    def replace_agent(self, agent: str, timeout: float = PATIENCE) -> None:
+        """Put another agent behind the channel of a running guest (values as of ``GuestSpec.agent``, not ``absent``).
+
+        The old one ends as if killed, also one that hangs; what it froze stays frozen (see thaw_inside()).
+        """
+        self.exec(["/lab/lab-agent", "none"])
+        until(lambda: not self.agent_connected(), f"libvirt noticing that the agent of {self.name} has gone", timeout)
+        if agent != "none":
+            self.exec(["/lab/lab-agent", agent_word(agent)])
+            until(self.agent_connected, f"the agent of {self.name} connecting", timeout)
+        if agent.startswith("real"):
+            until(self._agent_pings, f"the agent of {self.name} answering", timeout)
+
+    def thaw_inside(self) -> None:
+        """Thaw whatever is frozen, past the agent."""
+        self.exec("for d in /disk/*; do fsfreeze -u $d 2>/dev/null; done; true")
 
     def agent_connected(self) -> bool:
         """Whether libvirt shows the agent's channel as connected."""

@@ -17,6 +17,7 @@ AGENT_PORT = "org.qemu.guest_agent.0"
 LAB_PORT = "org.vmkeeper.lab.0"
 
 MIB = 1 << 20
+UEFI_MINIMUM = 256  # in MiB; with less, OVMF crashes while it loads the initramfs
 XFS_MINIMUM = 300 * MIB  # mkfs.xfs since 5.19 refuses less
 
 OVMF_CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
@@ -46,14 +47,24 @@ class DiskSpec:
     backing_format: Literal["qcow2", "raw"] = "qcow2"
     directory: Path | None = None
     """Where the image lies; default: the guest's own directory."""
+    boot: bool = False
+    """The guest boots from this disk (BIOS), as real machines do, not from a kernel file of the host: a DOS partition table,
+    partition 1 with boot loader, kernel and initramfs, partition 2 (from 65 MiB) with ``fs``."""
 
     def __post_init__(self) -> None:
         if self.fs == "xfs" and self.backing is None and self.size < XFS_MINIMUM + (2 * MIB if self.partitioned else 0):
             raise ValueError(f"disk {self.target}: XFS needs {XFS_MINIMUM // MIB} MiB and more")
         if self.backing is not None and self.format != "qcow2":
             raise ValueError(f"disk {self.target}: only qcow2 can have a backing file")
+        if self.boot and self.size < 80 * MIB:
+            raise ValueError(f"disk {self.target}: a disk to boot from needs 80 MiB and more")
         if (self.bus == "scsi") != self.target.startswith("sd"):
             raise ValueError(f"disk {self.target}: the target name does not fit the bus {self.bus}")
+
+    @property
+    def partition(self) -> int | None:
+        """The number of the partition that holds ``fs``, None when it is on the whole disk."""
+        return 2 if self.boot else 1 if self.partitioned else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +97,18 @@ class GuestSpec:
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
     """More files of the guest's initramfs: absolute path -> content (all executable)."""
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot boot."""
+        if self.firmware == "uefi" and self.memory < UEFI_MINIMUM:
+            raise ValueError(f"guest {self.name}: UEFI firmware needs {UEFI_MINIMUM} MiB of memory")
+        if self.boots_from_disk and (self.firmware == "uefi" or not self.disks[0].boot):
+            raise ValueError(f"guest {self.name}: only the first disk can be booted from, and only by the BIOS")
+
+    @property
+    def boots_from_disk(self) -> bool:
+        """Whether it needs no kernel file of the host."""
+        return any(disk.boot for disk in self.disks)
+
 
 @dataclasses.dataclass(frozen=True)
 class Boot:
@@ -99,19 +122,25 @@ class Boot:
     """Disk target -> its ``<source .../>`` element."""
 
 
+def agent_word(agent: str) -> str:
+    """The agent as guestfs/lab-agent takes it: one word."""
+    return "none" if agent == "absent" else agent.replace(" ", ",")
+
+
 def command_line(spec: GuestSpec) -> str:
     """The guest's kernel command line: read by guestfs/init."""
     words = ["console=ttyS0", "quiet", "panic=-1", "random.trust_cpu=1"]
     # A freeze waits for RCU grace periods, which emulation stretches to tens of milliseconds for each file system.
     words.append("rcupdate.rcu_expedited=1")
+    # What costs emulated time and tests nothing of ours.
+    words += ["mitigations=off", "nokaslr", "audit=0", "lsm=", "cryptomgr.notests", "no_timer_check"]
     # Room for hot-plugged memory above 4 GiB would make the kernel set 64 MiB of bounce buffers aside.
     words.append("swiotlb=noforce")
-    agent = {"absent": "none"}.get(spec.agent, spec.agent).replace(" ", ",")
-    words.append(f"lab.agent={agent}")
+    words.append(f"lab.agent={agent_word(spec.agent)}")
     for disk in spec.disks:
         writer = {True: "plain", False: "none"}.get(disk.writer, "sync") if not disk.readonly else "none"  # type: ignore[arg-type]
         fs = disk.fs or "none"
-        words.append(f"lab.disk={disk.target},{fs},{1 if disk.partitioned else 0},{writer}")
+        words.append(f"lab.disk={disk.target},{fs},{disk.partition or 0},{writer}")
     if spec.extra_cmdline:
         words.append(spec.extra_cmdline)
     return " ".join(words)
@@ -131,9 +160,12 @@ def domain_xml(spec: GuestSpec, boot: Boot) -> str:
     ]
     if spec.firmware == "uefi":
         parts.append(f"<loader readonly='yes' type='pflash'>{OVMF_CODE}</loader><nvram template='{OVMF_VARS}'/>")
+    if spec.boots_from_disk:
+        parts.append("<boot dev='hd'/></os>")
+    else:
+        parts.append(f"<kernel>{boot.kernel}</kernel><initrd>{boot.initramfs}</initrd>")
+        parts.append(f"<cmdline>{escape(command_line(spec))}</cmdline></os>")
     parts += [
-        f"<kernel>{boot.kernel}</kernel><initrd>{boot.initramfs}</initrd>",
-        f"<cmdline>{escape(command_line(spec))}</cmdline></os>",
         "<features><acpi/><apic/></features>",
         _cpu(spec, max_vcpus),
         "<clock offset='utc'/>",

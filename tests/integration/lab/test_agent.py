@@ -14,17 +14,22 @@ from lab.guest import Guest, GuestSpec
 from lab.waiting import until
 
 
+@pytest.fixture(scope="module")
+def shared(module_guest_factory) -> Guest:
+    return module_guest_factory(GuestSpec("agent"))
+
+
 @pytest.fixture
-def with_agent(guest_factory):
-    """Makes a guest with this agent; its response timeout is short, so that a hang shows soon."""
+def with_agent(shared: Guest):
+    """Puts this agent into the guest; libvirt waits 5 s for its answers, so that a hang shows soon."""
 
     def make(agent: str) -> Guest:
-        guest = guest_factory(GuestSpec("agent", agent=agent))
-        if agent not in ("none", "absent"):
-            guest.domain().agentSetResponseTimeout(5)
-        return guest
+        shared.replace_agent(agent)
+        shared.domain().agentSetResponseTimeout(5)
+        return shared
 
-    return make
+    yield make
+    shared.thaw_inside()
 
 
 def frozen(guest: Guest) -> bool:
@@ -159,8 +164,14 @@ def test_without_an_agent_libvirt_says_that_it_is_not_connected(with_agent) -> N
     assert guest.exec("echo still reachable").text == "still reachable"
 
 
-def test_without_a_channel_libvirt_says_that_none_is_configured(with_agent) -> None:
-    guest = with_agent("absent")
+def test_the_agent_of_the_spec_is_the_one_that_runs(guest_factory) -> None:
+    guest = guest_factory(GuestSpec("spec-agent", agent="fake:hang-freeze"))
+    assert "labagent" in guest.exec("ps").text
+    assert guest.agent_connected()
+
+
+def test_without_a_channel_libvirt_says_that_none_is_configured(guest_factory) -> None:
+    guest = guest_factory(GuestSpec("no-channel", agent="absent"))
     with pytest.raises(libvirt.libvirtError) as caught:
         guest.domain().fsFreeze()
     assert caught.value.get_error_code() == libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED

@@ -108,11 +108,11 @@ def test_shutdown_is_clean_and_the_data_at_rest_agrees_with_the_guest(guest: Gue
     assert guest.shutdown() == libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN
     for disk in WRITING:
         image = devices[disk.target]
-        found = evidence.fsck(image, 1 if disk.partitioned else None)
+        found = evidence.fsck(image, disk.partition)
         assert found.clean, found.output
         assert not found.needs_recovery
         if disk.fs == "ext4":
-            log = evidence.writer_log(image, 1 if disk.partitioned else None)
+            log = evidence.writer_log(image, disk.partition)
             assert log.is_intact, log.problems
     assert evidence.read_file(guest.images["vdb"], "/proof", partition=1) == b"proof"
     assert evidence.sha256_of_file(guest.images["vda"], "/blob") == digest(bytes(range(256)) * 4096)
@@ -192,10 +192,19 @@ def test_flags_reach_the_definition(guest_factory) -> None:
     assert guest.writer_log("vdd").records
 
 
+def test_a_guest_boots_from_its_own_disk(guest_factory) -> None:
+    guest = guest_factory(GuestSpec("disk-boot", disks=(DiskSpec("vda", boot=True), DiskSpec("vdb"))))
+    assert guest.xml().find("./os/kernel") is None
+    assert "/dev/vda2 on /disk/vda" in guest.exec("mount").text
+    assert guest.shutdown() == libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN
+    assert evidence.writer_log(guest.images["vda"], partition=2).is_intact
+    assert evidence.fsck(guest.images["vda"], partition=2).clean
+
+
 def test_uefi_guest_boots_with_a_variable_store_of_its_own(guest_factory) -> None:
     if not OVMF_CODE.exists():
         pytest.skip("the ovmf package is not installed")
-    guest = guest_factory(GuestSpec("uefi", firmware="uefi"))
+    guest = guest_factory(GuestSpec("uefi", firmware="uefi", memory=256))
     assert guest.exec("test -d /sys/firmware/efi", check=False).rc == 0
     assert guest.xml().find("./os/nvram") is not None
 
