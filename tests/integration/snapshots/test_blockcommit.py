@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 from collections.abc import Callable, Iterator
@@ -36,13 +37,16 @@ def guest(make_guest: Callable[..., Guest]) -> Guest:
     )
 
 
+_numbers = itertools.count(1)
+
+
 @pytest.fixture
 def stopped(make_guest: Callable[..., Guest]) -> Guest:
     disks = (
         DiskSpec("vda", size=8 * MIB, fs=None, writer=False),
         DiskSpec("vdb", size=8 * MIB, fs=None, writer=False, format="raw"),
     )
-    return make_guest(GuestSpec("stopped", disks=disks), start="no")
+    return make_guest(GuestSpec(f"stopped{next(_numbers)}", disks=disks), start="no")
 
 
 @pytest.fixture(autouse=True)
