@@ -174,10 +174,10 @@ class _Window:
         left = [seat.member.name for seat in self._seats if not seat.thawed or not seat.outcome().resumed]
         if left:
             return (
-                f"No snapshot was taken. It is not confirmed that {', '.join(left)} is thawed and running;"
+                f"Nothing was taken. It is not confirmed that {', '.join(left)} is thawed and running;"
                 " the guard on this host goes on with that"
             )
-        return "No snapshot was taken; every guest runs as before."
+        return "Nothing was taken; every guest runs as before."
 
     def _arm(self, freezing: Sequence[_Seat], pausing: Sequence[_Seat]) -> None:
         wards = []
