@@ -18,7 +18,7 @@ from ..hypervisor import definition, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import constant, dotted, explaining, message_of, version_triple
 from ..hypervisor.domain_model import qemu_owner, read_domain
-from ..safety import consistency, instant, locks, places, settlement, space
+from ..safety import consistency, instant, locks, places, processes, settlement, space
 from ..safety.journal import Journal
 from . import checkpoints, digests, job, manifest, reservation, settle
 from . import facts as reading
@@ -414,6 +414,7 @@ class _Taking:
                 state="No point was made; older points and their checkpoints are as they were.",
                 advice="See libvirt's log of the domain, then run this again",
             )
+        processes.wait_released(os.path.join(directory, disk.file) for disk in plan.disks)
 
     def _copy_cold(self) -> None:
         cold = [plan for plan in self._plans if not plan.live]

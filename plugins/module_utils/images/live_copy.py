@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 from .._errors import LibvirtFailed, NoSpace
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import constant, explaining, message_of
-from ..safety import space
+from ..safety import processes, space
 
 _POLL_SECONDS = 0.2
 
@@ -68,6 +68,7 @@ def finish(handle: Any, directory: str) -> None:
     if stats.get("type") != constant("VIR_DOMAIN_JOB_COMPLETED"):
         why = stats.get("errmsg") or "the job did not complete (did the guest stop, or somebody cancel it?)"
         raise LibvirtFailed(f"Copying the disks of domain {name!r}: {why}", state=state, advice="Run this again")
+    processes.wait_released(os.path.join(directory, file) for file in os.listdir(directory))
 
 
 def stop(handle: Any, directories: list[str]) -> None:

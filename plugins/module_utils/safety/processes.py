@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -69,3 +71,17 @@ def holders_of(path: str) -> list[int]:
                 found.append(int(name))
                 break
     return found
+
+
+def wait_released(paths: Iterable[str], *, seconds: float = 30.0) -> bool:
+    """Wait until no process has any of ``paths`` open; False when one still has after ``seconds``.
+
+    libvirt calls a block job over when QEMU has said so; QEMU closes the target, and drops its lock, a moment later.
+    """
+    waiting = list(paths)
+    give_up = time.monotonic() + seconds
+    while waiting := [path for path in waiting if holders_of(path)]:
+        if time.monotonic() > give_up:
+            return False
+        time.sleep(0.05)
+    return True

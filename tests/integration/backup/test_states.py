@@ -202,7 +202,9 @@ def test_a_restore_of_a_lost_domain_brings_it_back_as_it_was(other: Guest, repos
 @pytest.mark.skipif(not OVMF_CODE.exists(), reason="no OVMF on this host")
 def test_uefi_variables_come_along(module_guest_factory, directory: Path) -> None:
     disk = DiskSpec("vda", size=8 * MIB, fs=None, writer=False)
-    guest = module_guest_factory(GuestSpec("uefi", disks=(disk,), firmware="uefi", agent="absent"), start=False)
+    guest = module_guest_factory(
+        GuestSpec("uefi", disks=(disk,), firmware="uefi", agent="absent", memory=256), start=False
+    )
     guest.start(wait=False)
     guest.destroy()
     nvram = Path(str(guest.xml(inactive=True).findtext("os/nvram")))

@@ -310,7 +310,7 @@ def test_an_import_that_is_killed_at_any_step_is_finished_by_the_same_task(
 def test_a_uefi_machine_takes_its_variables_along(
     guest_factory: Callable[..., Guest], host: TestHost, library: Path, launched: list[str]
 ) -> None:
-    spec = GuestSpec("uefi", disks=(DiskSpec("vda", size=24 << 20),), firmware="uefi", agent="absent", memory=192)
+    spec = GuestSpec("uefi", disks=(DiskSpec("vda", size=24 << 20),), firmware="uefi", agent="absent", memory=256)
     guest = guest_factory(spec, start=False)
     guest.start(wait=False)  # libvirt makes the variables at the first start
     variables = Path(guest.xml().findtext("os/nvram", ""))

@@ -231,7 +231,8 @@ def test_a_shut_off_domain_gets_overlays_and_a_free_directory(stopped):
 
 def test_uefi_variables_are_not_carried_and_forbid_an_internal_snapshot(make_guest):
     uefi = make_guest(
-        GuestSpec("uefi", disks=(DiskSpec("vda", size=8 * MIB, fs=None, writer=False),), firmware="uefi"), start="no"
+        GuestSpec("uefi", disks=(DiskSpec("vda", size=8 * MIB, fs=None, writer=False),), firmware="uefi", memory=256),
+        start="no",
     )
     refused = tasks.run("snapshot", domains=[uefi.name], name="inside", mode="internal")
     assert refused.failed
