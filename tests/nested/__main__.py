@@ -25,7 +25,9 @@ def main(arguments: Sequence[str]) -> int:
     commands.add_parser("build", help="build the image unless it is there; print its directory")
     up = commands.add_parser("up", help="start machines, in place of what there is of these names")
     up.add_argument("names", nargs="+", metavar="NAME")
-    up.add_argument("--instances", type=Path, metavar="FILE", help="write molecule's instance configuration")
+    up.add_argument(
+        "--molecule", type=Path, metavar="DIRECTORY", help="write instance_config.yml and known_hosts there"
+    )
     down = commands.add_parser("down", help="destroy machines; without a name, all of this cache")
     down.add_argument("names", nargs="*", metavar="NAME")
     commands.add_parser("list", help="names of all machines of this cache")
@@ -35,8 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     shell.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND")
     add_guest = commands.add_parser("guest", help="define and start a tiny guest in a machine")
     add_guest.add_argument("name", help="the machine")
-    add_guest.add_argument("guest", help="the domain will be called lab-GUEST")
-    add_guest.add_argument("--disks", default="vda", help="targets, such as vda,vdb (default: vda)")
+    add_guest.add_argument("guest", help="GUEST or GUEST:vda,vdb: the domain will be called lab-GUEST")
     add_guest.add_argument("--defined", action="store_true", help="leave it shut off")
     options = parser.parse_args(arguments)
     try:
@@ -62,9 +63,10 @@ def _up(options: argparse.Namespace) -> int:
         for name in options.names:
             machine.destroy(name)
         raise
-    if options.instances:
+    if options.molecule:
         instances = [_instance(each) for each in started]
-        options.instances.write_text(json.dumps(instances, indent=1) + "\n")  # JSON is YAML
+        (options.molecule / "instance_config.yml").write_text(json.dumps(instances, indent=1) + "\n")  # JSON is YAML
+        (options.molecule / "known_hosts").write_text("".join(each.known_hosts.read_text() for each in started))
     for each in started:
         print(f"{each.name}: {' '.join(each.ssh_command())}")
     return 0
@@ -98,8 +100,8 @@ def _ssh(options: argparse.Namespace) -> int:
 
 
 def _guest(options: argparse.Namespace) -> int:
-    disks = tuple(DiskSpec(target) for target in options.disks.split(","))
-    spec = GuestSpec(options.guest, disks=disks)
+    name, _colon, targets = options.guest.partition(":")
+    spec = GuestSpec(name, disks=tuple(DiskSpec(target) for target in (targets or "vda").split(",")))
     print(guest.place(machine.running(options.name), spec, start=not options.defined))
     return 0
 

@@ -41,12 +41,17 @@ class Machine:
     private_key: Path
 
     @property
+    def known_hosts(self) -> Path:
+        """A known_hosts file with this machine's key."""
+        return self.directory / "known_hosts"
+
+    @property
     def ssh_options(self) -> dict[str, str]:
         """Options for ``ssh -o``: the key of the cache, and no other machine than this is accepted."""
         return {
             "IdentityFile": str(self.private_key),
             "IdentitiesOnly": "yes",
-            "UserKnownHostsFile": str(self.directory / "known_hosts"),
+            "UserKnownHostsFile": str(self.known_hosts),
             "StrictHostKeyChecking": "yes",
             "BatchMode": "yes",
             "ConnectTimeout": "60",
@@ -166,7 +171,7 @@ def _launch(machine: Machine, image: Image) -> None:
     directory, disk = machine.directory, _disk(machine.directory)
     kvm = probe.acceleration() == "kvm"
     (directory / "port").write_text(f"{machine.port}\n")
-    (directory / "known_hosts").write_text(f"[127.0.0.1]:{machine.port} {image.host_key}\n")
+    machine.known_hosts.write_text(f"[127.0.0.1]:{machine.port} {image.host_key}\n")
     subprocess.run(
         ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(image.disk), str(disk)], check=True
     )
