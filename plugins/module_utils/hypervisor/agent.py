@@ -172,7 +172,7 @@ def mountpoints(domain: Any) -> tuple[str, ...]:
         if isinstance(entries, list)
         else []
     )
-    return tuple(name for name in found if isinstance(name, str) and len(name) <= 1024 and name.isprintable())
+    return tuple(sorted(name for name in found if isinstance(name, str) and len(name) <= 1024 and name.isprintable()))
 
 
 def flush(domain: Any, info: AgentInfo | None, *, seconds: float = 30.0) -> bool:
