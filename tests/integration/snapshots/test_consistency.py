@@ -60,8 +60,8 @@ def test_ten_quiesced_snapshots_are_clean_and_of_one_instant_and_tell_how_long_t
     print(f"gaps {gaps}\nfrozen {frozen}\nskews {skews}")
     gap, said = statistics.median(gaps), statistics.median(frozen)
     assert abs(gap - said) <= max(50, 0.2 * said), (gaps, frozen)
-    # The agent freezes one filesystem after the other: a busy machine stretches that, never beyond the freeze.
-    assert min(skews) <= 2, skews
+    # The agent freezes one filesystem after the other: a busy machine may stretch one of ten, never beyond the freeze.
+    assert statistics.median(skews) <= 2, skews
     assert all(skew * 20 <= 40 + stood for skew, stood in zip(skews, frozen)), (skews, frozen)
 
 
