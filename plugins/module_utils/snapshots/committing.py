@@ -41,7 +41,7 @@ def commit(
     with locks.hold(named, "blockcommit"):
         settled = settlement.settle_before_change(uri, handles, SETTLERS)
         resumed = {finding["domain"] for finding in settled}
-        pairs = [(handle, ground) for handle, ground in zip(handles, map(read_ground, handles))]
+        pairs = list(zip(handles, map(read_ground, handles)))
         plans = [plan_commit(request, ground) for _handle, ground in pairs]
         done = [_run(handle, ground, plan, seconds) for (handle, ground), plan in zip(pairs, plans)]
     for one in done:

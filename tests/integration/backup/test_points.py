@@ -8,8 +8,8 @@ import os
 import shutil
 import stat
 import subprocess
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from xml.etree import ElementTree
 
 import libvirt
 import pytest

@@ -326,7 +326,7 @@ def test_a_layer_that_a_foreign_process_has_open_is_never_written(guest: Guest) 
         [
             "qemu-nbd",
             "-r",
-            "-U" if False else "--persistent",
+            "--persistent",
             "-f",
             "qcow2",
             "-k",

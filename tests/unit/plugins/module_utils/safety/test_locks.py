@@ -39,8 +39,8 @@ def held(tmp_path):
 def test_a_second_run_waits_and_then_names_the_holder(held):
     directory, _process = held
     waiting = locks.hold([("u1", "web")], "snapshot", patience=0.3, directory=directory)
-    with pytest.raises(Busy, match=r"'web' is in use by another run: backup \(process 4711\)") as error, waiting:
-        pass
+    with pytest.raises(Busy, match=r"'web' is in use by another run: backup \(process 4711\)") as error:
+        waiting.__enter__()
     assert error.value.facts["holder"]["pid"] == 4711
     found = locks.holder("u1", directory=directory)
     assert found is not None
