@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .._errors import VmkeeperError
+from ..hypervisor import block_jobs
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import open_connection
 from ..safety import detached, places
@@ -202,6 +203,7 @@ def _abort_all(orders: Orders, connection: Any) -> bool:
                     continue
                 return False
             job.abort(handle, watch.directory, seconds=5.0)
+            block_jobs.resume_starved(handle, seconds=0.0)
     except (libvirt.libvirtError, VmkeeperError):
         return False
     return True

@@ -15,7 +15,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from .._errors import LibvirtFailed, Refused
-from ..hypervisor import definition
+from ..hypervisor import block_jobs, definition
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import code_of, constant, explaining, open_connection
 from ..hypervisor.domain_model import read_domain
@@ -95,6 +95,7 @@ def undo(uri: str, pending: Journal) -> None:
         handle = find(connection, uuid)
         if handle is not None:
             job.abort(handle, directory)
+            block_jobs.resume_starved(handle)
             if part["checkpoint"]:
                 checkpoints.remove(handle, [part["checkpoint"]])
         _discard(directory)

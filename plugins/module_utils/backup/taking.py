@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._errors import InvalidInput, LibvirtFailed, NoSpace, VmkeeperError
-from ..hypervisor import definition, qemu_img
+from ..hypervisor import block_jobs, definition, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import constant, dotted, explaining, message_of, version_triple
 from ..hypervisor.domain_model import qemu_owner, read_domain
@@ -414,6 +414,7 @@ class _Taking:
                 state="No point was made; older points and their checkpoints are as they were.",
                 advice="See libvirt's log of the domain, then run this again",
             )
+        block_jobs.resume_starved(self._handles[plan.domain.uuid], seconds=0.0)
         processes.wait_released(os.path.join(directory, disk.file) for disk in plan.disks)
 
     def _copy_cold(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from .._errors import Busy, LibvirtFailed
 from .binding import libvirt
 from .connection import code_of, constant, explaining, message_of
-from .domain_model import Disk, read_domain
+from .domain_model import Disk, read_domain, read_state
 
 _POLL_SECONDS = 0.05
 
@@ -260,3 +260,30 @@ def running_job(domain: Any) -> str | None:
         constant("VIR_DOMAIN_JOB_OPERATION_BACKUP"): "a backup",
     }
     return names.get(operation, "a job of libvirt")
+
+
+def resume_starved(domain: Any, *, seconds: float = 2.0) -> None:
+    """Let a guest run on that QEMU paused because a copy of ours found no room.
+
+    While a copy runs, QEMU copies what the guest is about to overwrite; when the target is full it fails the guest's write
+    (QEMU before 10), and a domain's usual error policy pauses the guest and keeps the write.  Once the copy is gone the
+    write succeeds, so nothing is lost.  Looked at for ``seconds``, since the pause may come after the job's end.  A guest
+    whose own disk is full is paused again at once, as before; one that somebody paused is left alone.
+    """
+    give_up = time.monotonic() + seconds
+    while True:
+        try:
+            if not domain.isActive():
+                return
+            state = read_state(domain)
+            if state.name == "paused" and state.reason == "io-error":
+                domain.resume()
+        except libvirt.libvirtError as error:
+            raise LibvirtFailed(
+                f"Resuming domain {domain.name()!r}, which stopped on a full disk: {message_of(error)}",
+                state="It is paused; its writes are kept.",
+                advice=f"virsh resume {domain.name()}",
+            ) from error
+        if time.monotonic() >= give_up:
+            return
+        time.sleep(_POLL_SECONDS)

@@ -16,6 +16,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from .._errors import LibvirtFailed, NoSpace
+from ..hypervisor import block_jobs
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import constant, explaining, message_of
 from ..safety import processes, space
@@ -73,6 +74,11 @@ def finish(handle: Any, directory: str) -> None:
 
 def stop(handle: Any, directories: list[str]) -> None:
     """End a copy into one of ``directories`` that an interrupted run left behind; anybody else's job is left alone."""
+    _end_job(handle, directories)
+    block_jobs.resume_starved(handle)
+
+
+def _end_job(handle: Any, directories: list[str]) -> None:
     try:
         xml = handle.backupGetXMLDesc(0)
     except libvirt.libvirtError:

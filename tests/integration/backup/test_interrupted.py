@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import libvirt
 import pytest
 from lab.ansible import run_module_process
 from lab.guest import DiskSpec, Guest, GuestSpec
@@ -227,6 +228,7 @@ def test_no_write_of_the_guest_fails_when_the_target_fills_up(
     result = held.result()
     assert result["failed"]
     assert result["error"]["kind"] == "no_space", result["msg"]
+    assert guest.state()[0] == libvirt.VIR_DOMAIN_RUNNING
     points.assert_nothing_left(guest, small)
     assert guest.exec("dmesg | grep -ci 'I/O error' || true").text == "0"
     assert [path.name for path in small.glob("*/2*")] == []
