@@ -22,11 +22,19 @@ class GuestFactory(Protocol):
     def __call__(self, spec: GuestSpec, *, start: bool = True) -> Guest: ...
 
 
-def pytest_report_header() -> str:
-    """Says where the tests run."""
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says where the tests ran, also with --quiet."""
     if not is_inside():
-        return "lab: not inside a private test host, so tests that need one are skipped (tests/lab/enter)"
-    return f"lab: inside a private test host, guests run as type='{probe.acceleration()}'"
+        terminalreporter.write_line(
+            "lab: not inside a private test host; tests that need one were skipped (tests/lab/enter)"
+        )
+        return
+    how = (
+        "KVM (a probe guest booted with it)"
+        if probe.acceleration() == "kvm"
+        else "emulation (no probe guest boots with KVM here)"
+    )
+    terminalreporter.write_line(f"lab: in a private test host, its guests ran with {how}")
 
 
 @pytest.fixture(scope="session")
