@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     shell.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND")
     add_guest = commands.add_parser("guest", help="define and start a tiny guest in a machine")
     add_guest.add_argument("name", help="the machine")
-    add_guest.add_argument("guest", help="GUEST or GUEST:vda,vdb: the domain will be called lab-GUEST")
+    add_guest.add_argument("guest", help="GUEST or GUEST:vda=boot,vdb (it boots from vda): the domain is called lab-GUEST")
     add_guest.add_argument("--defined", action="store_true", help="leave it shut off")
     options = parser.parse_args(arguments)
     try:
@@ -100,10 +100,17 @@ def _ssh(options: argparse.Namespace) -> int:
 
 
 def _guest(options: argparse.Namespace) -> int:
-    name, _colon, targets = options.guest.partition(":")
-    spec = GuestSpec(name, disks=tuple(DiskSpec(target) for target in (targets or "vda").split(",")))
+    name, _colon, disks = options.guest.partition(":")
+    spec = GuestSpec(name, disks=tuple(_disk(word) for word in (disks or "vda").split(",")))
     print(guest.place(machine.running(options.name), spec, start=not options.defined))
     return 0
+
+
+def _disk(word: str) -> DiskSpec:
+    target, _equals, boot = word.partition("=")
+    if boot not in ("", "boot"):
+        raise machine.MachineError(f"{word!r}: a disk is vda, or vda=boot")
+    return DiskSpec(target, boot=bool(boot))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from lab import assets, images
-from lab.spec import PREFIX, Boot, GuestSpec, domain_xml
+from lab.spec import PREFIX, Boot, GuestSpec, command_line, domain_xml
 
 from .machine import Machine
 
@@ -27,11 +27,12 @@ def place(machine: Machine, spec: GuestSpec, *, start: bool = True) -> str:
     for place_there, file in boot_files.items():
         if machine.ssh(f"test -e {place_there}").returncode != 0:
             machine.put(file, place_there)
+    boot_disk = images.BootFiles(built.kernel, built.initramfs, command_line(spec))
     directory = f"{IMAGES}/{spec.name}"
     with tempfile.TemporaryDirectory(prefix="nested-") as scratch:
         for disk in spec.disks:
             image = Path(scratch) / f"{disk.target}.{disk.format}"
-            images.make_image(disk, image)
+            images.make_image(disk, image, boot_disk)
             machine.put(image, f"{directory}/{image.name}")
         kernel, initramfs = (Path(name) for name in boot_files)
         sources = {disk.target: f"<source file='{directory}/{disk.target}.{disk.format}'/>" for disk in spec.disks}

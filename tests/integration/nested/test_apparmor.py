@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Copyright: vmkeeper.libvirt contributors
+"""What a guest confined by AppArmor may do: the facts of docs/apparmor.md that the collection is built on."""
+
+from __future__ import annotations
+
+import pytest
+from lab.spec import GuestSpec
+from nested import guest
+from nested.machine import Machine, MachineError
+
+
+class Confined:
+    """A guest, and what is done to it by virsh."""
+
+    def __init__(self, hypervisor: Machine, name: str) -> None:
+        self.hypervisor = hypervisor
+        self.directory = f"{guest.IMAGES}/{name}"
+        self.base = f"{self.directory}/vda.qcow2"
+        self.name = guest.place(hypervisor, GuestSpec(name))
+
+    def virsh(self, command: str, *arguments: str) -> str:
+        return self.hypervisor.run(f"virsh --quiet {command} {self.name} {' '.join(arguments)}").strip()
+
+    def snapshot(self, overlay: str) -> str:
+        self.virsh("snapshot-create-as", "--disk-only --atomic --no-metadata", f"--diskspec vda,file={overlay}")
+        return overlay
+
+    def restart(self) -> None:
+        self.virsh("destroy")
+        self.virsh("start")
+
+    def is_running(self) -> bool:
+        return self.virsh("domstate") == "running"
+
+    def denied(self) -> list[str]:
+        """The images that the profile forbids to write."""
+        uuid = self.virsh("domuuid")
+        lines = self.hypervisor.run(f"cat /etc/apparmor.d/libvirt/libvirt-{uuid}.files").splitlines()
+        words = [line.split('"') for line in lines if line.strip().startswith("deny")]
+        return [word[1] for word in words if word[1].endswith((".qcow2", ".s1", ".s2"))]
+
+
+@pytest.fixture
+def confined(hypervisor: Machine, request: pytest.FixtureRequest):
+    name = request.node.name.replace("test_", "").replace("_", "-")[:30].strip("-")
+    made = Confined(hypervisor, name)
+    yield made
+    hypervisor.run(
+        f"virsh destroy {made.name}; virsh undefine {made.name} --checkpoints-metadata; rm -rf {made.directory}"
+    )
+
+
+def test_a_guest_is_confined(confined: Confined):
+    label = confined.virsh("dumpxml", "--xpath \"//seclabel[@model='apparmor']/label/text()\"")
+    assert label == f"libvirt-{confined.virsh('domuuid')}"
+
+
+def test_a_layer_that_the_guest_was_started_on_takes_no_commit_but_can_be_pulled(confined: Confined):
+    overlay = confined.snapshot(f"{confined.directory}/overlay.qcow2")
+    assert confined.denied() == []
+    confined.restart()
+    assert confined.denied() == [confined.base]
+    with pytest.raises(MachineError, match="Permission denied"):
+        confined.virsh("blockcommit", "vda --active --wait --pivot")
+    assert confined.is_running()
+    confined.virsh("blockpull", "vda --wait")
+    assert "backing file:" not in confined.hypervisor.run(f"qemu-img info -U {overlay}")
+    assert confined.is_running()
+
+
+def test_a_layer_made_while_the_guest_runs_takes_a_commit(confined: Confined):
+    confined.snapshot(f"{confined.directory}/overlay.qcow2")
+    confined.virsh("blockcommit", "vda --active --wait --pivot")
+    assert confined.virsh("domblklist").split()[-1] == confined.base
+
+
+def test_the_end_of_a_backup_closes_all_lower_layers_to_commits(confined: Confined):
+    confined.snapshot(f"{confined.directory}/overlay.qcow2")
+    assert confined.denied() == []
+    confined.virsh("backup-begin")
+    confined.hypervisor.run(
+        f"for i in $(seq 300); do virsh backup-dumpxml {confined.name} >/dev/null 2>&1 || exit 0; sleep 1; done; exit 1"
+    )
+    assert confined.denied() == [confined.base]
+    with pytest.raises(MachineError, match="Permission denied"):
+        confined.virsh("blockcommit", "vda --active --wait --pivot")
+    assert confined.is_running()
+
+
+def test_the_end_of_a_commit_below_the_active_layer_closes_the_others(confined: Confined):
+    layers = [confined.snapshot(f"{confined.directory}/{number}.qcow2") for number in (1, 2, 3)]
+    confined.virsh("blockcommit", f"vda --base {layers[0]} --top {layers[1]} --wait")
+    assert confined.denied() == [layers[0], confined.base]
+
+
+def test_a_layer_whose_name_the_helper_cannot_read_hides_those_below_it(confined: Confined):
+    directory = f"/data/{confined.name}"
+    confined.hypervisor.run(f"mkdir -p {directory} && chmod 711 /data {directory}")
+    confined.snapshot(f"{directory}/disk0.s1")
+    top = confined.snapshot(f"{directory}/top.qcow2")
+    confined.restart()  # the definition lists the chain
+    xml = confined.virsh("dumpxml", "--inactive")
+    before, _start, rest = xml.partition("<backingStore")
+    listed = rest.rpartition("</backingStore>")[2]
+    confined.virsh("destroy")
+    write = "cat >/tmp/unlisted.xml <<'XML'\n" + before + listed + "\nXML\n"
+    confined.hypervisor.run(write + "virsh define /tmp/unlisted.xml")
+    with pytest.raises(MachineError, match="Permission denied"):
+        confined.virsh("start")
+    write = "cat >/tmp/listed.xml <<'XML'\n" + xml + "\nXML\n"
+    confined.hypervisor.run(write + "virsh define /tmp/listed.xml")
+    confined.virsh("start")
+    assert confined.virsh("domblklist").split()[-1] == top
