@@ -5,7 +5,7 @@ stages := .venv/bin/python scripts/stages.py
 in_copy := .venv/bin/python scripts/in_copy.py
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap demo test test-long lint sanity units integration docs build importer clean
+.PHONY: help bootstrap demo test test-long test-nested lint sanity units integration docs build importer clean
 
 help:  ## show this
 	@sed -n 's/^\([a-z-]*\):.*##/\1 #/p' Makefile | awk -F' # ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -21,6 +21,9 @@ test: bootstrap  ## all that CI runs: lint, sanity, units, integration
 
 test-long: export VMK_SCALE ?= 20
 test-long: test  ## the same with the randomised tests VMK_SCALE (20) times as large
+
+test-nested: bootstrap  ## AppArmor's rules in a whole Debian machine with libvirt inside, built and booted for it
+	@tests/lab/enter --name nested -- .venv/bin/python -m pytest tests/nested
 
 lint: bootstrap  ## style, types, documentation, change log
 	@$(stages) lint

@@ -37,7 +37,9 @@ def main(arguments: Sequence[str]) -> int:
     shell.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND")
     add_guest = commands.add_parser("guest", help="define and start a tiny guest in a machine")
     add_guest.add_argument("name", help="the machine")
-    add_guest.add_argument("guest", help="GUEST or GUEST:vda=boot,vdb (it boots from vda): the domain is called lab-GUEST")
+    add_guest.add_argument(
+        "guest", help="GUEST or GUEST:vda=boot,vdb (it boots from vda): the domain is called lab-GUEST"
+    )
     add_guest.add_argument("--defined", action="store_true", help="leave it shut off")
     options = parser.parse_args(arguments)
     try:
