@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 from lab.spec import GuestSpec
+
 from nested import guest
 from nested.machine import Machine, MachineError
 
