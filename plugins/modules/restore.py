@@ -67,6 +67,9 @@ options:
   confirm:
     description: The name of the domain whose disks are replaced. Required by O(in_place).
     type: str
+  passphrase:
+    description: Opens an encrypted point. It reaches QEMU's programs through memory only and is kept nowhere.
+    type: str
   state:
     description: V(running) starts the restored domain.
     type: str
@@ -151,6 +154,7 @@ id:
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import stored
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.restoring import Request, restore
 
 
@@ -173,6 +177,7 @@ def request_of(call: _module.Call) -> Request:
         confirm=params["confirm"],
         attach_to=params["attach_to"],
         running=params["state"] == "running",
+        passphrase=stored.passphrase_option(params["passphrase"], "passphrase"),
     )
 
 
@@ -204,6 +209,7 @@ def main() -> None:
             "in_place": {"type": "bool", "default": False},
             "confirm": {"type": "str"},
             "state": {"type": "str", "choices": ["defined", "running"], "default": "defined"},
+            "passphrase": {"type": "str", "no_log": True},
         },
         handle,
     )

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from xml.etree import ElementTree
 
-from .._errors import Busy, Refused, Unsupported
+from .._errors import Busy, InvalidInput, Refused, Unsupported
 from ..hypervisor.agent import AgentInfo
 from ..hypervisor.capture import Capture, choose
 from ..hypervisor.domain_model import Disk, Domain
+from ..hypervisor.image_node import Passphrase
 from ..safety import consistency
 from .checkpoints import Checkpoint
 from .manifest import Point, SourceLayer, StoredDisk
@@ -49,13 +50,17 @@ REASONS = {
     "disk replaced": "the disk's image is another file than at the last point",
     "chain limit": f"the chain in the repository has {CHAIN_LIMIT} points",
     "chain broken": "a point that the increment would stand on is missing or damaged",
+    "encryption changed": "the last point of this disk is encrypted and this one is not to be, or the other way round",
     "proved": "the bitmaps cover every change since the last point",
 }
 
 
 @dataclass(frozen=True)
 class Request:
-    """The task's options, checked. ``min_age`` and ``deadline`` in seconds; ``tags`` and ``description`` None when not given."""
+    """The task's options, checked. ``min_age`` and ``deadline`` in seconds; ``tags`` and ``description`` None when not given.
+
+    With a ``passphrase`` the points are encrypted.  ``scratch``: QEMU writes there in any case, None: only where it must.
+    """
 
     type: str = "auto"
     quiesce: str = "auto"
@@ -66,6 +71,9 @@ class Request:
     tags: Mapping[str, str] | None = None
     protected: bool = False
     deadline: float = 60.0
+    compression: str | None = None
+    passphrase: Passphrase | None = None
+    scratch: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,13 @@ class DiskPlan:
     parent_size: int | None
     estimate: int
     tracked: bool
+    compression: str | None = None
+    passphrase: Passphrase | None = None
+
+    @property
+    def coded(self) -> bool:
+        """Whether it is stored otherwise than QEMU pushes it."""
+        return self.compression is not None or self.passphrase is not None
 
     @property
     def target(self) -> str:
@@ -206,6 +221,22 @@ def refuse_unsafe(facts: Facts) -> None:
             )
 
 
+def refuse_impossible(request: Request) -> None:
+    """Raise where the options contradict each other."""
+    if request.compression is not None and request.passphrase is not None:
+        raise InvalidInput(
+            "compression and encryption exclude each other: qcow2 cannot compress what it encrypts",
+            advice="Leave one of them out",
+        )
+
+
+def must_stage(request: Request, plans: Sequence[PointPlan], *, local: bool) -> bool:
+    """Whether QEMU pushes into a scratch directory, and what it wrote is stored in the repository afterwards."""
+    live = any(plan.live for plan in plans)
+    coded = any(disk.coded for plan in plans if plan.live for disk in plan.disks)
+    return live and (not local or coded or request.scratch is not None)
+
+
 def plan_point(request: Request, facts: Facts) -> PointPlan:
     """Decide one domain's point."""
     domain = facts.domain
@@ -282,7 +313,7 @@ def _plan_disk(request: Request, facts: Facts, disk: DiskFacts) -> DiskPlan:
     elif not facts.domain.state.active:
         reason = "cold cut"
     else:
-        reason = obstacle or why_full(facts, disk)
+        reason = obstacle or why_full(facts, disk, encrypted=request.passphrase is not None)
     tracked = facts.domain.state.active and obstacle is None
     if reason is None and facts.last is not None and facts.checkpoint is not None:
         before = facts.last.disk(disk.disk.target)
@@ -295,14 +326,20 @@ def _plan_disk(request: Request, facts: Facts, disk: DiskFacts) -> DiskPlan:
             before.virtual_size if before else None,
             room_for(min(dirty, disk.size), disk.size),
             tracked,
+            request.compression,
+            request.passphrase,
         )
-    return DiskPlan(disk, "full", reason or "first", None, None, room_for(disk.allocated, disk.size), tracked)
+    room = room_for(disk.allocated, disk.size)
+    return DiskPlan(disk, "full", reason or "first", None, None, room, tracked, request.compression, request.passphrase)
 
 
 def room_for(data: int, size: int) -> int:
-    """Most bytes of a qcow2 file that holds ``data`` bytes of a disk of ``size`` bytes, cut a little later."""
+    """Most bytes of a qcow2 file that holds ``data`` bytes of a disk of ``size`` bytes, cut a little later.
+
+    QEMU's and LUKS's own tables count, and what compression may add to data that has none to lose.
+    """
     slack = max(SLACK_LEAST, data // SLACK_SHARE)
-    return min(data + slack, size + SLACK_LEAST) + size // 4096 + (1 << 20)
+    return min(data + slack, size + SLACK_LEAST) + size // 4096 + (4 << 20)
 
 
 def floor_of(filesystem_size: int) -> int:
@@ -322,7 +359,7 @@ def bitmap_obstacle(domain: Domain, disk: DiskFacts) -> str | None:
     return None
 
 
-def why_full(facts: Facts, disk: DiskFacts) -> str | None:
+def why_full(facts: Facts, disk: DiskFacts, *, encrypted: bool = False) -> str | None:
     """Why a running domain's disk needs a full, or None when an increment is proved to hold every change.
 
     The proof (DESIGN, invariant 7): libvirt found the checkpoint's bitmap recording and consistent from the top layer
@@ -342,6 +379,9 @@ def why_full(facts: Facts, disk: DiskFacts) -> str | None:
     if disk.size < before.virtual_size:
         return "shrunk"
     reason = _unproved(facts.checkpoint, target, disk, before)
+    if reason is None and (before.encryption is not None) != encrypted:
+        # One passphrase opens a chain or none is needed: nobody finds half of it unreadable, or half of it readable.
+        return "encryption changed"
     if reason is None:
         return _chain_reason(facts.history, last, target)
     return reason
@@ -393,8 +433,11 @@ def source_layers(disk: DiskFacts) -> tuple[SourceLayer, ...]:
     return tuple(SourceLayer(layer.path, layer.format, layer.inode, layer.size) for layer in disk.layers)
 
 
-def backup_xml(plan: PointPlan, directory: str) -> str:
-    """The ``<domainbackup>`` that pushes into ``directory`` (https://libvirt.org/formatbackup.html)."""
+def backup_xml(plan: PointPlan, directory: str, secret: str | None = None) -> str:
+    """The ``<domainbackup>`` that pushes into ``directory`` (https://libvirt.org/formatbackup.html).
+
+    ``secret`` is the UUID of the libvirt secret with the key of the targets of disks that are stored encrypted.
+    """
     root = ElementTree.Element("domainbackup", mode="push")
     disks = ElementTree.SubElement(root, "disks")
     planned = {disk.target: disk for disk in plan.disks}
@@ -410,7 +453,10 @@ def backup_xml(plan: PointPlan, directory: str) -> str:
         else:
             element.set("backupmode", "full")
         ElementTree.SubElement(element, "driver", type="qcow2")
-        ElementTree.SubElement(element, "target", file=f"{directory}/{chosen.file}")
+        target = ElementTree.SubElement(element, "target", file=f"{directory}/{chosen.file}")
+        if secret is not None and chosen.passphrase is not None:
+            encryption = ElementTree.SubElement(target, "encryption", format="luks")
+            ElementTree.SubElement(encryption, "secret", type="passphrase", uuid=secret)
     return ElementTree.tostring(root, encoding="unicode")
 
 

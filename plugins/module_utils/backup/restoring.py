@@ -14,14 +14,15 @@ from typing import Any
 from xml.etree import ElementTree
 
 from .._errors import Conflict, InvalidInput, NotFound, Refused, Unsupported, VmkeeperError
-from ..hypervisor import chain, qemu_img
+from ..hypervisor import chain, image_node, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import constant, explaining, find_domain
 from ..hypervisor.domain_model import Domain, Layer, read_domain
+from ..hypervisor.image_node import Image, Keys, Passphrase
 from ..safety import journal as journals
 from ..safety import locks, names, settlement, space
 from ..safety.journal import Journal
-from . import digests, listing, settle, verifying
+from . import digests, listing, settle, stored, verifying
 from .mapping import Host, Target, fit
 from .repository import Repository, open_repository
 
@@ -46,6 +47,7 @@ class Request:
     confirm: str | None = None
     attach_to: str | None = None
     running: bool = False
+    passphrase: Passphrase | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ class _Restoring:
             )
             listing.require_restorable(self._repository, self._found)
             plan = self._plan(name, uuid)
+            self._require_opening(plan)
             self._require_space(plan)
             if not check:
                 self._carry_out(plan)
@@ -451,6 +454,15 @@ class _Restoring:
             attach[piece.target] = letter
         return Plan(name, uuid, tuple(pieces), None, None, tuple(notes), attach)
 
+    def _require_opening(self, plan: Plan) -> None:
+        stored.require_opening(
+            self._repository,
+            self._point,
+            [piece.target for piece in plan.pieces],
+            self._request.passphrase,
+            advice="Give the one that it was backed up with",
+        )
+
     def _require_space(self, plan: Plan) -> None:
         needs = []
         for piece in plan.pieces:
@@ -501,17 +513,21 @@ class _Restoring:
         settle.finish_restore(self._uri, journal)
 
     def _copy(self, piece: Piece) -> None:
-        source = verifying.image_path(self._repository, self._point, piece.target)
-        for holder in self._found.history.lineage(self._point, piece.target):
+        lineage = self._found.history.lineage(self._point, piece.target)
+        for holder in lineage:
             findings = verifying.check_link(self._repository, holder, piece.target)
             if findings:
                 raise Refused(f"Point {self._point.id} cannot be restored: {findings[0].problem}")
         os.close(os.open(piece.part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-        qemu_img.run(
-            ["convert", "-q", "-f", "qcow2", "-O", piece.format, "-W", "-m", "16", source, piece.part],
-            doing=f"Restoring disk {piece.target!r} to {piece.part}",
-        )
-        wrong = verifying.check_restored(piece.part, piece.format, self._sums(piece.target))
+        with Keys() as keys:
+            layers = stored.images_of(self._repository, lineage, piece.target, self._request.passphrase)
+            source = image_node.as_name(image_node.node(layers, keys))
+            qemu_img.run(
+                ["convert", "-q", "-O", piece.format, "-W", "-m", "16", source, piece.part],
+                doing=f"Restoring disk {piece.target!r} to {piece.part}",
+                keys=keys,
+            )
+        wrong = verifying.check_restored(Image(piece.part, piece.format), self._sums(piece.target))
         if wrong:
             raise Refused(
                 f"Disk {piece.target!r} of point {self._point.id} is damaged in the repository: {len(wrong)} MiB or more differ"

@@ -15,7 +15,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from .._errors import LibvirtFailed, Refused
-from ..hypervisor import block_jobs, definition
+from ..hypervisor import block_jobs, definition, libvirt_secret
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import code_of, constant, explaining, open_connection
 from ..hypervisor.domain_model import read_domain
@@ -72,6 +72,7 @@ def finish(uri: str, pending: Journal) -> None:
         handle = find(connection, uuid)
         if handle is not None:
             checkpoints.remove(handle, [name for name in part["retire"] if name != part["checkpoint"]])
+    _clear_scratch(connection, plan)
     _dismiss_sentry(pending)
     pending.finish()
 
@@ -88,19 +89,32 @@ def undo(uri: str, pending: Journal) -> None:
     """End the jobs, drop the new checkpoints, remove what was written; the older points go on as they were."""
     plan = pending.operation.plan
     pending.step("undo")
-    repository = repository_of(plan)
     connection = open_connection(uri)
+    unmounted = Repository(plan["repository"], plan["repository_uuid"])
     for uuid, part in plan["domains"].items():
-        directory = repository.new_directory(uuid, part["id"])
         handle = find(connection, uuid)
         if handle is not None:
-            job.abort(handle, directory)
+            job.abort(handle, part["scratch"] or unmounted.new_directory(uuid, part["id"]))
             block_jobs.resume_starved(handle)
             if part["checkpoint"]:
                 checkpoints.remove(handle, [part["checkpoint"]])
-        _discard(directory)
+    _clear_scratch(connection, plan)
+    # Last: a repository that is not there must not keep a job running, or what it wrote on this host.
+    repository = repository_of(plan)
+    for uuid, part in plan["domains"].items():
+        _discard(repository.new_directory(uuid, part["id"]))
     _dismiss_sentry(pending)
     pending.finish()
+
+
+def _clear_scratch(connection: Any, plan: Mapping[str, Any]) -> None:
+    """Remove what QEMU wrote on its way to the repository, and the key of it that only libvirtd's memory held."""
+    for part in plan["domains"].values():
+        if part["scratch"]:
+            _discard(part["scratch"])
+    if plan["secret"]:
+        with explaining("Removing the key of a scratch image", state=_STATE):
+            libvirt_secret.forget(connection, plan["secret"])
 
 
 def _discard(directory: str) -> None:

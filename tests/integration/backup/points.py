@@ -112,6 +112,11 @@ def assert_nothing_left(guest: Guest, repository: Path) -> None:
                 assert guest.writer_errors(disk.target) == []
 
 
+def scratch_files() -> list[str]:
+    """What lies in the scratch directory that is used where none is given."""
+    return [str(path) for path in Path("/var/lib/vmkeeper.libvirt/scratch").glob("*")]
+
+
 def manifest(repository: Path, made: dict[str, Any]) -> dict[str, Any]:
     """A point's manifest as it lies."""
     found: dict[str, Any] = json.loads((directory_of(repository, made) / "manifest.json").read_text())
