@@ -27,6 +27,9 @@ CHAIN_LIMIT = 16
 SLACK_LEAST = 8 << 20
 SLACK_SHARE = 20
 
+#: What LUKS puts in front of an image: room for eight keys.
+LUKS_TABLES = 3 << 20
+
 #: Room that is left on the target at all times; below it the backup is aborted.
 FLOOR_LEAST = 16 << 20
 FLOOR_MOST = 256 << 20
@@ -315,6 +318,7 @@ def _plan_disk(request: Request, facts: Facts, disk: DiskFacts) -> DiskPlan:
     else:
         reason = obstacle or why_full(facts, disk, encrypted=request.passphrase is not None)
     tracked = facts.domain.state.active and obstacle is None
+    tables = LUKS_TABLES if request.passphrase is not None else 0
     if reason is None and facts.last is not None and facts.checkpoint is not None:
         before = facts.last.disk(disk.disk.target)
         dirty = facts.checkpoint.dirty[disk.disk.target]
@@ -324,22 +328,19 @@ def _plan_disk(request: Request, facts: Facts, disk: DiskFacts) -> DiskPlan:
             "proved",
             facts.last.id,
             before.virtual_size if before else None,
-            room_for(min(dirty, disk.size), disk.size),
+            room_for(min(dirty, disk.size), disk.size) + tables,
             tracked,
             request.compression,
             request.passphrase,
         )
-    room = room_for(disk.allocated, disk.size)
+    room = room_for(disk.allocated, disk.size) + tables
     return DiskPlan(disk, "full", reason or "first", None, None, room, tracked, request.compression, request.passphrase)
 
 
 def room_for(data: int, size: int) -> int:
-    """Most bytes of a qcow2 file that holds ``data`` bytes of a disk of ``size`` bytes, cut a little later.
-
-    QEMU's and LUKS's own tables count, and what compression may add to data that has none to lose.
-    """
+    """Most bytes of a qcow2 file that holds ``data`` bytes of a disk of ``size`` bytes, cut a little later."""
     slack = max(SLACK_LEAST, data // SLACK_SHARE)
-    return min(data + slack, size + SLACK_LEAST) + size // 4096 + (4 << 20)
+    return min(data + slack, size + SLACK_LEAST) + size // 4096 + (1 << 20)
 
 
 def floor_of(filesystem_size: int) -> int:
