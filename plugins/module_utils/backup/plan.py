@@ -90,15 +90,20 @@ class LayerFacts:
     allocated: int
     qcow2_version: int | None = None
     bitmaps: frozenset[str] = frozenset()
+    encrypted: bool = False
 
 
 @dataclass(frozen=True)
 class DiskFacts:
-    """A disk that can be captured, with its chain, topmost layer first. ``size`` is what the guest sees."""
+    """A disk that can be captured, with its chain, topmost layer first. ``size`` is what the guest sees.
+
+    ``passphrase`` is what libvirt opens it with, where it is encrypted and libvirt tells.
+    """
 
     disk: Disk
     size: int
     layers: tuple[LayerFacts, ...]
+    passphrase: Passphrase | None = None
 
     @property
     def allocated(self) -> int:
@@ -252,16 +257,13 @@ def plan_point(request: Request, facts: Facts) -> PointPlan:
             not_captured=[part.as_result() for part in capture.left_out],
         )
     for disk in capture.disks:
-        if disk.encrypted:
-            raise Unsupported(
-                f"Disk {disk.target!r} of domain {domain.name!r} is encrypted; a backup would hold its data in the clear",
-                advice="Leave it out with exclude_disks",
-            )
         if disk.target not in facts.disks:
             raise Unsupported(
                 f"The image of disk {disk.target!r} of domain {domain.name!r} cannot be read",
                 advice="See that it exists (domain_info shows its chain)",
             )
+        if disk.encrypted:
+            _refuse_unreadable(request, domain, facts.disks[disk.target])
     freeze = _decide_freeze(request, facts)
     disks = tuple(_plan_disk(request, facts, facts.disks[disk.target]) for disk in capture.disks)
     if request.type == "incremental":
@@ -280,6 +282,21 @@ def plan_point(request: Request, facts: Facts) -> PointPlan:
         # A cold cut leaves the live chain as it is: the next live point goes on with it.
         retire=facts.our_checkpoints if domain.state.active else (),
     )
+
+
+def _refuse_unreadable(request: Request, domain: Domain, disk: DiskFacts) -> None:
+    """What is encrypted stays encrypted, so its passphrase is needed, or another one."""
+    encryption = disk.disk.encryption
+    what = f"Disk {disk.disk.target!r} of domain {domain.name!r} is encrypted"
+    if encryption is None or encryption.format != "luks":
+        raise Unsupported(f"{what}, and not with LUKS", advice="Leave it out with exclude_disks")
+    if disk.passphrase is None and (request.passphrase is None or not domain.state.active):
+        raise Refused(
+            f"{what}, and libvirt does not tell the passphrase of its secret",
+            advice="Give encryption.passphrase, which the point is then encrypted with"
+            if domain.state.active
+            else "Start it, which needs nobody to read the secret, or give the secret private='no'",
+        )
 
 
 def _decide_freeze(request: Request, facts: Facts) -> consistency.FreezeDecision:
@@ -311,14 +328,17 @@ def _require_increment(facts: Facts, disks: Sequence[DiskPlan]) -> None:
 
 def _plan_disk(request: Request, facts: Facts, disk: DiskFacts) -> DiskPlan:
     obstacle = bitmap_obstacle(facts.domain, disk)
+    passphrase = request.passphrase or disk.passphrase
+    # qcow2 cannot compress what it encrypts.
+    compression = request.compression if passphrase is None else None
     if request.type == "full":
         reason: str | None = "asked for"
     elif not facts.domain.state.active:
         reason = "cold cut"
     else:
-        reason = obstacle or why_full(facts, disk, encrypted=request.passphrase is not None)
+        reason = obstacle or why_full(facts, disk, encrypted=passphrase is not None)
     tracked = facts.domain.state.active and obstacle is None
-    tables = LUKS_TABLES if request.passphrase is not None else 0
+    tables = LUKS_TABLES if passphrase is not None else 0
     if reason is None and facts.last is not None and facts.checkpoint is not None:
         before = facts.last.disk(disk.disk.target)
         dirty = facts.checkpoint.dirty[disk.disk.target]
@@ -330,11 +350,11 @@ def _plan_disk(request: Request, facts: Facts, disk: DiskFacts) -> DiskPlan:
             before.virtual_size if before else None,
             room_for(min(dirty, disk.size), disk.size) + tables,
             tracked,
-            request.compression,
-            request.passphrase,
+            compression,
+            passphrase,
         )
     room = room_for(disk.allocated, disk.size) + tables
-    return DiskPlan(disk, "full", reason or "first", None, None, room, tracked, request.compression, request.passphrase)
+    return DiskPlan(disk, "full", reason or "first", None, None, room, tracked, compression, passphrase)
 
 
 def room_for(data: int, size: int) -> int:

@@ -197,16 +197,22 @@ def _predict(plan: PointPlan, request: Request) -> Made:
         stored_bytes=plan.estimate,
     )
     result = {**point.as_result(), "id": None, "created": None}
-    return Made(result, changed=True, warnings=_warnings(plan, plan.expected_level, plan.why_not_frozen))
+    return Made(result, changed=True, warnings=_warnings(plan, request, plan.expected_level, plan.why_not_frozen))
 
 
-def _warnings(plan: PointPlan, level: str, why_not_frozen: str | None) -> list[str]:
+def _warnings(plan: PointPlan, request: Request, level: str, why_not_frozen: str | None) -> list[str]:
     warnings = []
     left_out = plan.capture.warning(plan.domain.name)
     if left_out:
         warnings.append(left_out)
     if level == "crash":
         warnings.append(f"{plan.domain.name}: the point is only crash-consistent: {_why_crash(plan, why_not_frozen)}")
+    asked = request.compression is not None
+    uncompressed = [disk.target for disk in plan.disks if asked and disk.facts.disk.encrypted]
+    if uncompressed:
+        warnings.append(
+            f"{plan.domain.name}: {', '.join(uncompressed)} is encrypted in the guest's own image, and stays so uncompressed"
+        )
     opened = [disk.target for disk in plan.disks if disk.reason == "encryption changed" and disk.passphrase is None]
     if opened:
         warnings.append(
@@ -288,7 +294,9 @@ class _Taking:
             Made(
                 point.as_result(),
                 changed=True,
-                warnings=_warnings(plan, point.consistency, self._why_not(plan, outcomes.get(plan.domain.uuid))),
+                warnings=_warnings(
+                    plan, self._request, point.consistency, self._why_not(plan, outcomes.get(plan.domain.uuid))
+                ),
             )
             for plan, point in zip(self._plans, points)
         ]
@@ -538,7 +546,7 @@ class _Taking:
             for disk in plan.disks:
                 # No -U: while it is copied, the image's lock keeps the domain from being started under the copy.
                 qemu_img.copy_chain(
-                    [Image(layer.path, layer.format or "raw") for layer in disk.facts.layers],
+                    _source(disk),
                     Image(os.path.join(self._directory(plan), disk.file), "qcow2", disk.passphrase),
                     compression=disk.compression,
                     doing=f"Copying disk {disk.target!r} of the stopped domain {plan.domain.name!r}",
@@ -629,6 +637,7 @@ class _Taking:
             source=source_layers(disk.facts),
             compression=disk.compression,
             encryption=manifest.LUKS if disk.passphrase is not None else None,
+            encrypted_source=disk.facts.disk.encrypted,
         )
 
     def _write_files(self, plan: PointPlan, directory: str) -> dict[str, str]:
@@ -681,6 +690,19 @@ class _Taking:
             if isinstance(error, VmkeeperError):
                 error.state = f"Undoing it failed ({trouble}); the next run, or recover_domain, goes on with that."
                 error.args = (str(error),)
+
+
+def _source(disk: DiskPlan) -> list[Image]:
+    """The images of a stopped domain's disk."""
+    encrypted = disk.facts.disk.encrypted
+    return [
+        Image(
+            layer.path,
+            layer.format or "raw",
+            disk.facts.passphrase if layer.encrypted or (encrypted and layer.format == "raw") else None,
+        )
+        for layer in disk.facts.layers
+    ]
 
 
 def _make_passable(directory: str) -> None:

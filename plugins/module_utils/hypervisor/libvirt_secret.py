@@ -10,21 +10,30 @@ from xml.etree import ElementTree
 
 from .binding import libvirt
 from .connection import code_of, constant, explaining
+from .domain_model import Encryption
 from .image_node import Passphrase
 
 
-def define(
-    connection: Any, uuid: str, passphrase: Passphrase, description: str, *, ephemeral: bool, volume: str | None = None
-) -> None:
-    """Define a secret that nobody can read back, or give it this value again.
+def value_of(connection: Any, encryption: Encryption) -> Passphrase | None:
+    """The passphrase that libvirt opens a disk with; None when it is private, or not there."""
+    try:
+        if encryption.uuid:
+            secret = connection.secretLookupByUUIDString(encryption.uuid)
+        else:
+            secret = connection.secretLookupByUsage(constant("VIR_SECRET_USAGE_TYPE_VOLUME"), encryption.usage or "")
+        return Passphrase(bytes(secret.value(0)))
+    except libvirt.libvirtError:
+        return None
 
-    ``ephemeral`` keeps it in libvirtd's memory only.  ``volume`` is the image that it opens: its usage, unique on a host.
+
+def define(connection: Any, uuid: str, passphrase: Passphrase, description: str, *, ephemeral: bool) -> None:
+    """Define a secret, or give it this value again.
+
+    ``ephemeral`` keeps it in libvirtd's memory only, where nobody reads it back.
     """
     root = ElementTree.Element("secret", ephemeral="yes" if ephemeral else "no", private="yes" if ephemeral else "no")
     ElementTree.SubElement(root, "uuid").text = uuid
     ElementTree.SubElement(root, "description").text = description
-    if volume is not None:
-        ElementTree.SubElement(ElementTree.SubElement(root, "usage", type="volume"), "volume").text = volume
     with explaining(
         f"Defining a libvirt secret ({description})", advice="See that libvirt's secret driver is installed"
     ):

@@ -250,8 +250,8 @@ def test_a_repository_that_stalls_and_one_that_goes_away_are_waited_for_and_neve
     until(lambda: log.exists() and "!store" in log.read_text(), "the data being on this host")
     server.send_signal(signal.SIGSTOP)
     os.kill(held.pid, signal.SIGCONT)
-    before = guest.gaps("vda").seq
-    until(lambda: guest.gaps("vda").seq > before + 20, "the guest writing on while the server stalls")
+    before = guest.gaps("vda").count
+    until(lambda: guest.gaps("vda").count > before + 20, "the guest writing on while the server stalls")
     assert held.running()
     assert not points.has_job(guest)
     server.send_signal(signal.SIGCONT)

@@ -123,7 +123,7 @@ def by_hand(directory: Path, repository: Path, made: dict, name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def chain(guest: Guest, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict, str]]:
-    """An encrypted full and two increments, made and proved under watch, the last by the role with -vvv.
+    """An encrypted full and two increments of vdb, made and proved under watch, the last with vda and by the role with -vvv.
 
     Each with the hash of vdb as the guest read it just before.
     """
@@ -146,7 +146,7 @@ def chain(guest: Guest, repository: Path, tmp_path_factory: pytest.TempPathFacto
                 )
             before = points.device_hash(guest, "vdb")
             if number < 2:
-                made.append((point(guest, repository, quiesce="required", encryption=ENCRYPTION), before))
+                made.append((point(guest, repository, disks=["vdb"], encryption=ENCRYPTION), before))
                 continue
             run = run_playbook(
                 "vmkeeper.libvirt.backup",
@@ -168,11 +168,11 @@ def chain(guest: Guest, repository: Path, tmp_path_factory: pytest.TempPathFacto
 def test_an_encrypted_chain_holds_what_the_guest_saw(chain, repository: Path, directory: Path, guest: Guest) -> None:
     assert [made["type"] for made, _hash in chain] == ["full", "incremental", "incremental"]
     for number, (made, before) in enumerate(chain):
-        assert [disk["encryption"] for disk in made["disks"]] == [{"format": "luks"}] * 2
+        assert all(disk["encryption"] == {"format": "luks"} for disk in made["disks"])
         copies = by_hand(directory, repository, made, f"copy{number}")
         assert points.content(copies / f"copy{number}.vdb.qcow2") == before
-        assert evidence.fsck(copies / f"copy{number}.vda.qcow2").clean
-        assert evidence.writer_log(copies / f"copy{number}.vda.qcow2").is_intact
+    assert evidence.fsck(directory / "copy2.vda.qcow2").clean
+    assert evidence.writer_log(directory / "copy2.vda.qcow2").is_intact
     points.assert_nothing_left(guest, repository)
 
 
@@ -193,7 +193,7 @@ def test_a_passphrase_that_is_wrong_missing_or_useless_changes_nothing(
     restore = {**point_of, "domain": "lab-secret-w", "directory": str(directory)}
     refusals = [
         ("backup", {**backup, "encryption": {"passphrase": OTHER}}, "does not open"),
-        ("backup", {**backup, "encryption": {"passphrase": "short"}}, "shorter"),
+        ("backup", {**backup, "encryption": {"passphrase": "brief"}}, "shorter"),
         ("backup", {**backup, "encryption": {"passphrase": f"{PASSPHRASE}\n"}}, "line break"),
         ("backup", {**backup, "encryption": ENCRYPTION, "compression": "zstd"}, "exclude each other"),
         ("restore", restore, "encrypted"),
@@ -237,9 +237,8 @@ def test_encryption_that_comes_or_goes_begins_a_new_chain_and_says_so(chain, gue
     plain = ok("backup", **arguments)["restore_point"]
     closed = ok("backup", **arguments, encryption=ENCRYPTION)["restore_point"]
     other = ok("backup", **arguments, encryption={"passphrase": OTHER}, type="full")["restore_point"]
-    more = ok("backup", **arguments, encryption={"passphrase": OTHER})["restore_point"]
     opened = ok("backup", **arguments)
-    assert [one["type"] for one in (plain, closed, other, more)] == ["full", "full", "full", "incremental"]
+    assert [one["type"] for one in (plain, closed, other)] == ["full", "full", "full"]
     assert "encrypted" in closed["reason"]
     assert opened["restore_point"]["type"] == "full"
     assert any("in the clear" in warning for warning in opened["warnings"]), opened["warnings"]
