@@ -68,7 +68,11 @@ options:
     description: The name of the domain whose disks are replaced. Required by O(in_place).
     type: str
   passphrase:
-    description: Opens an encrypted point. It reaches QEMU's programs through memory only and is kept nowhere.
+    description:
+      - Opens an encrypted point. It reaches QEMU's programs through memory only and is kept nowhere by us.
+      - A disk that was encrypted in the guest's own image is restored encrypted, with this passphrase, and a libvirt secret is defined
+        that opens it. Any other is restored as it was, not encrypted.
+      - Where O(in_place) puts single O(disks) back, those keep the passphrase and the libvirt secret that they have now.
     type: str
   state:
     description: V(running) starts the restored domain.
@@ -142,7 +146,9 @@ domain:
       type: list
       elements: str
 restored:
-  description: The files, each with C(target), C(path), C(format) and C(attached_as).
+  description:
+    - The files, each with C(target), C(path), C(format), C(attached_as) and C(secret), the UUID of the libvirt secret that was defined
+      to open it, or None.
   returned: success
   type: list
   elements: dict

@@ -290,6 +290,8 @@ def _refuse_unreadable(request: Request, domain: Domain, disk: DiskFacts) -> Non
     what = f"Disk {disk.disk.target!r} of domain {domain.name!r} is encrypted"
     if encryption is None or encryption.format != "luks":
         raise Unsupported(f"{what}, and not with LUKS", advice="Leave it out with exclude_disks")
+    if not domain.state.active and any(layer.format != "qcow2" for layer in disk.layers):
+        raise Unsupported(f"{what}, not in a qcow2, and the domain is not running", advice="Start it first")
     if disk.passphrase is None and (request.passphrase is None or not domain.state.active):
         raise Refused(
             f"{what}, and libvirt does not tell the passphrase of its secret",

@@ -10,7 +10,7 @@ makes a good one.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from xml.etree import ElementTree
 
@@ -22,7 +22,7 @@ from ..hypervisor.domain_model import read_domain
 from ..safety import places, processes, settlement
 from ..safety import ticket as tickets
 from ..safety.journal import Journal
-from . import checkpoints, job, sentry
+from . import checkpoints, job, mapping, sentry
 from .repository import Repository, discard
 
 BACKUP = "backup"
@@ -160,11 +160,21 @@ def settle_restore(uri: str, pending: Journal) -> dict[str, str]:
 
 def undo_restore(uri: str, pending: Journal) -> None:
     """Remove what was being copied; nothing else was touched yet."""
-    del uri
     pending.step("undo")
     for piece in pending.operation.plan["pieces"]:
         places.unlink_quietly(piece["part"])
+    _forget_secrets(uri, pending.operation.plan["pieces"])
     pending.finish()
+
+
+def _forget_secrets(uri: str, pieces: Iterable[Mapping[str, Any]]) -> None:
+    """The libvirt secrets of images that are not restored after all."""
+    made = [piece["secret"] for piece in pieces if piece["secret"]]
+    if made:
+        connection = open_connection(uri)
+        with explaining("Removing the libvirt secret of a restored disk", state=_STATE):
+            for uuid in made:
+                libvirt_secret.forget(connection, uuid)
 
 
 def finish_restore(uri: str, pending: Journal) -> None:
@@ -187,6 +197,7 @@ def finish_restore(uri: str, pending: Journal) -> None:
         if connection.isAlive():
             pending.step("take-back")
             _take_back(connection, plan)
+            _forget_secrets(uri, plan["pieces"])
             pending.finish()
         raise
     pending.step("clean")
@@ -275,7 +286,9 @@ def _attach(handle: Any, plan: Mapping[str, Any]) -> None:
             continue
         element = ElementTree.Element("disk", type="file", device="disk")
         ElementTree.SubElement(element, "driver", name="qemu", type=piece["format"])
-        ElementTree.SubElement(element, "source", file=piece["path"])
+        source = ElementTree.SubElement(element, "source", file=piece["path"])
+        if piece["secret"]:
+            mapping.encrypt(source, piece["secret"])
         ElementTree.SubElement(element, "target", dev=target, bus="scsi" if target.startswith("sd") else "virtio")
         with explaining(
             f"Attaching {piece['path']} to domain {plan['name']!r}",

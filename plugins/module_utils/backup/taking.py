@@ -694,13 +694,8 @@ class _Taking:
 
 def _source(disk: DiskPlan) -> list[Image]:
     """The images of a stopped domain's disk."""
-    encrypted = disk.facts.disk.encrypted
     return [
-        Image(
-            layer.path,
-            layer.format or "raw",
-            disk.facts.passphrase if layer.encrypted or (encrypted and layer.format == "raw") else None,
-        )
+        Image(layer.path, layer.format or "raw", disk.facts.passphrase if layer.encrypted else None)
         for layer in disk.facts.layers
     ]
 

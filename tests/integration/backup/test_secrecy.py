@@ -13,12 +13,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from lab import evidence
 from lab.ansible import CHECKOUT, run_module_process, run_playbook
 from lab.guest import DiskSpec, Guest, GuestSpec
 from lab.spec import MIB
+from lab.waiting import until
 
 from ansible_collections.vmkeeper.libvirt.tests.docs_examples import examples_in
 from ansible_collections.vmkeeper.libvirt.tests.integration.backup import points
@@ -104,6 +106,19 @@ def key_file() -> Iterator[Path]:
         yield path
     finally:
         path.unlink()
+
+
+def decoded(image: Path) -> str:
+    """SHA-256 of what one encrypted image holds that stands on nothing."""
+    raw = image.with_suffix(".raw")
+    with key_file() as key:
+        node = {"driver": "qcow2", "encrypt": {"format": "luks", "key-secret": "key"}}
+        name = "json:" + json.dumps({**node, "file": {"driver": "file", "filename": str(image)}})
+        points.run("qemu-img", "convert", "--object", f"secret,id=key,file={key}", "-O", "raw", name, raw)
+    try:
+        return points.sha256(raw)
+    finally:
+        raw.unlink()
 
 
 def by_hand(directory: Path, repository: Path, made: dict, name: str) -> Path:
@@ -277,3 +292,108 @@ def test_killed_with_the_data_on_its_way_nothing_readable_lies_anywhere(
     again = ok("backup", **arguments)["restore_point"]
     assert again["type"] == "incremental", again["reason"]
     assert points.content(by_hand(tmp_path, repository, again, "again") / "again.vdb.qcow2") == expected
+
+
+# --- a guest whose own disk is encrypted ---------------------------------------------------------------
+
+SECRET = "0b7e5f3c-8d21-4c6e-9a51-5ad1d4c0ffee"
+
+
+def define_secret(guest: Guest, *, private: bool) -> None:
+    connection = guest.connection()
+    if SECRET in connection.listSecrets():
+        connection.secretLookupByUUIDString(SECRET).undefine()
+    xml = f"<secret ephemeral='no' private='{'yes' if private else 'no'}'><uuid>{SECRET}</uuid></secret>"
+    connection.secretDefineXML(xml).setValue(PASSPHRASE.encode())
+
+
+@pytest.fixture(scope="module")
+def locked(module_guest_factory) -> Iterator[Guest]:
+    """A guest whose only disk is a LUKS-encrypted qcow2."""
+    size = 12 * MIB
+    guest = module_guest_factory(
+        GuestSpec("locked", disks=(DiskSpec("vda", size=size, fs=None, writer=False),)), start=False
+    )
+    define_secret(guest, private=False)
+    image = guest.images["vda"]
+    with key_file() as key:
+        options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=50"
+        create = ["qemu-img", "create", "-q", "-f", "qcow2", "--object", f"secret,id=key,file={key}", "-o", options]
+        until(lambda: subprocess.run([*create, image, str(size)], check=False).returncode == 0, "an accurate CPU usage")
+    root = guest.xml(inactive=True)
+    source = root.find("devices/disk/source")
+    assert source is not None
+    encryption = ElementTree.SubElement(source, "encryption", format="luks")
+    ElementTree.SubElement(encryption, "secret", type="passphrase", uuid=SECRET)
+    guest.connection().defineXML(ElementTree.tostring(root, encoding="unicode"))
+    try:
+        yield guest.start()
+    finally:
+        for secret in guest.connection().listSecrets():
+            guest.connection().secretLookupByUUIDString(secret).undefine()
+
+
+def test_an_encrypted_disk_stays_encrypted_in_the_repository_and_in_what_is_restored(
+    locked: Guest, directory: Path
+) -> None:
+    repository = directory / "repository"
+    repository.mkdir()
+    made = []
+    with Watch() as watch:
+        for number in range(2):
+            points.fill(locked, "vda", MARK, 40 * number, 50)
+            before = points.device_hash(locked, "vda")
+            result = ok("backup", domain=locked.name, repository=str(repository), compression="zstd")
+            assert any("uncompressed" in warning for warning in result["warnings"]), result["warnings"]
+            made.append((result["restore_point"], before))
+    assert watch.seen == set()
+    assert holding([PASSPHRASE, MARK], repository, "/var/lib/vmkeeper.libvirt") == []
+    assert [one["type"] for one, _hash in made] == ["full", "incremental"]
+    newest, expected = made[-1]
+    assert points.content(by_hand(directory, repository, newest, "hand") / "hand.vda.qcow2") == expected
+    where = {"repository": str(repository), "id": newest["id"]}
+    ok("backup_verify", **where, passphrase=PASSPHRASE)
+
+    arguments = {**where, "domain": "lab-locked-r", "directory": str(directory), "network": "disconnected"}
+    assert "no passphrase" in task("restore", **arguments)["msg"]
+    back = ok("restore", **arguments, passphrase=PASSPHRASE, state="running")
+    secret = back["restored"][0]["secret"]
+    try:
+        assert locked.connection().lookupByName("lab-locked-r").isActive(), "QEMU opened it with the new secret"
+        locked.connection().lookupByName("lab-locked-r").destroy()
+        assert decoded(directory / "lab-locked-r.vda.qcow2") == expected
+        assert sorted(locked.connection().listSecrets()) == sorted([SECRET, secret])
+        assert holding([MARK], directory / "lab-locked-r.vda.qcow2") == []
+    finally:
+        points.forget_domain(locked, "lab-locked-r")
+        locked.connection().secretLookupByUUIDString(secret).undefine()
+
+
+def test_a_private_secret_is_not_read_and_nothing_is_written_in_the_clear(locked: Guest, directory: Path) -> None:
+    define_secret(locked, private=True)
+    try:
+        arguments = {"domain": locked.name, "repository": str(directory)}
+        refused = task("backup", **arguments)
+        assert refused["failed"]
+        assert "encryption.passphrase" in refused["msg"], refused["msg"]
+        assert list(directory.glob("*/*")) == []
+        before = points.device_hash(locked, "vda")
+        made = ok("backup", **arguments, encryption=ENCRYPTION)["restore_point"]
+        assert decoded(directory_of(directory, made) / "vda.qcow2") == before
+    finally:
+        define_secret(locked, private=False)
+
+
+def test_an_encrypted_disk_of_a_stopped_domain_is_copied_and_put_back(locked: Guest, directory: Path) -> None:
+    expected = points.device_hash(locked, "vda")
+    locked.shutdown()
+    made = ok("backup", domain=locked.name, repository=str(directory))["restore_point"]
+    assert decoded(directory_of(directory, made) / "vda.qcow2") == expected
+    image = locked.images["vda"]
+    broken = image.read_bytes()
+    image.write_bytes(b"gone" + broken[4:])
+    arguments = {"repository": str(directory), "id": made["id"], "in_place": True, "confirm": locked.name}
+    ok("restore", **arguments, passphrase=PASSPHRASE)
+    assert decoded(image) == expected
+    locked.start()
+    assert points.device_hash(locked, "vda") == expected
