@@ -195,15 +195,16 @@ def require_unread(connection: Any, repository: Repository, domain_uuid: str, le
         for identifier in sorted({*leaving, *(point.id for point in history.going)})
         for name in _images(os.path.join(directory, identifier))
     ]
-    own.update(host_graph.canonical(image) for image in images)
+    going = {host_graph.canonical(image) for image in images}
     graph = host_graph.read_graph(connection, _directories(directory))
     touched: dict[str, None] = {}
     for image in images:
         for layer in graph.above(image):
             touched[layer] = None
-            readers = [*graph.named_by(layer)]
-            if layer not in own:
-                readers = readers or [host_graph.Reader("file", layer)]
+            readers = graph.named_by(layer)
+            if not readers and layer not in own | going and graph.below[layer] not in own - going:
+                # What stands on an image that stays keeps its content; this one would lose it.
+                readers = (host_graph.Reader("file", layer),)
             if readers:
                 raise _in_use(image, readers[0])
     # Also by the domain's own QEMU: one that was restored instantly may have the original's UUID.

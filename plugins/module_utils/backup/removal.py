@@ -39,7 +39,10 @@ def remove_by_id(
     subject = find_subject(connection, repository, domain)
     if subject is None:
         return None
-    with alone(uri, repository, subject, f"removing restore point {identifier}", check=check):
+    with alone(uri, repository, subject, f"removing restore point {identifier}", check=check) as finished:
+        for point in finished:
+            if point.id == identifier:
+                return point.as_result()
         history = repository.history(subject.uuid)
         damaged = next((one for one in history.broken if one.id == identifier), None)
         if damaged is not None:
@@ -56,17 +59,24 @@ def remove_by_id(
 
 
 @contextlib.contextmanager
-def alone(uri: str, repository: Repository, subject: Subject, operation: str, *, check: bool) -> Iterator[None]:
-    """Settle what was interrupted, and hold the domain and its points here alone. Nothing is held with ``check``."""
+def alone(
+    uri: str, repository: Repository, subject: Subject, operation: str, *, check: bool
+) -> Iterator[tuple[Point, ...]]:
+    """Settle what was interrupted, and hold the domain and its points here alone. Nothing is held with ``check``.
+
+    Gives the points that went because an interrupted removal was finished.
+    """
     with contextlib.ExitStack() as stack:
         if not check:
             _require_writable(repository)
             stack.enter_context(locks.hold([(subject.uuid, subject.name)], operation))
+        before = _all_points(repository.history(subject.uuid))
         settlement.settle_named(uri, [(subject.uuid, subject.name)], settle.SETTLERS, check=check)
         if not check:
             stack.enter_context(repository.locked(subject.uuid, operation))
             sweep(repository, subject.uuid)
-        yield
+        after = repository.history(subject.uuid)
+        yield tuple(point for point in before if after.holder(point.id) is None)
 
 
 def remove_points(

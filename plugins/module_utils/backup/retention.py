@@ -98,17 +98,17 @@ def _prune_domain(
     fold: bool,
     check: bool,
 ) -> None:
-    with removal.alone(uri, repository, subject, "applying a retention policy", check=check):
+    earlier = _stored(repository, subject.uuid)
+    with removal.alone(uri, repository, subject, "applying a retention policy", check=check) as finished:
         history = repository.history(subject.uuid)
         plan = _plan(repository, subject, history, keep, fold=fold)
         pruned.warnings += _warnings(subject, history, plan)
-        before = _stored(repository, subject.uuid)
         done = removal.remove_points(
             connection, repository, subject, history, [point.id for point in plan.removed], check=check
         )
         pruned.kept += plan.kept
-        pruned.removed += [point.as_result() for point in reversed(done.points)]
-        pruned.freed += done.most_freed if check else max(0, before - _stored(repository, subject.uuid))
+        pruned.removed += [point.as_result() for point in reversed((*finished, *done.points))]
+        pruned.freed += done.most_freed if check else max(0, earlier - _stored(repository, subject.uuid))
 
 
 def _plan(repository: Repository, subject: removal.Subject, history: History, keep: Keep, *, fold: bool) -> Plan:

@@ -10,9 +10,10 @@ import os
 import random
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import digests, folding_plan, manifest, verifying
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import digests, manifest, verifying
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.listing import Found
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.manifest import Point, StoredDisk
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.repository import Repository, open_repository
@@ -39,7 +40,14 @@ class Built:
         return self.path / UUID / identifier / f"{target}.qcow2"
 
     def add(
-        self, rng: random.Random, parents: dict[str, str | None], *, grow: int = 0, blocks: int = 6, **changes: object
+        self,
+        rng: random.Random,
+        parents: dict[str, str | None],
+        *,
+        grow: int = 0,
+        blocks: int = 6,
+        noise: bool = False,
+        **changes: object,
     ) -> str:
         """A point with a disk for each of ``parents``, changed in up to ``blocks`` places of up to four blocks."""
         number = len(self.points) + 1
@@ -47,8 +55,10 @@ class Built:
         directory = Path(self.repository.point_directory(UUID, identifier))
         directory.mkdir(parents=True)
         self.contents[identifier] = {}
-        disks = [self._disk(rng, identifier, target, parent, grow, blocks) for target, parent in parents.items()]
+        disks = [self._disk(rng, identifier, target, parent, grow, blocks, noise) for target, parent in parents.items()]
         increments = [disk for disk in disks if disk.parent]
+        definition = _definition(parents)
+        (directory / "domain.xml").write_text(definition)
         point = Point(
             id=identifier,
             sequence=number,
@@ -60,6 +70,7 @@ class Built:
             parent=increments[0].parent if increments else None,
             consistency="offline",
             disks=tuple(disks),
+            files={"domain.xml": hashlib.sha256(definition.encode()).hexdigest()},
             stored_bytes=sum(disk.stored_bytes for disk in disks),
             changed_bytes=sum(disk.changed_bytes for disk in disks),
         )
@@ -69,7 +80,7 @@ class Built:
         return identifier
 
     def _disk(
-        self, rng: random.Random, identifier: str, target: str, parent: str | None, grow: int, blocks: int
+        self, rng: random.Random, identifier: str, target: str, parent: str | None, grow: int, blocks: int, noise: bool
     ) -> StoredDisk:
         path = self.image(identifier, target)
         before = self.contents[parent][target] if parent else bytes(64 * BLOCK)
@@ -79,10 +90,16 @@ class Built:
             run += ["-u", "-F", "qcow2", "-b", f"../{parent}/{target}.qcow2"]
         subprocess.run([*run, path, str(len(content))], check=True)
         commands = []
-        for _time in range(blocks if parent else 3 * blocks):
+        for number in range(blocks if parent else 3 * blocks):
             length = rng.randint(1, 4) * BLOCK
             start = rng.randrange(0, len(content) - length, 4096)
-            if rng.random() < 0.2:
+            if noise:
+                data = rng.randbytes(BLOCK)
+                one = path.with_name(f"{number}.noise")
+                one.write_bytes(data)
+                commands += ["-c", f"write -s {one} {start} {length}"]
+                content[start : start + length] = data * (length // BLOCK)
+            elif rng.random() < 0.2:
                 commands += ["-c", f"write -z {start} {length}"]
                 content[start : start + length] = bytes(length)
             else:
@@ -90,6 +107,8 @@ class Built:
                 commands += ["-c", f"write -P {value} {start} {length}"]
                 content[start : start + length] = bytes([value]) * length
         subprocess.run(["qemu-io", "-f", "qcow2", *commands, path], check=True, stdout=subprocess.DEVNULL)
+        for one in path.parent.glob("*.noise*"):
+            one.unlink()
         os.chmod(path, 0o600)
         self.contents[identifier][target] = bytes(content)
         return self._described(identifier, target, parent, len(content))
@@ -165,7 +184,7 @@ class Built:
         for point in history.points:
             names = sorted(path.name for path in (directory / point.id).iterdir())
             files = [name for disk in point.disks for name in (disk.file, disk.sums)]
-            assert names == sorted(["manifest.json", *files])
+            assert names == sorted(["manifest.json", "domain.xml", *files])
             assert point.type == ("incremental" if point.parents else "full")
             assert point.parent is None or point.parent in point.parents
             for disk in point.disks:
@@ -175,6 +194,13 @@ class Built:
             assert point.stored_bytes == sum(disk.stored_bytes for disk in point.disks)
 
 
-def kinds(plan: folding_plan.RemovalPlan) -> list[str]:
-    """How a plan merges."""
-    return [merge.how for merge in plan.merges]
+def _definition(targets: Iterable[str]) -> str:
+    disks = "".join(
+        f"<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/nowhere/{target}'/>"
+        f"<target dev='{target}' bus='virtio'/></disk>"
+        for target in targets
+    )
+    return (
+        f"<domain type='qemu'><name>{NAME}</name><uuid>{UUID}</uuid><memory>65536</memory>"
+        f"<os><type arch='x86_64'>hvm</type></os><devices>{disks}</devices></domain>"
+    )

@@ -146,24 +146,26 @@ def test_a_fold_killed_while_it_writes_is_finished(connection, directory: Path, 
     rng = seeded()
     original = Built(directory / "r")
     original.path.mkdir()
-    first = original.add(rng, {"vda": None})
+    first = original.add(rng, {"vda": None}, blocks=2)
     second = original.add(rng, {"vda": first}, blocks=40)
-    third = original.add(rng, {"vda": second}, blocks=40)
+    third = original.add(rng, {"vda": second}, blocks=4)
     fourth = original.add(rng, {"vda": third}, blocks=4)
     for leaving, torn in (([first], second), ([second], third)):
         made = original.copy(directory / "torn")
-        # A quarter of the room that it needs, by the limit on a file's size: it stops in the middle.
-        smallest = made.image(torn if leaving == [second] else first, "vda").stat().st_size
+        # A part of the room that it needs, by the limit on a file's size: it stops in the middle.
+        written_to = made.image(torn if leaving == [second] else first, "vda")
+        smallest = written_to.stat().st_size
         program = directory / "qemu-img"
         program.write_text(
             "#!/bin/sh\n"
-            f'case "$1" in commit|rebase) ulimit -f {(smallest + 10 * built.BLOCK) // 512};; esac\nexec /usr/bin/qemu-img "$@"\n'
+            f'case "$1" in commit|rebase) ulimit -f {(smallest + 5 * built.BLOCK) // 512};; esac\nexec /usr/bin/qemu-img "$@"\n'
         )
         program.chmod(0o755)
         with monkeypatch.context() as patched:
-            patched.setattr("shutil.which", lambda name, path=None: str(program))
+            patched.setattr("shutil.which", lambda _name, found=str(program), **_more: found)
             with pytest.raises(Exception, match="Merging disk 'vda'"):
                 remove(connection, made, leaving)
+        assert written_to.stat().st_size > smallest, "it had begun to write"
         assert made.ids() == sorted({first, second, third, fourth} - set(leaving))
         made.assert_exact(leaving)
         assert made.findings() == []
