@@ -40,9 +40,9 @@ def remove_by_id(
     if subject is None:
         return None
     with alone(uri, repository, subject, f"removing restore point {identifier}", check=check) as finished:
-        for point in finished:
-            if point.id == identifier:
-                return point.as_result()
+        for gone in finished:
+            if gone.id == identifier:
+                return gone.as_result()
         history = repository.history(subject.uuid)
         damaged = next((one for one in history.broken if one.id == identifier), None)
         if damaged is not None:

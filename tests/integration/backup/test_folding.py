@@ -88,8 +88,8 @@ def seeded() -> random.Random:
 
 def test_whatever_goes_the_points_that_stay_are_exact(connection, directory: Path) -> None:
     rng = seeded()
-    for number in range(3 * points.SCALE):
-        made = random_history(rng, directory / f"h{number}", 9)
+    for number in range(2 * points.SCALE):
+        made = random_history(rng, directory / f"h{number}", 8)
         made.assert_exact("as made")
         assert made.findings() == []
         while ids := made.ids():
@@ -105,7 +105,7 @@ def test_ended_at_any_step_all_points_are_exact_before_and_after_the_next_run(
 ) -> None:
     rng = seeded()
     for number in range(points.SCALE):
-        original = random_history(rng, directory / f"h{number}", 8)
+        original = random_history(rng, directory / f"h{number}", 7)
         ids = original.ids()
         leaving = rng.sample(ids, rng.randint(2, 5))
         rest = [one for one in ids if one not in leaving]

@@ -24,7 +24,7 @@ from ansible_collections.vmkeeper.libvirt.tests.integration.backup import points
 from ansible_collections.vmkeeper.libvirt.tests.integration.backup.built import UUID, Built
 from ansible_collections.vmkeeper.libvirt.tests.integration.backup.points import ok, point, task
 
-CYCLES = 8 * points.SCALE
+CYCLES = 6 * points.SCALE
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +91,8 @@ class Aging:
         assert gone["diff"]["before"]["restore_points"][0]["id"] == identifier
         del self.expected[identifier]
 
-    def attach(self, directory: Path) -> None:
-        image = directory / "vdc.qcow2"
+    def attach(self) -> None:
+        image = self.guest.directory / "vdc.qcow2"
         points.run("qemu-img", "create", "-q", "-f", "qcow2", image, "4M")
         points.run("qemu-io", "-c", "write -P 0x5a 0 1M", image)
         source = f"<driver name='qemu' type='qcow2'/><source file='{image}'/><target dev='vdc' bus='virtio'/>"
@@ -111,7 +111,7 @@ def test_points_go_in_every_position_of_a_random_history(guest: Guest, repositor
     for number in range(CYCLES):
         aging.backup()
         if number == 2:
-            aging.attach(directory)
+            aging.attach()
         present = sorted(aging.expected)
         if len(present) < 3:
             continue
