@@ -30,7 +30,7 @@ options:
   state:
     description:
       - V(present) makes a restore point, always, unless O(min_age) finds one that is young enough.
-      - V(absent) removes the point O(id).
+      - V(absent) removes the point O(id), whichever others stand on it. What those need of it is merged into them.
     type: str
     choices: [present, absent]
     default: present
@@ -81,6 +81,7 @@ options:
       - The manifest, the definition, the UEFI variables and the digests of the disks' content are not encrypted.
       - All points of a chain have one passphrase. An increment is refused if its passphrase does not open what it would stand on;
         O(type=full) begins a new chain with a new one. Where O(encryption) comes or goes, the disks get a full.
+      - An encrypted point that others stand on cannot be removed, since encrypted images are not merged.
       - A disk whose own image is encrypted is always stored encrypted, and not compressed. Without this option its passphrase is that
         of its libvirt secret, which must not be private.
       - Without the passphrase the data is lost. It is kept nowhere.
@@ -134,7 +135,10 @@ notes:
   - A repository that stalls, as on NFS, makes the backup wait and not the guest.
   - A stopped domain is copied in full, straight into the repository, and cannot be started until its disks are copied.
   - Increments go on over external snapshots and over active commits of them.
+  - Every other point restores to the same content while and after a point is removed. With the newest point goes its checkpoint,
+    and the next backup is a full.
 seealso:
+  - module: vmkeeper.libvirt.backup_retention
   - module: vmkeeper.libvirt.restore
   - module: vmkeeper.libvirt.backup_info
   - module: vmkeeper.libvirt.backup_verify
