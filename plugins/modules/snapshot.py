@@ -42,10 +42,11 @@ options:
   allow_restart:
     description:
       - With O(state=reverted), a running guest is stopped at once and booted on a snapshot that holds no memory. V(false) forbids
-        that, and the task refuses instead.
+        that, and the task refuses instead. The default is V(true).
       - A guest that is shut off stays so, and one whose snapshot holds memory is resumed, so these need no permission.
+      - With O(state=absent), V(true) shuts a running guest down cleanly, merges its layers and starts it again where AppArmor denies every
+        way to merge them live; see M(vmkeeper.libvirt.blockcommit). The default is V(false), and the task refuses instead.
     type: bool
-    default: true
   protected:
     description:
       - Protect the snapshot from being removed, by O(state=absent) or by M(vmkeeper.libvirt.blockcommit).
@@ -244,6 +245,12 @@ snapshot:
       returned: O(state=absent)
       type: list
       elements: dict
+    merged:
+      description:
+        - The disks whose layers were merged, each with C(disk), C(method) and C(why), as M(vmkeeper.libvirt.blockcommit) returns them.
+      returned: O(state=absent)
+      type: list
+      elements: dict
     removed:
       description: Files that were deleted.
       returned: O(state=absent) or O(state=reverted)
@@ -284,6 +291,7 @@ SHORTEST_DEADLINE = 2.0
 #: Options that mean something only for some states.
 ONLY_PRESENT = ("disks", "exclude_disks", "directory", "description", "tags", "protected")
 ONLY_REVERTED = ("keep_present_as",)
+NOT_PRESENT = ("allow_restart",)
 
 
 def check_options(call: _module.Call) -> None:
@@ -291,6 +299,7 @@ def check_options(call: _module.Call) -> None:
     state = call.params["state"]
     idle = [name for name in ONLY_PRESENT if state != "present" and call.params[name] is not None]
     idle += [name for name in ONLY_REVERTED if state != "reverted" and call.params[name] is not None]
+    idle += [name for name in NOT_PRESENT if state == "present" and call.params[name] is not None]
     if idle:
         raise InvalidInput(f"{', '.join(idle)} means nothing with state: {state}", advice="Leave it out")
 
@@ -339,7 +348,7 @@ def absent(call: _module.Call) -> _module.Answer:
     """See that the snapshot does not exist."""
     name = names.check_name(call.params["name"])
     handles = find_domains(call.connection, call.params["domains"])
-    removed = remove(call.uri, handles, name, check=call.check)
+    removed = remove(call.uri, handles, name, check=call.check, allow_restart=bool(call.params["allow_restart"]))
     gone = [one.snapshot for one in removed if one.snapshot is not None]
     return _module.Answer(
         changed=any(one.changed for one in removed),
@@ -358,7 +367,7 @@ def reverted(call: _module.Call) -> _module.Answer:
     request = revert_plan.Request(
         name=names.check_name(call.params["name"]),
         keep_present_as=names.check_name(keep, "keep_present_as") if keep is not None else None,
-        allow_restart=call.params["allow_restart"],
+        allow_restart=call.params["allow_restart"] is not False,
     )
     handles = find_domains(call.connection, call.params["domains"])
     done = revert(call.connection, call.uri, handles, request, check=call.check)
@@ -400,7 +409,7 @@ def main() -> None:
             "tags": {"type": "raw"},
             "deadline": {"type": "str", "default": "60s"},
             "keep_present_as": {"type": "str"},
-            "allow_restart": {"type": "bool", "default": True},
+            "allow_restart": {"type": "bool"},
             "protected": {"type": "bool"},
         },
         handle,

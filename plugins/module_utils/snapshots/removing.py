@@ -28,25 +28,32 @@ class Removed:
     warnings: list[str] = field(default_factory=list)
 
 
-def remove(uri: str, handles: Sequence[Any], name: str, *, check: bool = False) -> list[Removed]:
+def remove(
+    uri: str,
+    handles: Sequence[Any],
+    name: str,
+    *,
+    check: bool = False,
+    allow_restart: bool = False,
+) -> list[Removed]:
     """See that no domain has the snapshot; every domain is checked before the first is changed."""
     named = [(handle.UUIDString(), handle.name()) for handle in handles]
     if check:
         settlement.settle_before_change(uri, handles, SETTLERS, check=True)
         grounds = [read_ground(handle) for handle in handles]
-        return [_result(ground, plan_removal(name, ground), None) for ground in grounds]
+        return [_result(ground, plan_removal(name, ground, allow_restart=allow_restart), None) for ground in grounds]
     with locks.hold(named, f"removal of snapshot {name!r}"):
         settled = {one["domain"] for one in settlement.settle_before_change(uri, handles, SETTLERS)}
-        removed = remove_locked(handles, name)
+        removed = remove_locked(handles, name, allow_restart=allow_restart)
     for one in removed:
         one.changed = one.changed or one.domain in settled
     return removed
 
 
-def remove_locked(handles: Sequence[Any], name: str) -> list[Removed]:
+def remove_locked(handles: Sequence[Any], name: str, *, allow_restart: bool = False) -> list[Removed]:
     """:func:`remove` by a caller that holds the locks and has settled what was unfinished."""
     grounds = [read_ground(handle) for handle in handles]
-    plans = [plan_removal(name, ground) for ground in grounds]
+    plans = [plan_removal(name, ground, allow_restart=allow_restart) for ground in grounds]
     return [_run(handle, ground, plan) for handle, ground, plan in zip(handles, grounds, plans)]
 
 
@@ -66,6 +73,7 @@ def _result(ground: Ground, plan: RemovalPlan | None, merged: Merged | None) -> 
         + ", ".join(f"{reader['kind']} {reader['name']}" for reader in layer["for"])
         for layer in plan.kept
     ]
+    warnings += plan.notes
     if merged is not None:
         warnings += [f"{path} was kept: it is needed by {reason}" for path, reason in merged.kept.items()]
     files = list(plan.work.files)
@@ -75,6 +83,10 @@ def _result(ground: Ground, plan: RemovalPlan | None, merged: Merged | None) -> 
         snapshot={
             **plan.snapshot.as_result(ground.domain.name),
             "layer_kept_for": list(plan.kept),
+            "merged": [
+                {"disk": merge.target, "method": plan.methods[merge.target], "why": merge.why}
+                for merge in plan.work.merges
+            ],
             "removed": files if merged is None else list(merged.removed),
         },
         warnings=warnings,

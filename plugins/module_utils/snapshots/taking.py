@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .._errors import Conflict, InvalidInput, LibvirtFailed, Refused, VmkeeperError
-from ..hypervisor import qemu_img
+from ..hypervisor import power, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import constant, explaining, message_of
 from ..hypervisor.domain_model import qemu_owner, read_domain
@@ -34,10 +33,6 @@ from .plan import (
     snapshot_xml,
 )
 from .settlers import SETTLERS
-
-#: How long a guest may take to shut down before the task gives up and leaves it running.
-SHUTDOWN_SECONDS = 300.0
-ASK_AGAIN_SECONDS = 15.0
 
 
 @dataclass
@@ -246,26 +241,13 @@ class _Taking:
         if not going:
             return
         self._journal.step("shutdown")
-        for handle, plan in going:
-            with explaining(f"Shutting down domain {plan.domain.name!r}"):
-                handle.shutdown()
-        give_up = time.monotonic() + SHUTDOWN_SECONDS
-        ask_again = time.monotonic() + ASK_AGAIN_SECONDS
-        while going := [(handle, plan) for handle, plan in going if handle.isActive()]:
-            if time.monotonic() >= ask_again:
-                # A guest that was only just started does not hear the first press of its power button.
-                ask_again = time.monotonic() + ASK_AGAIN_SECONDS
-                for handle, _plan in going:
-                    with contextlib.suppress(libvirt.libvirtError):
-                        handle.shutdown()
-            if time.monotonic() > give_up:
-                still = [plan.domain.name for _handle, plan in going]
-                raise VmkeeperError(
-                    f"{', '.join(still)} did not shut down within {SHUTDOWN_SECONDS:.0f} s",
-                    state="No snapshot was taken; what had shut down is started again. A guest that is late may still go down.",
-                    advice="See that the guest reacts to the ACPI power button or has its agent running",
-                )
-            time.sleep(0.2)
+        still = power.shut_down([handle for handle, _plan in going])
+        if still:
+            raise VmkeeperError(
+                f"{', '.join(still)} did not shut down within {power.SHUTDOWN_SECONDS:.0f} s",
+                state="No snapshot was taken; what had shut down is started again. A guest that is late may still go down.",
+                advice="See that the guest reacts to the ACPI power button or has its agent running",
+            )
         self._journal.step("shut-off")
 
     def _members(self) -> list[instant.Member]:
