@@ -114,9 +114,11 @@ attributes:
     details:
       - O(state=present) and O(state=absent) are. O(state=reverted) is an action and always goes back.
 notes:
-  - A revert moves the disks that the snapshot holds, the current snapshot, and the definition of the next start. The rest of that
-    definition stays today's, and so do the UEFI variables and disks that the snapshot does not hold. When memory is resumed the
-    running guest has the hardware of that moment until it is shut off.
+  - A revert moves the disks that the snapshot holds, its UEFI variables, the current snapshot, and the definition of the next start. The
+    rest of that definition stays today's, and so do disks that the snapshot does not hold. When memory is resumed the running guest
+    has the hardware of that moment until it is shut off.
+  - The UEFI variables of a domain are copied beside the overlays of an external snapshot, where they lie in a raw file. RV(snapshot.nvram)
+    is the copy. Snapshots without one say so in RV(snapshot.not_captured), and going back to them leaves the variables as they are.
   - A revert ends the checkpoints that were made after the snapshot, so the next incremental backup is a full one.
   - V(absent) refuses, before anything is changed, a protected snapshot, a layer that another domain, an unknown image or a
     foreign process uses together with this domain, a managed-save image, a broken chain, a layer smaller than the one below it,
@@ -230,6 +232,9 @@ snapshot:
     memory:
       description: Path of the memory image, V(true) for memory inside an image, or None.
       type: raw
+    nvram:
+      description: Path of the copy of the UEFI variables, or None.
+      type: str
     not_captured:
       description: What it does not hold, each with C(kind), C(name), C(reason) and C(why).
       type: list
@@ -265,6 +270,10 @@ snapshot:
       description: Name of the snapshot that keeps what was there before.
       returned: O(state=reverted)
       type: str
+    nvram_restored:
+      description: Whether the UEFI variables are the snapshot's now.
+      returned: O(state=reverted)
+      type: bool
     checkpoints_ended:
       description: Names of the checkpoints that ended with it.
       returned: O(state=reverted)

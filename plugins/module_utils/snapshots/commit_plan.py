@@ -69,7 +69,7 @@ def plan_commit(request: Request, ground: Ground) -> CommitPlan:
     way = choose_way(ground, merges, allow_restart=request.allow_restart)
     left = [path for merge in way.merges for path in left_behind(ground, merge)]
     files = [path for merge in way.merges for path in merge.gone if path not in left] if request.remove else []
-    files += [snapshot.memory_file for snapshot in ended if snapshot.memory_file]
+    files += [path for snapshot in ended for path in snapshot.side_files]
     return CommitPlan(
         work=Work(
             merges=way.merges,

@@ -61,8 +61,7 @@ def plan_removal(name: str, ground: Ground, *, allow_restart: bool = False) -> R
     way = choose_way(ground, choice.merges, allow_restart=allow_restart)
     left = [path for merge in way.merges for path in left_behind(ground, merge)]
     files = [*choice.files, *(path for merge in way.merges for path in merge.gone if path not in left)]
-    if snapshot.memory_file:
-        files.append(snapshot.memory_file)
+    files += snapshot.side_files
     return RemovalPlan(
         snapshot=snapshot,
         work=Work(

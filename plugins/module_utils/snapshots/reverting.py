@@ -132,7 +132,7 @@ def _result(ground: Ground, plan: RevertPlan, done: Merged | None) -> Reverted:
             f"{ground.domain.name}: the snapshot does not hold {', '.join(others)}, which stays as it is today"
             + (", while the guest's memory is of the snapshot" if plan.start.startswith("resume") else "")
         )
-    if ground.domain.nvram is not None and not plan.internal:
+    if ground.domain.nvram is not None and plan.nvram is None and not plan.internal:
         warnings.append(f"{ground.domain.name}: the UEFI variables stay as they are today")
     return Reverted(
         domain=ground.domain.name,
@@ -146,6 +146,7 @@ def _result(ground: Ground, plan: RevertPlan, done: Merged | None) -> Reverted:
                 {"disk": target, "path": path, "since": current} for target, paths in before.items() for path in paths
             ],
             "removed": list(plan.discarded) if done is None else list(done.removed),
+            "nvram_restored": plan.nvram is not None,
             "kept_present_as": plan.kept_as,
             "checkpoints_ended": list(plan.checkpoints_ended),
             "guest": {"resume": "resumed", "resume-paused": "paused", "boot": "booted", "off": "shut off"}[plan.start],

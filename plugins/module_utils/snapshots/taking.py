@@ -19,7 +19,7 @@ from ..hypervisor.domain_model import qemu_owner, read_domain
 from ..safety import consistency, instant, locks, places, settlement, space
 from ..safety.journal import Journal
 from . import facts as reading
-from . import settle
+from . import nvram, settle
 from .model import by_name, read_snapshots, write_labels
 from .plan import (
     Existing,
@@ -145,6 +145,7 @@ def _predict(plan: TakePlan, facts: Facts) -> Taken:
             for disk in plan.capture.disks
         ],
         "memory": plan.memory_file or (True if plan.memory else None),
+        "nvram": plan.nvram.path if plan.nvram else None,
         "not_captured": [part.as_result() for part in plan.capture.left_out],
         "parent": current,
         "current": True,
@@ -297,6 +298,8 @@ class _Taking:
                 names.append("VIR_DOMAIN_SNAPSHOT_CREATE_LIVE")
         else:
             names = []
+        if plan.nvram is not None:
+            nvram.keep(plan.nvram.source, plan.nvram.path)  # before: a snapshot that exists has its copy
         member.handle.snapshotCreateXML(snapshot_xml(plan), sum(constant(name) or 0 for name in names))
         _refuse_changed(member)  # what was started or saved meanwhile was not cut as planned
         return plan.name
@@ -345,6 +348,8 @@ class _Taking:
         return levels
 
     def _label(self, handle: Any, plan: TakePlan, outcome: instant.Outcome[str], level: str) -> None:
+        if plan.nvram is not None:
+            places.fsync_file(plan.nvram.path)
         paused_ms = outcome.paused_ms
         if plan.memory and plan.mode == "internal":
             paused_ms = outcome.cut_ms  # QEMU holds the guest for as long as it writes the memory
@@ -396,10 +401,17 @@ class _Taking:
     def _undo(self, error: BaseException) -> None:
         """Back to how it was; what cannot be undone now stays in the journal for the next run."""
         try:
-            settle.undo(self._uri, self._journal)
+            kept = settle.undo(self._uri, self._journal)
         except (VmkeeperError, libvirt.libvirtError) as trouble:
             if isinstance(error, VmkeeperError):
                 error.state = f"Undoing it failed ({trouble}); the next run, or recover_domain, goes on with that."
+                error.args = (str(error),)
+        else:
+            if kept and isinstance(error, VmkeeperError):
+                error.state = (
+                    f"The snapshot stays on {', '.join(kept)}, as a crash-consistent one: nothing may be written below its"
+                    " overlays while the guest runs. Every guest runs."
+                )
                 error.args = (str(error),)
 
 

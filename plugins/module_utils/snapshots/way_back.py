@@ -20,6 +20,7 @@ from ..hypervisor.domain_model import qemu_owner, read_domain
 from ..safety import places
 from ..safety.host_graph import canonical
 from ..safety.journal import Journal
+from . import nvram
 from .ground import Ground
 from .merging import Merged, layer_at, put_definition_on, remove_unneeded
 from .model import by_name, read_snapshots, write_labels
@@ -73,6 +74,11 @@ def _go_on(handle: Any, plan: RevertPlan, journal: Journal) -> Merged:
         journal.step("define")
         if not _on_new(handle, plan):
             put_definition_on(handle, {one.target: layer_at(one.path, "qcow2") for one in plan.overlays})
+        if plan.nvram is not None:
+            # Not before: a guest that somebody starts on its old disks after a crash has its old variables, too.
+            journal.step("nvram")
+            if not handle.isActive():
+                nvram.bring_back(*plan.nvram, owner=qemu_owner(handle.connect().getCapabilities()))
         journal.step("current")
         _make_current(handle, plan.snapshot)
         journal.step("checkpoints")

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import tasks, ways
+from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots.proof import alive
 from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
 from ansible_collections.vmkeeper.libvirt.tests.lab.spec import MIB
 
@@ -165,6 +166,33 @@ def test_what_cannot_be_pulled_is_refused_or_merged_while_the_guest_is_off(guest
     assert ways.read(guest) == {"end"}
     assert ways.snapshots(guest) == {"two": None}
     assert ways.content_of(guest, "two") == {"two"}
+    ways.assert_whole(guest)
+
+
+def test_a_cut_that_cannot_be_taken_back_is_kept_as_crash_consistent(
+    guest: Guest, profile: Profile, tmp_path: Path
+) -> None:
+    ways.write(guest, "one")
+    killed = tasks.finish(
+        tasks.killed_at("cut-done", "snapshot", tmp_path / "steps", domain=guest.name, name="one", quiesce="required")
+    )
+    assert killed.killed
+    env = profile.written_anew()
+    found = tasks.ok("recover_domain", domain=guest.name, env=env)["findings"]
+    assert any("kept as crash-consistent" in one["action"] for one in found), found
+    assert not tasks.ok("recover_domain", domain=guest.name, env=env).changed
+    alive(guest)
+    ways.write(guest, "end")
+    kept = tasks.ok("snapshot_info", domain=guest.name, name="one")["snapshot"]
+    assert kept["consistency"] == "crash"
+    assert ways.content_of(guest, "one") == {"one"}
+    again = tasks.run("snapshot", domain=guest.name, name="one", quiesce="required", env=env)
+    assert again.failed
+    assert "crash" in again.message
+    answer = tasks.ok("snapshot", domain=guest.name, name="one", state="absent", env=env)
+    assert {entry["method"] for entry in answer["snapshot"]["merged"]} == {"pull"}
+    assert ways.read(guest) == {"end"}
+    leave_only(guest)
     ways.assert_whole(guest)
 
 
