@@ -56,7 +56,8 @@ class RevertPlan:
 
     ``start``: ``resume`` (from memory), ``resume-paused``, ``boot`` or ``off``.  ``discarded``: files of the present that
     nobody needs any more; ``left``: images of the present that are not ours to delete.  ``nvram``: the snapshot's copy of the UEFI
-    variables, and the domain's file that becomes it.
+    variables, and the domain's file that becomes it.  ``alone``: no other domain goes back in the same task, so the mark of the kept
+    present goes with this one's journal.
     """
 
     snapshot: str
@@ -69,6 +70,7 @@ class RevertPlan:
     discarded: tuple[str, ...]
     left: tuple[str, ...]
     kept_as: str | None = None
+    alone: bool = True
     nvram: tuple[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
