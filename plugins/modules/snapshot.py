@@ -103,6 +103,20 @@ options:
       - A duration such as V(90s) or V(2m), or seconds.
     type: str
     default: 60s
+  bandwidth:
+    description: With O(state=absent), limit of the merge in bytes per second, such as V(100M). No limit when left out.
+    type: str
+  wait:
+    description:
+      - With O(state=absent), V(false) has the task checked and answered at once with RV(job), while a worker on the hypervisor does the
+        work. M(vmkeeper.libvirt.domain_job) shows it, waits for it, limits or cancels it.
+    type: bool
+    default: true
+  wait_timeout:
+    description:
+      - With O(state=absent), how long to wait for each running job, such as V(2h). No limit when left out.
+      - When it passes the task fails with the job's state. The job goes on, and the same task takes it up.
+    type: str
 extends_documentation_fragment:
   - vmkeeper.libvirt.hypervisor
   - vmkeeper.libvirt.hypervisor.changing
@@ -283,15 +297,18 @@ snapshot:
       description: V(resumed), V(paused), V(booted) or V(shut off), what the guest is after the revert.
       returned: O(state=reverted)
       type: str
+job:
+  description: The worker, with its C(id), C(operation), C(domains), C(state) (V(pending)) and C(started).
+  returned: O(wait=false)
+  type: dict
 """
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domains
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots import revert_plan
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots import removing, revert_plan
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.plan import Request
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.removing import remove
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.reverting import revert
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.taking import take
 
@@ -300,6 +317,7 @@ SHORTEST_DEADLINE = 2.0
 #: Options that mean something only for some states.
 ONLY_PRESENT = ("disks", "exclude_disks", "directory", "description", "tags", "protected")
 ONLY_REVERTED = ("keep_present_as",)
+ONLY_ABSENT = ("bandwidth", "wait_timeout")
 NOT_PRESENT = ("allow_restart",)
 
 
@@ -308,6 +326,8 @@ def check_options(call: _module.Call) -> None:
     state = call.params["state"]
     idle = [name for name in ONLY_PRESENT if state != "present" and call.params[name] is not None]
     idle += [name for name in ONLY_REVERTED if state != "reverted" and call.params[name] is not None]
+    idle += [name for name in ONLY_ABSENT if state != "absent" and call.params[name] is not None]
+    idle += ["wait"] if state != "absent" and not call.params["wait"] else []
     idle += [name for name in NOT_PRESENT if state == "present" and call.params[name] is not None]
     if idle:
         raise InvalidInput(f"{', '.join(idle)} means nothing with state: {state}", advice="Leave it out")
@@ -355,9 +375,19 @@ def present(call: _module.Call) -> _module.Answer:
 
 def absent(call: _module.Call) -> _module.Answer:
     """See that the snapshot does not exist."""
-    name = names.check_name(call.params["name"])
-    handles = find_domains(call.connection, call.params["domains"])
-    removed = remove(call.uri, handles, name, check=call.check, allow_restart=bool(call.params["allow_restart"]))
+    params = call.params
+    name = names.check_name(params["name"])
+    request = removing.Request(
+        name=name,
+        allow_restart=bool(params["allow_restart"]),
+        bandwidth=names.parse_size(params["bandwidth"], "bandwidth") if params["bandwidth"] else 0,
+    )
+    seconds = names.parse_duration(params["wait_timeout"], "wait_timeout") if params["wait_timeout"] else None
+    handles = find_domains(call.connection, params["domains"])
+    if not params["wait"] and not call.check:
+        job = removing.start(call.uri, handles, request)
+        return _module.Answer(changed=True, result={"job": {**job.as_result(), "state": "pending"}})
+    removed = removing.remove(call.uri, handles, request, check=call.check, seconds=seconds)
     gone = [one.snapshot for one in removed if one.snapshot is not None]
     return _module.Answer(
         changed=any(one.changed for one in removed),
@@ -420,6 +450,9 @@ def main() -> None:
             "keep_present_as": {"type": "str"},
             "allow_restart": {"type": "bool"},
             "protected": {"type": "bool"},
+            "bandwidth": {"type": "str"},
+            "wait": {"type": "bool", "default": True},
+            "wait_timeout": {"type": "str"},
         },
         handle,
     )

@@ -45,8 +45,11 @@ class _Choice:
     kept: list[dict[str, Any]] = field(default_factory=list)
 
 
-def plan_removal(name: str, ground: Ground, *, allow_restart: bool = False) -> RemovalPlan | None:
-    """Decide; None where the domain has no such snapshot. Raises before anything is changed."""
+def plan_removal(name: str, ground: Ground, *, allow_restart: bool = False, bandwidth: int = 0) -> RemovalPlan | None:
+    """Decide; None where the domain has no such snapshot. Raises before anything is changed.
+
+    ``bandwidth`` in bytes per second, 0 for no limit.
+    """
     snapshot = by_name(ground.snapshots, name)
     if snapshot is None:
         return None
@@ -69,6 +72,7 @@ def plan_removal(name: str, ground: Ground, *, allow_restart: bool = False) -> R
             rebased=follow_snapshots(ground, way.merges, [name]),
             ended=(name,),
             files=tuple(files),
+            bandwidth=bandwidth,
             restart=way.restart,
             checkpoints_ended=way.checkpoints_ended,
         ),

@@ -18,6 +18,7 @@ from .ground import Ground, read_ground
 from .merging import Merged
 from .model import Snapshot, by_name, read_snapshots
 from .plan import Request as TakeRequest
+from .removing import Request as Removal
 from .removing import remove
 from .revert_plan import Request, RevertPlan, plan_revert
 from .settlers import SETTLERS
@@ -129,7 +130,7 @@ def _keep_present(connection: Any, uri: str, handles: Sequence[Any], request: Re
         plan = plan_revert(request, ground)  # what would be refused after the snapshot is refused before it
         if by_name(ground.snapshots, name) is not None:
             # An earlier try took it and went no further; the guest has moved on since.
-            remove(uri, [handle], name)
+            remove(uri, [handle], Removal(name))
         wanted = TakeRequest(
             name=name,
             mode="internal" if plan.internal else "external",
