@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .._errors import Unfinished
-from . import journal, locks, release
+from . import checkpoints_aside, journal, locks, release
 from .journal import Journal
 
 #: Finishes or undoes one interrupted operation, closes its journal, and returns ``{what, action}``.
@@ -38,6 +38,7 @@ def settle_before_change(
                 raise _foreign(name, operation.kind)
             continue
         release.release_orphans(uuid)
+        checkpoints_aside.put_back(handle)
         pending = journal.unfinished(uuid)
         if pending is None:
             continue

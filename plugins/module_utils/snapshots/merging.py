@@ -23,6 +23,7 @@ from ..hypervisor.connection import code_of, constant, explaining, open_connecti
 from ..hypervisor.domain_model import Disk, Layer, read_domain
 from ..hypervisor.image_header import BadHeader, read_qcow2
 from ..safety import places, processes
+from ..safety.checkpoints_aside import set_aside
 from ..safety.host_graph import canonical, openers, read_graph
 from ..safety.journal import Journal
 from .merge_plan import Merge, Rebased, Work
@@ -501,7 +502,8 @@ def _rebase_snapshot(handle: Any, rebased: Rebased) -> None:
         flags = constant("VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE") or 0
         if snapshot.isCurrent():
             flags |= constant("VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT") or 0
-        handle.snapshotCreateXML(with_base(xml, rebased.target, layer_at(rebased.path, rebased.format)), flags)
+        with set_aside(handle):
+            handle.snapshotCreateXML(with_base(xml, rebased.target, layer_at(rebased.path, rebased.format)), flags)
 
 
 def forget_snapshot(handle: Any, name: str) -> None:

@@ -17,6 +17,7 @@ from ..hypervisor import chain
 from ..hypervisor.connection import constant, explaining
 from ..hypervisor.definition import with_layers
 from ..hypervisor.domain_model import Layer, parse_disk
+from ..safety.checkpoints_aside import set_aside
 
 #: Our element in the ``<metadata>`` of the domain definition that libvirt keeps inside each snapshot.  The metadata of
 #: the domain itself would die with its next define.
@@ -303,7 +304,8 @@ def write_labels(
         flags = _flags("VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE")
         if snapshot.isCurrent():
             flags |= _flags("VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT")
-        domain.snapshotCreateXML(xml, flags)
+        with set_aside(domain):
+            domain.snapshotCreateXML(xml, flags)
 
 
 def by_name(snapshots: Sequence[Snapshot], name: str) -> Snapshot | None:

@@ -282,12 +282,6 @@ def choose_mode(request: Request, facts: Facts, capture: Capture, *, memory: boo
                 obstacles=obstacles,
             )
         return "internal", "asked for"
-    if facts.domain.checkpoints and offline:
-        raise Unsupported(
-            f"Domain {facts.domain.name!r} is shut off and has checkpoints, over which libvirt takes no external snapshot",
-            advice="Start it and take the snapshot live",
-            checkpoints=list(facts.domain.checkpoints),
-        )
     if request.mode == "external":
         return "external", "asked for"
     return (

@@ -16,7 +16,9 @@ from ..hypervisor import power, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import constant, explaining, message_of
 from ..hypervisor.domain_model import qemu_owner, read_domain
+from ..hypervisor.image_header import read_qcow2
 from ..safety import consistency, instant, locks, places, settlement, space
+from ..safety.checkpoints_aside import set_aside
 from ..safety.journal import Journal
 from . import facts as reading
 from . import nvram, settle
@@ -205,6 +207,9 @@ class _Taking:
                 for overlay in plan.overlays:
                     self._make_overlay(overlay, owner)
             self._shut_down()
+            for handle, plan in zip(self._handles, self._plans):
+                if not handle.isActive():
+                    _go_on_recording(plan)
             outcomes = instant.take(
                 self._uri,
                 self._members(),
@@ -300,7 +305,8 @@ class _Taking:
             names = []
         if plan.nvram is not None:
             nvram.keep(plan.nvram.source, plan.nvram.path)  # before: a snapshot that exists has its copy
-        member.handle.snapshotCreateXML(snapshot_xml(plan), sum(constant(name) or 0 for name in names))
+        with set_aside(member.handle):
+            member.handle.snapshotCreateXML(snapshot_xml(plan), sum(constant(name) or 0 for name in names))
         _refuse_changed(member)  # what was started or saved meanwhile was not cut as planned
         return plan.name
 
@@ -423,6 +429,22 @@ def _refuse_changed(member: instant.Member) -> None:
         raise Refused(
             f"Domain {member.name!r} was started, stopped or saved meanwhile", state="", advice="Run this again"
         )
+
+
+def _go_on_recording(plan: TakePlan) -> None:
+    """Give the overlays of a domain that is off the bitmaps that record in its images: live, libvirt does that.
+
+    libvirt believes a chain of bitmaps only if every layer has it, recording.
+    """
+    for overlay in plan.overlays:
+        if overlay.base_format != "qcow2":
+            continue
+        for bitmap in read_qcow2(overlay.base).bitmaps:
+            if bitmap.name in plan.domain.checkpoints and bitmap.enabled and not bitmap.in_use:
+                qemu_img.run(
+                    ["bitmap", "--add", "-f", "qcow2", overlay.path, bitmap.name],
+                    doing=f"Adding the dirty bitmap {bitmap.name} to {overlay.path}",
+                )
 
 
 def _make_private(plan: TakePlan) -> None:

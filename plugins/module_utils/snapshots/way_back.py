@@ -19,6 +19,7 @@ from ..hypervisor import block_jobs, definition, qemu_img
 from ..hypervisor.connection import constant, explaining, open_connection
 from ..hypervisor.domain_model import qemu_owner, read_domain
 from ..safety import places
+from ..safety.checkpoints_aside import set_aside
 from ..safety.host_graph import canonical
 from ..safety.journal import Journal
 from . import nvram
@@ -148,7 +149,8 @@ def _make_current(handle: Any, name: str) -> None:
         flags = (constant("VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE") or 0) | (
             constant("VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT") or 0
         )
-        handle.snapshotCreateXML(snapshot.getXMLDesc(constant("VIR_DOMAIN_SNAPSHOT_XML_SECURE") or 0), flags)
+        with set_aside(handle):
+            handle.snapshotCreateXML(snapshot.getXMLDesc(constant("VIR_DOMAIN_SNAPSHOT_XML_SECURE") or 0), flags)
 
 
 def _end_checkpoints(handle: Any, plan: RevertPlan) -> None:

@@ -250,6 +250,7 @@ def test_checkpoints_made_after_the_snapshot_end_and_earlier_ones_go_on(guest: G
 
     checkpoint("before")
     tasks.ok("snapshot", domain=guest.name, name="one", disks=["vda"])
+    tasks.ok("snapshot", domain=guest.name, name="two", disks=["vda"])
     checkpoint("after")
     answer = back(guest, "one", allow_restart=True)
     try:
