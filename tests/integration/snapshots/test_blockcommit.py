@@ -227,6 +227,25 @@ def test_a_snapshot_and_a_commit_of_a_domain_that_is_off_keep_what_its_bitmaps_r
         increment.unlink(missing_ok=True)
 
 
+def test_checkpoints_that_a_killed_run_had_put_aside_are_defined_again(stopped: Guest) -> None:
+    stopped.domain().createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+    for name in ("parent", "child"):
+        xml = f"<domaincheckpoint><name>{name}</name><disks><disk name='vda'/></disks></domaincheckpoint>"
+        stopped.domain().checkpointCreateXML(xml)
+    stopped.destroy()
+    script = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[1]); import libvirt\n"
+        "from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.checkpoints_aside import set_aside\n"
+        "with set_aside(libvirt.open('qemu:///system').lookupByName(sys.argv[2])): os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    died = subprocess.run([tasks.PYTHON, "-c", script, str(tasks.COLLECTIONS), stopped.name], check=False)
+    assert died.returncode < 0
+    assert stopped.domain().listAllCheckpoints() == []
+    tasks.ok("recover_domain", domain=stopped.name)
+    assert {one.getName() for one in stopped.domain().listAllCheckpoints()} == {"parent", "child"}
+    assert stopped.domain().checkpointLookupByName("child").getParent().getName() == "parent"
+
+
 def test_a_libvirtd_restart_during_a_live_commit_costs_nothing(guest: Guest, host: TestHost) -> None:
     history(guest, "one")
     guest.exec("dd if=/dev/urandom of=/disk/vda/load bs=1M count=12; sync", timeout=120)
