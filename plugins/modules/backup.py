@@ -29,7 +29,7 @@ options:
   state:
     description:
       - V(present) makes a restore point, always, unless O(min_age) finds one that is young enough.
-      - V(absent) removes the point O(id).
+      - V(absent) removes the point O(id), whichever others stand on it. What those need of it is merged into them.
     type: str
     choices: [present, absent]
     default: present
@@ -98,7 +98,10 @@ notes:
     is killed, since a target that cannot take a copy would fail the guest's own write.
   - A stopped domain is copied in full and cannot be started until its disks are copied.
   - Increments go on over external snapshots and over active commits of them.
+  - Every other point restores to the same content while and after a point is removed. With the newest point goes its checkpoint,
+    and the next backup is a full.
 seealso:
+  - module: vmkeeper.libvirt.backup_retention
   - module: vmkeeper.libvirt.restore
   - module: vmkeeper.libvirt.backup_info
   - module: vmkeeper.libvirt.backup_verify

@@ -9,7 +9,7 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -57,6 +57,10 @@ class StoredDisk:
         """Name of the image in the point's directory."""
         return f"{self.target}.qcow2"
 
+    def link(self, ground: str | None) -> str | None:
+        """The backing file of an image that stands on the point ``ground``, as its header says it; None for a full."""
+        return f"../{ground}/{self.file}" if ground else None
+
     @property
     def sums(self) -> str:
         """Name of the sidecar with the digests of the guest's content."""
@@ -99,6 +103,22 @@ class Point:
     def parents(self) -> frozenset[str]:
         """The points that any of its disks stands on."""
         return frozenset(disk.parent for disk in self.disks if disk.parent)
+
+    def with_disks(self, disks: Iterable[StoredDisk]) -> Point:
+        """The same point with its disks stored otherwise: its type, parent and sizes follow."""
+        stored = tuple(disks)
+        parents = {disk.parent for disk in stored if disk.parent}
+        before = {disk.target: disk.parent for disk in self.disks}
+        moved = [disk.reason for disk in stored if disk.parent != before.get(disk.target)]
+        return replace(
+            self,
+            disks=stored,
+            type="incremental" if parents else "full",
+            parent=self.parent if self.parent in parents else max(parents, default=None),
+            reason=moved[0] if moved and not parents else self.reason,
+            stored_bytes=sum(disk.stored_bytes for disk in stored),
+            changed_bytes=sum(disk.changed_bytes for disk in stored),
+        )
 
     @property
     def created_at(self) -> datetime.datetime:

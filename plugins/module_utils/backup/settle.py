@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree
 
-from .._errors import LibvirtFailed, Refused
+from .._errors import LibvirtFailed, Refused, VmkeeperError
 from ..hypervisor import block_jobs, definition
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import code_of, constant, explaining, open_connection
@@ -22,11 +22,12 @@ from ..hypervisor.domain_model import read_domain
 from ..safety import places, processes, settlement
 from ..safety import ticket as tickets
 from ..safety.journal import Journal
-from . import checkpoints, job, sentry
+from . import checkpoints, folding, job, sentry
 from .repository import Repository, discard
 
 BACKUP = "backup"
 RESTORE = "restore"
+REMOVAL = "removal"
 
 _STATE = "The guest runs as before; nothing of the interrupted point is kept."
 
@@ -131,6 +132,36 @@ def find(connection: Any, uuid: str) -> Any | None:
         if code_of(error) == constant("VIR_ERR_NO_DOMAIN"):
             return None
         raise LibvirtFailed(f"Looking up domain {uuid}: {error}", state=_STATE) from error
+
+
+def settle_removal(uri: str, pending: Journal) -> dict[str, str]:
+    """Go on with one interrupted removal of points; returns ``{what, action}``.
+
+    Where that cannot be done now it is put off, and its journal stays: every point that remains is whole and can be
+    restored and built upon meanwhile, so that nothing else has to wait for it.
+    """
+    plan = pending.operation.plan
+    uuid = pending.operation.domains[0]["uuid"]
+    what = f"an interrupted removal of points from {plan['repository']}"
+    try:
+        repository = repository_of(plan)
+        connection = open_connection(uri)
+        with repository.locked(uuid, "finishing a removal of points"):
+            folding.require_unread(connection, repository, uuid, plan["points"])
+            carry_out_removal(find(connection, uuid), repository, uuid, pending)
+    except (VmkeeperError, OSError) as error:
+        return {"what": what, "action": f"put off: {error}"}
+    return {"what": what, "action": "finished"}
+
+
+def carry_out_removal(handle: Any | None, repository: Repository, uuid: str, journal: Journal) -> None:
+    """What the journal intends, from wherever it was interrupted."""
+    journal.step("checkpoint")
+    if handle is not None:
+        # First, so that no increment can begin at a point that is gone.
+        checkpoints.remove(handle, journal.operation.plan["checkpoints"])
+    folding.finish(repository, uuid, journal.operation.plan["points"], journal)
+    journal.finish()
 
 
 def settle_restore(uri: str, pending: Journal) -> dict[str, str]:
@@ -271,4 +302,8 @@ def _attach(handle: Any, plan: Mapping[str, Any]) -> None:
 
 
 #: For :func:`..safety.settlement.settle_before_change` and ``recover_domain``.
-SETTLERS: dict[str, settlement.Settler] = {BACKUP: settle_backup, RESTORE: settle_restore}
+SETTLERS: dict[str, settlement.Settler] = {
+    BACKUP: settle_backup,
+    RESTORE: settle_restore,
+    REMOVAL: settle_removal,
+}

@@ -98,7 +98,7 @@ def check_link(repository: Repository, point: Point, target: str) -> list[Findin
         return [Finding(point.id, target, f"{path} is missing")]
     except (OSError, BadHeader) as error:
         return [Finding(point.id, target, f"{path}: {error}")]
-    expected = f"../{disk.parent}/{disk.file}" if disk.parent else None
+    expected = disk.link(disk.parent)
     problems = []
     if header.backing_file != expected:
         problems.append(f"it stands on {header.backing_file!r} and not on {expected!r}")

@@ -5,17 +5,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .._errors import Unsupported, VmkeeperError
 from .confinement import Confinement
 
 # Messages are shown to people and matched nowhere; C.UTF-8 keeps them in one language.
 _ENVIRONMENT = {"LC_ALL": "C.UTF-8", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class ImageToolFailed(VmkeeperError):
@@ -31,8 +35,11 @@ def run(
     timeout: float | None = None,
     pass_fds: Sequence[int] = (),
     confined: Confinement | None = None,
+    with_caller: bool = False,
 ) -> str:
     """Run ``qemu-img`` and return its standard output; raises :class:`ImageToolFailed` beginning with ``doing``.
+
+    ``with_caller``: it dies with this process, for work that must not go on when the locks that protect it are gone.
 
     ``facts['status']`` is its exit status (negative: the signal that ended it).
     """
@@ -52,7 +59,7 @@ def run(
             check=False,
             umask=0o077,
             pass_fds=pass_fds,
-            preexec_fn=confined.apply if confined is not None else None,
+            preexec_fn=_end_with(os.getpid()) if with_caller else confined.apply if confined is not None else None,
         )
     except subprocess.TimeoutExpired as error:
         raise ImageToolFailed(f"{doing}: qemu-img did not finish within {timeout:.0f} s") from error
@@ -60,6 +67,18 @@ def run(
         said = " ".join(finished.stderr.decode(errors="replace").split()) or f"exit status {finished.returncode}"
         raise ImageToolFailed(f"{doing}: {said}", stderr=said, status=finished.returncode)
     return finished.stdout.decode(errors="replace")
+
+
+def _end_with(parent: int) -> Callable[[], None]:
+    """What the child does before the program, so that the kernel kills it when ``parent`` dies."""
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+    def apply() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)  # it died before it could be told
+
+    return apply
 
 
 def create(path: str, size: int, owner: tuple[int, int]) -> None:
