@@ -82,17 +82,22 @@ def _written(work: Work, journal: Journal, *, refused: bool) -> bool:
     return together or any(target not in pulled for target in (begun[:-1] if refused else begun))
 
 
-def _settle_disks(handle: Any, work: Work, journal: Journal, *, refused: bool = False) -> None:
-    """For an operation that goes no further: what was merged is noted, what is being merged stops, the rest stays as it is."""
+def _settle_disks(handle: Any, work: Work, journal: Journal, *, refused: bool = False, cancelled: bool = False) -> None:
+    """For an operation that goes no further: what was merged is noted, what is being merged stops, the rest stays as it is.
+
+    ``cancelled``: whoever asks wants every job of these disks to end.  Else one that is not ours may be what was in the way.
+    """
     steps = journal.operation.steps
+    together = journal.operation.reached("commits")
     finished = {step["disk"] for step in steps if step["name"] == "verify"} - {
         step["disk"] for step in steps[-1:] if step["name"] == "commit"
     }
     merges = []
     for merge in work.merges:
         if merge.target not in finished:
-            block_jobs.cancel(handle, merge.target)
-            if not (journal.operation.reached("commits") and _has_left_the_guest(handle, merge)):
+            if cancelled or (together and _commits_below(handle, merge)):
+                block_jobs.cancel(handle, merge.target)
+            if not (together and _has_left_the_guest(handle, merge)):
                 continue
             # One of several that were begun together, and it was the quickest.
             _relink(handle, merge)
@@ -107,6 +112,11 @@ def _settle_disks(handle: Any, work: Work, journal: Journal, *, refused: bool = 
         for name in work.ended:
             unmark_ending(handle, name)  # they are as whole as they were
     remove_unneeded(handle, [path for merge in merges for path in merge.gone if path in work.files], Merged())
+
+
+def _commits_below(handle: Any, merge: Merge) -> bool:
+    job = block_jobs.job_of(handle, merge.target)
+    return job is not None and job["type"] == "commit"
 
 
 def _has_left_the_guest(handle: Any, merge: Merge) -> bool:
@@ -124,7 +134,7 @@ def abandon(uri: str, pending: Journal) -> dict[str, str]:
     work = Work.from_json(pending.operation.plan["work"])
     if pending.operation.steps[-1]["name"] not in _BEFORE_A_COMMIT_IS_DONE:
         return settle(uri, pending)
-    _settle_disks(handle, work, pending)
+    _settle_disks(handle, work, pending, cancelled=True)
     _start_again(handle, pending)
     pending.finish()
     return {"what": f"a {pending.operation.kind} in progress", "action": "cancelled"}
