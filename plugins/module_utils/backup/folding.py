@@ -16,7 +16,9 @@ from dataclasses import replace
 from typing import Any
 
 from .._errors import Refused
-from ..hypervisor import qemu_img
+from ..hypervisor import chain, qemu_img
+from ..hypervisor.domain_model import Layer
+from ..hypervisor.image_node import Image
 from ..safety import host_graph, places, processes, space
 from ..safety.journal import Journal
 from . import digests, manifest, verifying
@@ -134,11 +136,12 @@ def _describe(directory: str, point: Point) -> None:
 
 
 def _measured(path: str, disk: StoredDisk) -> StoredDisk:
-    own = [extent for extent in digests.extents_of(path) if extent.depth == 0]
+    layers = [Image(layer.path or "", layer.format or "raw") for layer in chain.follow(Layer(path, "qcow2"))]
+    own = [extent for extent in digests.extents_of(layers) if extent.depth == 0]
     return replace(
         disk,
         stored_bytes=os.stat(path).st_blocks * 512,
-        changed_bytes=sum(extent.length for extent in own if extent.offset is not None or disk.parent is not None),
+        changed_bytes=sum(extent.length for extent in own if extent.data or disk.parent is not None),
     )
 
 
@@ -155,13 +158,23 @@ def fsync(path: str) -> None:
 
 
 def require_whole(repository: Repository, history: History, plan: RemovalPlan) -> None:
-    """Refuse where an image that would be merged is missing, damaged, or stands on something else than it should.
+    """Refuse where an image that would be merged is missing, damaged, encrypted, or stands on something else than it should.
 
-    The headers are read by our own parser before any tool follows what they say.
+    What an interruption leaves is finished by whatever changes the domain next, which has no passphrase. The headers
+    are read by our own parser before any tool follows what they say.
     """
     for merge in plan.merges:
         for identifier in (merge.point, *merge.through, *([merge.onto] if merge.onto else ())):
             point = history.holder(identifier)
+            disk = point.disk(merge.target) if point is not None else None
+            if disk is not None and disk.encryption is not None:
+                raise Refused(
+                    f"Point {merge.point} stands on what would go, and disk {merge.target!r} is encrypted: encrypted images are"
+                    " not merged",
+                    advice="Let whole chains go (backup_retention with fold: never, and a full now and then), or remove points"
+                    " from the newest",
+                    point=merge.point,
+                )
             findings = verifying.check_link(repository, point, merge.target) if point is not None else []
             if findings:
                 raise Refused(

@@ -17,6 +17,7 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import dig
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.listing import Found
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.manifest import Point, StoredDisk
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.repository import Repository, open_repository
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.image_node import Image
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import places
 
 UUID = "8b2f4a3e-0000-4000-8000-00000000f01d"
@@ -124,10 +125,11 @@ class Built:
             files.append(self.image(below, target))
             holder = next(point for point in self.points if point.id == below).disk(target)
             below = holder.parent if holder else None
-        extents = digests.extents_of(str(path))
+        extents = digests.extents_of([Image(str(one)) for one in files])
         if grown_from == size:
             grown_from = None
-        sums = digests.sums_of([str(one) for one in files], extents, size, complete=not parent, grown_from=grown_from)
+        with digests.content_of([Image(str(one)) for one in files], extents) as content:
+            sums = digests.sums_of(content, extents, size, complete=not parent, grown_from=grown_from)
         digests.write_sums(str(path.with_suffix(".sums")), sums)
         own = [extent for extent in extents if extent.depth == 0]
         return StoredDisk(
