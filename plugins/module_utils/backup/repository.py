@@ -314,20 +314,20 @@ def is_local(path: str) -> bool:
     return _REMOTE.fullmatch(filesystem_type(path)) is None
 
 
-def check_target(repository: Repository, owner: tuple[int, int]) -> None:
-    """Refuse, before anything is frozen, a repository that QEMU could not write to."""
-    if not is_local(repository.path):
+def check_target(directory: str, owner: tuple[int, int], what: str = "repository") -> None:
+    """Refuse, before anything is frozen, a directory that QEMU could not write to, or that could stall it."""
+    if not is_local(directory):
         raise Unsupported(
-            f"The repository {repository.path} is on {filesystem_type(repository.path)}, which is not local to this host:"
+            f"The {what} {directory} is on {filesystem_type(directory)}, which is not local to this host:"
             " while a backup runs, a stalled or failing target would stall or fail the guest's own writes",
-            advice="Back up to a local directory and copy the repository from there",
+            advice="Give a directory on a local filesystem",
         )
-    path = repository.path
+    path = directory
     while True:
         status = os.stat(path)
         if not _may_enter(status, owner):
             raise InvalidInput(
-                f"QEMU (uid {owner[0]}) cannot reach the repository {repository.path}: {path} does not let it through",
+                f"QEMU (uid {owner[0]}) cannot reach the {what} {directory}: {path} does not let it through",
                 advice=f"chmod o+x {path}, or choose another directory",
             )
         if path == "/":

@@ -189,8 +189,8 @@ def test_a_directory_that_qemu_cannot_enter_is_named(opened, monkeypatch) -> Non
     monkeypatch.setattr(repository, "is_local", lambda _path: True)
     os.chmod(opened.path, 0o700)
     with pytest.raises(InvalidInput, match="let it through"):
-        repository.check_target(opened, (64055, 64055))
-    repository.check_target(opened, (0, 0))
+        repository.check_target(opened.path, (64055, 64055))
+    repository.check_target(opened.path, (0, 0))
 
 
 def test_a_gib_for_thirty_days_is_one_gib_month() -> None:
