@@ -108,13 +108,14 @@ class Built:
         before = self.contents[parent][target] if parent else bytes(64 * BLOCK)
         content = bytearray(before + bytes(grow * BLOCK))
         run = ["qemu-img", "create", "-q", "-f", "qcow2"]
-        if parent:
+        if parent and not self.passphrase:
             run += ["-u", "-F", "qcow2", "-b", f"../{parent}/{target}.qcow2"]
         subprocess.run([*run, path, str(len(content))], check=True)
         commands = []
         for number in range(blocks if parent else 3 * blocks):
             length = rng.randint(1, 4) * BLOCK
-            start = rng.randrange(0, len(content) - length, 4096)
+            # Nothing is taken over from an encrypted parent, which qemu-io could not open here.
+            start = rng.randrange(0, len(content) - length, BLOCK if self.passphrase else 4096)
             if noise:
                 data = rng.randbytes(BLOCK)
                 one = path.with_name(f"{number}.noise")

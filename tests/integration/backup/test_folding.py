@@ -170,7 +170,7 @@ def test_folding_keeps_compression_and_encryption(connection, directory: Path, s
     ids = original.ids()
     original.assert_exact("as made")
     assert original.findings() == []
-    for leaving in ([0], [1], [2], [4], [0, 1], [1, 2], [0, 3], [0, 1, 2, 3]):
+    for leaving in ([0, 3], [1, 2], [0, 1, 2, 3], *(([0], [2], [4]) if points.SCALE > 1 else ())):
         made = original.copy(directory / "cut")
         gone = [ids[number] for number in leaving]
         remove(connection, made, gone)
@@ -189,7 +189,7 @@ def test_folding_keeps_compression_and_encryption(connection, directory: Path, s
     steps["names"].clear()
     remove(connection, original.copy(directory / "whole"), leaving_ids)
     names = list(steps["names"])
-    for stop in range(1, len(names) + 1, 2):
+    for stop in range(rng.randint(1, 2), len(names) + 1, 4 if points.SCALE == 1 else 1):
         made = original.copy(directory / "cut")
         steps["names"].clear()
         steps["stop"] = [str(stop)]
