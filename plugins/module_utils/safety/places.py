@@ -74,6 +74,16 @@ def fsync_directory(path: str) -> None:
         os.close(descriptor)
 
 
+def fsync_file(path: str) -> None:
+    """Make the content of a file and its name durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    fsync_directory(os.path.dirname(path))
+
+
 def write_json(path: str, value: Any) -> None:
     """Replace ``path`` by ``value`` as JSON, wholly or not at all, durably, readable by the owner only."""
     directory = os.path.dirname(path)

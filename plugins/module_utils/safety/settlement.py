@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .._errors import Unfinished
-from . import journal, locks, release
+from . import checkpoints_aside, journal, locks, release
 from .journal import Journal
 
 #: Finishes or undoes one interrupted operation, closes its journal, and returns ``{what, action}``.
@@ -28,6 +28,9 @@ def settle_before_change(
 
     Call it under the domains' locks.  With ``check`` nothing is settled, and only what could not be is refused.
     """
+    if not check:
+        for handle in handles:
+            checkpoints_aside.put_back(handle)
     return settle_named(uri, [(handle.UUIDString(), handle.name()) for handle in handles], settlers, check=check)
 
 

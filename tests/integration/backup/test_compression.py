@@ -109,7 +109,7 @@ def test_a_plain_point_over_a_scratch_directory_is_as_if_pushed_straight(
     ok("backup_verify", repository=str(repository), id=made["id"])
 
 
-def test_an_increment_of_one_percent_is_as_small_as_what_was_written(guest: Guest, directory: Path) -> None:
+def test_an_increment_of_one_percent_is_small_and_points_below_go(guest: Guest, directory: Path) -> None:
     arguments = {"disks": ["vdb"], "compression": "zstd"}
     first = point(guest, directory, **arguments)["disks"][0]
     points.fill(guest, "vdb", "one-percent", 100, 5)  # of 512 blocks
