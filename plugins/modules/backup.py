@@ -31,6 +31,7 @@ options:
     description:
       - V(present) makes a restore point, always, unless O(min_age) finds one that is young enough.
       - V(absent) removes the point O(id), whichever others stand on it. What those need of it is merged into them.
+        Where they are encrypted, that needs O(encryption.passphrase).
     type: str
     choices: [present, absent]
     default: present
@@ -325,7 +326,13 @@ def _remove(call: _module.Call) -> _module.Answer:
     if params["id"] is None or len(params["domains"]) != 1:
         raise InvalidInput("state: absent needs one domain and an id", advice="Give both")
     removed = removal.remove_by_id(
-        call.connection, call.uri, params["repository"], params["domains"][0], params["id"], check=call.check
+        call.connection,
+        call.uri,
+        params["repository"],
+        params["domains"][0],
+        params["id"],
+        passphrase=stored.passphrase_option((params["encryption"] or {}).get("passphrase"), "encryption.passphrase"),
+        check=call.check,
     )
     return _module.Answer(
         changed=removed is not None,
