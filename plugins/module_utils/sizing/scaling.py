@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .._errors import VmkeeperError
-from ..hypervisor import appliance
+from ..hypervisor import appliance, checkpoints
 from ..hypervisor.definition import define, persistent_xml
 from ..safety import locks, settlement
 from ..safety.journal import Journal
@@ -216,7 +216,11 @@ class _Run:
                 continue
             if change.ends_checkpoints:
                 self._journal.step(f"checkpoints {change.what}")
-                disks.end_checkpoints(self._handle, change.ends_checkpoints)
+                checkpoints.end(
+                    self._handle,
+                    change.ends_checkpoints,
+                    state="The disk has its old size; the next backup may have to be a full one.",
+                )
             self._journal.step(change.what)
             outcome = self._apply(change)
             self._outcomes[change.what] = outcome
@@ -281,7 +285,11 @@ class _Run:
         for change in self._set.due:
             if change.how == RESTART and change.ends_checkpoints:
                 self._journal.step(f"checkpoints {change.what}")
-                disks.end_checkpoints(self._handle, change.ends_checkpoints)
+                checkpoints.end(
+                    self._handle,
+                    change.ends_checkpoints,
+                    state="The disk has its old size; the next backup may have to be a full one.",
+                )
         self._downtime = restart(self._connection, self._handle, self._journal, new_xml)
         facts = _facts(self._handle, self._request)
         for change in self._set.due:
