@@ -41,7 +41,7 @@ STOP_GRACE_SECONDS = 30
 # Minutes on two cores. The first three stages share one budget.
 STATIC_STAGES = ("lint", "sanity", "units")
 STATIC_BUDGET = 6
-TRADE_BUDGETS = {"snapshots": 12, "backup": 15, "sizing": 8, "images": 8}
+TRADE_BUDGETS = {"snapshots": 12, "backup": 15, "sizing": 8, "images": 8, "as_used": 3}
 
 
 @dataclass(frozen=True)
