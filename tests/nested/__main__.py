@@ -40,12 +40,22 @@ def main(arguments: Sequence[str]) -> int:
     add_guest.add_argument(
         "guest", help="GUEST or GUEST:vda=boot,vdb (it boots from vda): the domain is called lab-GUEST"
     )
-    add_guest.add_argument("--defined", action="store_true", help="leave it shut off")
+    add_guest.add_argument("--defined", action="store_true", help="leave it shut off; else wait for its agent")
+    add_guest.add_argument("--max-vcpus", type=int, metavar="N", help="vCPUs that can be plugged in, of which one is")
+    add_guest.add_argument("--memory", type=int, default=160, metavar="MIB")
+    clear = commands.add_parser("clear", help="remove all guests from machines, and what was kept beside them")
+    clear.add_argument("names", nargs="+", metavar="NAME")
     options = parser.parse_args(arguments)
     try:
-        return {"build": _build, "up": _up, "down": _down, "list": _list, "ssh": _ssh, "guest": _guest}[
-            options.command
-        ](options)
+        return {
+            "build": _build,
+            "up": _up,
+            "down": _down,
+            "list": _list,
+            "ssh": _ssh,
+            "guest": _guest,
+            "clear": _clear,
+        }[options.command](options)
     except (machine.MachineError, BuildError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -103,8 +113,23 @@ def _ssh(options: argparse.Namespace) -> int:
 
 def _guest(options: argparse.Namespace) -> int:
     name, _colon, disks = options.guest.partition(":")
-    spec = GuestSpec(name, disks=tuple(_disk(word) for word in (disks or "vda").split(",")))
-    print(guest.place(machine.running(options.name), spec, start=not options.defined))
+    spec = GuestSpec(
+        name,
+        disks=tuple(_disk(word) for word in (disks or "vda").split(",")),
+        memory=options.memory,
+        max_vcpus=options.max_vcpus,
+    )
+    hypervisor = machine.running(options.name)
+    domain = guest.place(hypervisor, spec, start=not options.defined)
+    if not options.defined:
+        guest.wait_agent(hypervisor, domain)
+    print(f"{domain} on {options.name}: acceleration {guest.acceleration(hypervisor, domain)}")
+    return 0
+
+
+def _clear(options: argparse.Namespace) -> int:
+    for name in options.names:
+        guest.clear(machine.running(name))
     return 0
 
 
