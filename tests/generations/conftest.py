@@ -28,11 +28,11 @@ _ROWS: dict[str, dict[str, Any]] = {}
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
+    item: pytest.Function, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Keep the outcome: the row is called as the test's docstring says."""
     report = yield
-    row = (getattr(item, "function").__doc__ or item.name).strip()
+    row = (item.obj.__doc__ or item.name).strip()
     if report.when == "call" or report.outcome != "passed":
         notes = [value for name, value in item.user_properties if name == "note"]
         _ROWS[row] = {"outcome": report.outcome, "note": str(notes[0]) if notes else "", "seconds": report.duration}

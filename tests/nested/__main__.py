@@ -40,9 +40,11 @@ def main(arguments: Sequence[str]) -> int:
     add_guest.add_argument(
         "guest", help="GUEST or GUEST:vda=boot,vdb (it boots from vda): the domain is called lab-GUEST"
     )
-    add_guest.add_argument("--defined", action="store_true", help="leave it shut off; else wait for its agent")
+    add_guest.add_argument("--defined", action="store_true", help="leave it shut off")
     add_guest.add_argument("--max-vcpus", type=int, metavar="N", help="vCPUs that can be plugged in, of which one is")
     add_guest.add_argument("--memory", type=int, default=160, metavar="MIB")
+    wait = commands.add_parser("wait", help="wait until the agents of all running guests answer; say how they run")
+    wait.add_argument("names", nargs="+", metavar="NAME")
     clear = commands.add_parser("clear", help="remove all guests from machines, and what was kept beside them")
     clear.add_argument("names", nargs="+", metavar="NAME")
     options = parser.parse_args(arguments)
@@ -54,6 +56,7 @@ def main(arguments: Sequence[str]) -> int:
             "list": _list,
             "ssh": _ssh,
             "guest": _guest,
+            "wait": _wait,
             "clear": _clear,
         }[options.command](options)
     except (machine.MachineError, BuildError) as error:
@@ -119,11 +122,16 @@ def _guest(options: argparse.Namespace) -> int:
         memory=options.memory,
         max_vcpus=options.max_vcpus,
     )
-    hypervisor = machine.running(options.name)
-    domain = guest.place(hypervisor, spec, start=not options.defined)
-    if not options.defined:
-        guest.wait_agent(hypervisor, domain)
-    print(f"{domain} on {options.name}: acceleration {guest.acceleration(hypervisor, domain)}")
+    print(guest.place(machine.running(options.name), spec, start=not options.defined))
+    return 0
+
+
+def _wait(options: argparse.Namespace) -> int:
+    for name in options.names:
+        hypervisor = machine.running(name)
+        for domain in guest.running(hypervisor):
+            guest.wait_agent(hypervisor, domain)
+            print(f"{domain} on {name}: acceleration {guest.acceleration(hypervisor, domain)}", flush=True)
     return 0
 
 

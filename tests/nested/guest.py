@@ -18,8 +18,8 @@ BOOT = "/var/lib/libvirt/boot"
 KEPT = ("/srv/backup", "/srv/images", "/tmp/*.raw")
 """Where scenarios keep what is not a guest's."""
 
-BOOT_SECONDS = 600.0
-"""How long a guest may take to boot: 26 seconds in an emulated hypervisor on an idle computer."""
+BOOT_SECONDS = 1800.0
+"""How long guests may take to boot: half a minute in an emulated hypervisor on an idle computer, many minutes on a busy one."""
 
 
 def place(machine: Machine, spec: GuestSpec, *, start: bool = True) -> str:
@@ -61,7 +61,12 @@ def wait_agent(machine: Machine, domain: str) -> None:
 
 def acceleration(machine: Machine, domain: str) -> str:
     """The domain's type: ``kvm`` or ``qemu``."""
-    return machine.run(f"virsh dumpxml {domain} --xpath 'string(/domain/@type)'").strip()
+    return machine.run(f"virsh dumpxml {domain} --xpath /domain/@type").strip().split('"')[1]
+
+
+def running(machine: Machine) -> list[str]:
+    """The names of the guests that run."""
+    return [name for name in machine.run("virsh list --name").split() if name.startswith(PREFIX)]
 
 
 def clear(machine: Machine) -> None:

@@ -15,13 +15,13 @@ import libvirt_qemu
 LIMIT = 300  # seconds
 
 
-def ask(domain, command, **arguments):
+def ask(domain: libvirt.virDomain, command: str, **arguments: object) -> dict:
     """One question to the agent; what it returns."""
     answer = libvirt_qemu.qemuAgentCommand(domain, json.dumps({"execute": command, "arguments": arguments}), 120, 0)
     return json.loads(answer)["return"]
 
 
-def main(name, *argv):
+def main(name: str, *argv: str) -> int:
     """Run it and wait for its end."""
     domain = libvirt.open("qemu:///system").lookupByName(name)
     until = time.monotonic() + LIMIT
