@@ -299,7 +299,7 @@ def _lay_mounts(root: Path, host_name: str, options: argparse.Namespace) -> None
         own.mkdir()
         own.chmod(mode)
         Path(path).mkdir(exist_ok=True)
-    _seed_etc(root / "etc-libvirt", (options.system or Path("/")) / "etc/libvirt")
+    _seed_etc(root / "etc-libvirt", options.system)
     _seed_var(root, None if options.no_libvirtd else _kept_capabilities(options.generation))
     hosts = root / "hosts"
     hosts.write_text(Path("/etc/hosts").read_text() + f"127.0.1.1 {host_name}\n")
@@ -322,9 +322,9 @@ def _lay_system(system: Path) -> None:
     kernel.mount("none", str(system), None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY)
 
 
-def _seed_etc(own: Path, packaged: Path) -> None:
+def _seed_etc(own: Path, system: Path | None) -> None:
     for pattern in _ETC_COPIED:
-        for source in packaged.glob(pattern):
+        for source in ((system or Path("/")) / "etc/libvirt").glob(pattern):
             if source.is_dir():
                 shutil.copytree(source, own / source.name)
             else:
@@ -333,6 +333,9 @@ def _seed_etc(own: Path, packaged: Path) -> None:
     # the same name and number would share /sys/fs/cgroup/*/machine/qemu-1-name.
     with (own / "qemu.conf").open("a") as settings:
         settings.write("\n# the private test host\ncgroup_controllers = [ ]\n")
+        if system is not None:
+            # libvirt cannot make a private /dev below another root: the devices that it wants there are missing.
+            settings.write("namespaces = [ ]\n")
     with (own / "libvirtd.conf").open("a") as settings:
         settings.write(
             "\n# the private test host\n"
