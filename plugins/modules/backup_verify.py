@@ -32,6 +32,11 @@ options:
     type: str
     choices: [digest, structure]
     default: structure
+  passphrase:
+    description:
+      - Opens an encrypted point, so that its content is proved.
+      - Without it, the files of an encrypted point are proved to be what was written, and RV(not_checked) says what that leaves open.
+    type: str
 extends_documentation_fragment:
   - vmkeeper.libvirt.hypervisor
   - vmkeeper.libvirt.hypervisor.changing
@@ -73,11 +78,16 @@ findings:
   returned: success, and failure of the proof
   type: list
   elements: dict
+not_checked:
+  description: Sentences about what could not be looked at without a passphrase.
+  returned: success
+  type: list
+  elements: str
 """
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import listing, verifying
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import listing, stored, verifying
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.repository import open_repository
 
 
@@ -88,11 +98,10 @@ def handle(call: _module.Call) -> _module.Answer:
         raise InvalidInput("Neither id nor source_domain is given", advice="Give one of them")
     repository = open_repository(params["repository"])
     found = listing.find_point(repository, identifier=params["id"], source=params["source_domain"])
-    verifying.prove(repository, found, params["level"], check=call.check)
-    return _module.Answer(
-        changed=False,
-        result={"verified": True, "id": found.point.id, "level": params["level"], "findings": []},
-    )
+    passphrase = stored.passphrase_option(params["passphrase"], "passphrase")
+    not_checked = verifying.prove(repository, found, params["level"], passphrase, check=call.check)
+    result = {"verified": True, "id": found.point.id, "level": params["level"], "findings": []}
+    return _module.Answer(changed=False, result={**result, "not_checked": not_checked}, warnings=not_checked)
 
 
 def main() -> None:
@@ -103,6 +112,7 @@ def main() -> None:
             "id": {"type": "str"},
             "source_domain": {"type": "str"},
             "level": {"type": "str", "choices": ["digest", "structure"], "default": "structure"},
+            "passphrase": {"type": "str", "no_log": True},
         },
         handle,
     )

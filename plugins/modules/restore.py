@@ -67,6 +67,13 @@ options:
   confirm:
     description: The name of the domain whose disks are replaced. Required by O(in_place).
     type: str
+  passphrase:
+    description:
+      - Opens an encrypted point. It reaches QEMU's programs through memory only and is kept nowhere by us.
+      - A disk that was encrypted in the guest's own image is restored encrypted, with this passphrase, and a libvirt secret is defined
+        that opens it. Any other is restored as it was, not encrypted.
+      - Where O(in_place) puts single O(disks) back, those keep the passphrase and the libvirt secret that they have now.
+    type: str
   state:
     description: V(running) starts the restored domain.
     type: str
@@ -139,7 +146,9 @@ domain:
       type: list
       elements: str
 restored:
-  description: The files, each with C(target), C(path), C(format) and C(attached_as).
+  description:
+    - The files, each with C(target), C(path), C(format), C(attached_as) and C(secret), the UUID of the libvirt secret that was defined
+      to open it, or None.
   returned: success
   type: list
   elements: dict
@@ -151,6 +160,7 @@ id:
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import stored
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.restoring import Request, restore
 
 
@@ -173,6 +183,7 @@ def request_of(call: _module.Call) -> Request:
         confirm=params["confirm"],
         attach_to=params["attach_to"],
         running=params["state"] == "running",
+        passphrase=stored.passphrase_option(params["passphrase"], "passphrase"),
     )
 
 
@@ -204,6 +215,7 @@ def main() -> None:
             "in_place": {"type": "bool", "default": False},
             "confirm": {"type": "str"},
             "state": {"type": "str", "choices": ["defined", "running"], "default": "defined"},
+            "passphrase": {"type": "str", "no_log": True},
         },
         handle,
     )

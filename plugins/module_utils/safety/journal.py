@@ -122,6 +122,15 @@ def unfinished(uuid: str, *, directory: str = places.JOURNAL) -> Journal | None:
     return Journal(Operation(**content), directory=directory)
 
 
+def all_unfinished(*, directory: str = places.JOURNAL) -> set[str]:
+    """The UUIDs under which something unfinished is journalled; needs no lock."""
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return set()
+    return {name[: -len(".json")] for name in names if name.endswith(".json") and not name.startswith(".")}
+
+
 def peek(uuid: str, *, directory: str = places.JOURNAL) -> Operation | None:
     """What :func:`unfinished` would find, for information only: needs no lock and changes nothing."""
     try:

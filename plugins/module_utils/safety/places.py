@@ -21,6 +21,7 @@ from .._errors import Refused
 
 JOURNAL = "/var/lib/vmkeeper.libvirt/journal"
 WORKERS = "/var/lib/vmkeeper.libvirt/workers"
+SCRATCH = "/var/lib/vmkeeper.libvirt/scratch"
 GUARDS = "/run/vmkeeper.libvirt/guards"
 LOCKS = "/run/lock/vmkeeper.libvirt"
 
@@ -36,6 +37,14 @@ def private_directory(path: str) -> str:
     # /run/lock is world-writable on Debian: somebody else may have made the name first.
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         raise Refused(f"{path} is not a directory of this user", advice="Remove it; it is made again when it is needed")
+    return path
+
+
+def passable_directory(path: str) -> str:
+    """A directory of ours that every user gets through and nobody else can list."""
+    parent = os.path.dirname(path)
+    for one in (private_directory(parent), private_directory(path)):
+        os.chmod(one, 0o711)
     return path
 
 
@@ -63,6 +72,16 @@ def fsync_directory(path: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_file(path: str) -> None:
+    """Make the content of a file and its name durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    fsync_directory(os.path.dirname(path))
 
 
 def write_json(path: str, value: Any) -> None:
