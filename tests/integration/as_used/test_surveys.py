@@ -92,6 +92,7 @@ def test_backup_and_restore(controller: Controller, server: Guest, archive: Gues
         "consistent_backup_description": "",
         "consistent_backup_verify": "digest",
         "consistent_backup_jobs_per_repository": "1",
+        "consistent_backup_keep": json.dumps({"last": 3}),
     }
     job = controller.succeed("backup", **survey)
     points = [point for made in job.results("Back up") for point in made["restore_points"]]
