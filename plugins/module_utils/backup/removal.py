@@ -13,7 +13,7 @@ from typing import Any
 from .._errors import NotFound, Refused
 from ..hypervisor.connection import find_domain
 from ..safety import locks, places, settlement
-from . import checkpoints, settle
+from . import checkpoints, settle, settlers
 from .manifest import Point
 from .repository import GONE, History, Repository, discard, open_repository, sweep
 
@@ -61,7 +61,7 @@ def remove_by_id(
             stack.enter_context(repository.locked(uuid, f"removing restore point {identifier}"))
             sweep(repository, uuid)
         if handle is not None:
-            settlement.settle_before_change(uri, [handle], settle.SETTLERS, check=check)
+            settlement.settle_before_change(uri, [handle], settlers.SETTLERS, check=check)
         history: History = repository.history(uuid)
         point = history.point(identifier)
         if point is None:

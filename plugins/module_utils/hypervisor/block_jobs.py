@@ -78,10 +78,35 @@ def commit_intermediate(
         waiting.pause(domain, target, state)
 
 
+def pull(domain: Any, target: str, *, bandwidth: int = 0, seconds: float | None = None, patience: float = 5.0) -> None:
+    """Copy everything below the active layer of a disk into it, until it stands alone; arguments as :func:`commit_active`."""
+    state = f"The guest runs; disk {target!r} still needs the layers below."
+    asked = False
+    waiting = _Waiting(seconds, patience, "pull")
+    while True:
+        # The job first, the chain second, as above.
+        job = job_of(domain, target)
+        if len(live_disk(domain, target).chain) <= 1 and job is None:
+            return
+        if job is None and not asked:
+            with explaining(f"Pulling disk {target!r} of domain {domain.name()!r} local", state=state):
+                domain.blockPull(target, bandwidth, constant("VIR_DOMAIN_BLOCK_PULL_BANDWIDTH_BYTES") or 0)
+            asked = True
+        elif job is None:
+            if waiting.gone_for_long():
+                raise _ended_early(domain, target, state, "pull")
+        elif job["type"] != "pull":
+            raise _foreign_job(domain, target, job["type"])
+        else:
+            asked = True
+        waiting.pause(domain, target, state)
+
+
 class _Waiting:
     """A limit for the whole wait, and patience with an XML that lags behind the end of the job."""
 
-    def __init__(self, seconds: float | None, patience: float) -> None:
+    def __init__(self, seconds: float | None, patience: float, what: str = "commit") -> None:
+        self._what = what
         self._seconds = seconds
         self._give_up = None if seconds is None else time.monotonic() + seconds
         self._patience = patience
@@ -98,7 +123,7 @@ class _Waiting:
         """Sleep a little; raises past the limit."""
         if self._give_up is not None and time.monotonic() > self._give_up:
             raise TookTooLong(
-                f"The commit of disk {target!r} of domain {domain.name()!r} did not finish within {self._seconds:.0f} s",
+                f"The {self._what} of disk {target!r} of domain {domain.name()!r} did not finish within {self._seconds:.0f} s",
                 state=state + " The job goes on.",
                 advice="Run this again to take it up, or watch it with domain_job",
                 job=job_of(domain, target),
@@ -150,9 +175,9 @@ def _foreign_job(domain: Any, target: str, kind: str) -> Busy:
     )
 
 
-def _ended_early(domain: Any, target: str, state: str) -> LibvirtFailed:
+def _ended_early(domain: Any, target: str, state: str, what: str = "commit") -> LibvirtFailed:
     return LibvirtFailed(
-        f"The commit of disk {target!r} of domain {domain.name()!r} ended without success",
+        f"The {what} of disk {target!r} of domain {domain.name()!r} ended without success",
         state=state,
         advice="See the free space of the image's filesystem and QEMU's log, then run this again",
     )

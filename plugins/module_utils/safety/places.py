@@ -24,6 +24,10 @@ WORKERS = "/var/lib/vmkeeper.libvirt/workers"
 GUARDS = "/run/vmkeeper.libvirt/guards"
 LOCKS = "/run/lock/vmkeeper.libvirt"
 
+#: What QEMU's user must be able to reach: repositories as guests see them, and the files of guests that are thrown away.
+VIEWS = "/var/lib/libvirt/vmkeeper/views"
+PROOFS = "/var/lib/libvirt/vmkeeper/proofs"
+
 
 def private_directory(path: str) -> str:
     """Make ``path`` (and what is above it) a directory that only this user can change."""
@@ -36,6 +40,17 @@ def private_directory(path: str) -> str:
     # /run/lock is world-writable on Debian: somebody else may have made the name first.
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         raise Refused(f"{path} is not a directory of this user", advice="Remove it; it is made again when it is needed")
+    return path
+
+
+def passable_directory(path: str) -> str:
+    """Make ``path`` (and what is above it) a directory that others can pass through and not list, and only this user change."""
+    parent = os.path.dirname(path)
+    if not os.path.isdir(parent):
+        passable_directory(parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o711)
+        os.chmod(path, 0o711)
     return path
 
 
