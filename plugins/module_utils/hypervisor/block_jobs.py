@@ -93,7 +93,7 @@ def pull(domain: Any, target: str, *, bandwidth: int = 0, seconds: float | None 
                 domain.blockPull(target, bandwidth, constant("VIR_DOMAIN_BLOCK_PULL_BANDWIDTH_BYTES") or 0)
             asked = True
         elif job is None:
-            if waiting.gone_for_long():
+            if not domain.isActive() or waiting.gone_for_long():
                 raise _ended_early(domain, target, state, "pull")
         elif job["type"] != "pull":
             raise _foreign_job(domain, target, job["type"])
