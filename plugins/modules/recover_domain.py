@@ -67,7 +67,7 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import Un
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import settlers as backup
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domains
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images import settle as images
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.recovery import recover
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.recovery import absent, recover
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing import settle as sizing
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots import settlers
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.leftovers import finish_removals
@@ -84,7 +84,8 @@ def handle(call: _module.Call) -> _module.Answer:
         if wanted
         else sorted(call.connection.listAllDomains(), key=lambda one: one.name())
     )
-    findings = recover(call.uri, handles, SETTLERS, check=call.check)
+    gone = absent(handles) if not wanted else []
+    findings = recover(call.uri, [*handles, *gone], SETTLERS, check=call.check)
     for one in handles:
         findings += finish_removals(call.uri, one, check=call.check)
     failed = [one for one in findings if not one["settled"]]

@@ -19,13 +19,14 @@ from xml.etree import ElementTree
 from .._errors import Conflict, InvalidInput, NotFound, Refused, Unsupported, VmkeeperError
 from ..hypervisor import chain, definition, qemu_img
 from ..hypervisor.binding import libvirt
-from ..hypervisor.connection import constant, explaining, find_domain
+from ..hypervisor.connection import explaining, find_domain
 from ..hypervisor.domain_model import Domain, Layer, qemu_owner, read_domain
 from ..safety import domain_jobs, locks, names, settlement, space, views, worker
 from ..safety import journal as journals
 from ..safety.journal import Journal, Operation
 from . import digests, instant_restore, lending, listing, settle, settlers, verifying
-from .mapping import Host, Target, fit
+from .host import read_host, stored_definition
+from .mapping import Target, fit
 from .repository import Repository, open_repository
 
 NVRAM_DIRECTORY = "/var/lib/libvirt/qemu/nvram"
@@ -298,8 +299,9 @@ class _Restoring:
         pieces, notes = self._new_pieces(name, self._targets())
         nvram = self._new_nvram(name)
         loan = self._plan_loan(uuid, [piece.target for piece in pieces]) if self._request.instant else None
+        stored = stored_definition(self._repository, self._point)
         mapped = fit(
-            self._stored_definition(),
+            stored,
             Target(
                 name=name,
                 uuid=uuid,
@@ -308,7 +310,7 @@ class _Restoring:
                 nvram=nvram.path if nvram else None,
                 network=self._network(),
             ),
-            self._host(),
+            read_host(self._connection, stored),
         )
         xml = mapped.xml
         if loan is not None:
@@ -381,13 +383,6 @@ class _Restoring:
             raise Conflict(f"{path} exists already and is not overwritten", advice="Move it away", path=path)
         return Piece("nvram", path, self._point.nvram, f"{path}.part")
 
-    def _stored_definition(self) -> str:
-        path = os.path.join(self._repository.point_directory(self._point.domain_uuid, self._point.id), "domain.xml")
-        if digests.file_digest(path) != self._point.files.get("domain.xml"):
-            raise Refused(f"{path} is not what was written", advice="Restore another point")
-        with open(path, encoding="utf-8") as stream:
-            return stream.read()
-
     def _network(self) -> str:
         network = self._request.network
         if network not in ("keep", "disconnected") and network not in self._connection.listNetworks():
@@ -399,45 +394,6 @@ class _Restoring:
                     existing=sorted(defined),
                 )
         return network
-
-    def _host(self) -> Host:
-        stored = ElementTree.fromstring(self._stored_definition())
-        arch = (stored.find("os/type").get("arch") if stored.find("os/type") is not None else None) or "x86_64"  # type: ignore[union-attr]
-        with explaining("Reading what this host can run"):
-            capabilities = ElementTree.fromstring(self._connection.getCapabilities())
-            networks = frozenset(one.name() for one in self._connection.listAllNetworks())
-        machines: dict[str, str] = {}
-        types: set[str] = set()
-        for guest in capabilities.iterfind("guest"):
-            element = guest.find("arch")
-            if element is None or element.get("name") != arch:
-                continue
-            types.update(one.get("type", "") for one in element.iterfind("domain"))
-            for machine in element.iter("machine"):
-                text = machine.text or ""
-                machines[text] = machine.get("canonical", text)
-        return Host(
-            domain_types=frozenset(types),
-            machines=machines,
-            networks=networks,
-            bridges=_bridges(),
-            exists=os.path.exists,
-            cpu_fits=self._cpu_fits(stored, arch),
-        )
-
-    def _cpu_fits(self, stored: ElementTree.Element, arch: str) -> bool:
-        cpu = stored.find("cpu")
-        if cpu is None or cpu.find("model") is None or cpu.get("mode", "custom") != "custom":
-            return True
-        if cpu.get("check") == "none":
-            return True
-        try:
-            result = self._connection.compareHypervisorCPU(
-                None, arch, None, stored.get("type"), ElementTree.tostring(cpu, encoding="unicode"), 0
-            )
-        except libvirt.libvirtError:
-            return True  # it cannot tell, so the definition stays as it is
-        return bool(result != constant("VIR_CPU_COMPARE_INCOMPATIBLE"))
 
     def _plan_in_place(self, name: str, uuid: str) -> Plan:
         handle = self._original()
@@ -469,10 +425,11 @@ class _Restoring:
                 nvram = self._aside("nvram", domain.nvram.path, self._point.nvram)
             layers = {piece.target: Layer(piece.path, piece.format) for piece in pieces}
             target_nvram = nvram.path if nvram else (domain.nvram.path if domain.nvram else None)
+            stored = stored_definition(self._repository, self._point)
             mapped = fit(
-                self._stored_definition(),
+                stored,
                 Target(name, uuid, fresh=False, disks=layers, nvram=target_nvram, network=self._network()),
-                self._host(),
+                read_host(self._connection, stored),
             )
             return Plan(name, uuid, tuple(pieces), nvram, mapped.xml, tuple(mapped.notes))
         return Plan(name, uuid, tuple(pieces), nvram, xml)
@@ -678,15 +635,6 @@ def _make_durable(path: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _bridges() -> frozenset[str]:
-    try:
-        return frozenset(
-            name for name in os.listdir("/sys/class/net") if os.path.isdir(f"/sys/class/net/{name}/bridge")
-        )
-    except OSError:
-        return frozenset()
 
 
 def _others_layers(connection: Any, handle: Any) -> list[tuple[str, str]]:

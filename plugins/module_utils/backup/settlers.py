@@ -6,7 +6,11 @@
 from __future__ import annotations
 
 from ..safety.settlement import Settler
-from . import instant_restore, settle
+from . import boot_proof, instant_restore, settle
 
 #: For :func:`..safety.settlement.settle_before_change` and ``recover_domain``.
-SETTLERS: dict[str, Settler] = {**settle.SETTLERS, instant_restore.KIND: instant_restore.settle_instant}
+SETTLERS: dict[str, Settler] = {
+    **settle.SETTLERS,
+    instant_restore.KIND: instant_restore.settle_instant,
+    boot_proof.KIND: boot_proof.settle_proof,
+}

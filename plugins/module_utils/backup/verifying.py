@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,10 @@ from .listing import Found
 from .manifest import Point
 from .repository import Repository
 
-LEVELS = ("digest", "structure")
+LEVELS = ("digest", "structure", "boot")
+
+#: In the point's directory: what the guest's screen showed at the last boot proof.
+SCREENSHOT = "screenshot.png"
 
 
 class NotProved(VmkeeperError):
@@ -40,8 +44,18 @@ class Finding:
         return {"point": self.point, "disk": self.disk, "problem": self.problem}
 
 
+@dataclass(frozen=True)
+class BootOutcome:
+    """How a boot went. ``problem`` is None when it is proved; ``seconds`` from start to proof; ``screenshot`` is PNG."""
+
+    problem: str | None
+    seconds: float | None = None
+    screenshot: bytes | None = None
+
+
 def verify(repository: Repository, found: Found, level: str) -> list[Finding]:
-    """All findings; none means proved. ``structure`` includes ``digest``. Call it with the points' lock shared."""
+    """All findings; none means proved. Each level includes those before, and ``boot`` is done elsewhere. Call it with the
+    points' lock shared."""
     findings = _check_files(repository, found.point)
     for disk in found.point.disks:
         findings += _check_disk(repository, found, disk.target, level)
@@ -71,7 +85,7 @@ def _check_disk(repository: Repository, found: Found, target: str, level: str) -
         findings += check_link(repository, holder, target)
     if findings:
         return findings  # what stands on a broken link cannot be read any further
-    if level == "structure":
+    if level != "digest":
         for holder in lineage:
             findings += _check_structure(repository, holder, target)
     try:
@@ -163,34 +177,79 @@ def check_restored(path: str, image_format: str, sums: digests.Sums) -> list[int
     return digests.differences(sums, [path], extents)
 
 
-def record(repository: Repository, found: Found, level: str, findings: list[Finding]) -> dict[str, Any]:
+def record(
+    repository: Repository, found: Found, level: str, findings: list[Finding], boot: BootOutcome | None = None
+) -> dict[str, Any]:
     """Keep the outcome beside the manifest, and return it."""
-    outcome = {
+    directory = repository.point_directory(found.point.domain_uuid, found.point.id)
+    outcome: dict[str, Any] = {
         "format": 1,
         "at": manifest.now_utc().isoformat(timespec="seconds"),
         "level": level,
         "verified": not findings,
         "findings": [finding.as_result() for finding in findings],
     }
-    directory = repository.point_directory(found.point.domain_uuid, found.point.id)
+    if boot is not None:
+        screenshot = os.path.join(directory, SCREENSHOT)
+        if boot.screenshot is not None:
+            places.write_file(screenshot, boot.screenshot)
+        else:
+            places.unlink_quietly(screenshot)
+        outcome["boot_seconds"] = boot.seconds
+        outcome["screenshot"] = SCREENSHOT if boot.screenshot is not None else None
     places.write_json(os.path.join(directory, "verify.json"), outcome)
     return outcome
 
 
-def prove(repository: Repository, found: Found, level: str, *, check: bool = False) -> None:
-    """Verify a point, keep the outcome (not with ``check``), and raise :class:`NotProved` on any finding."""
+@dataclass(frozen=True)
+class Proof:
+    """A point that is proved. ``boot_seconds`` and ``screenshot`` (a path) are None below level ``boot``."""
+
+    verified: bool | None
+    boot_seconds: float | None = None
+    screenshot: str | None = None
+
+
+def prove(
+    repository: Repository,
+    found: Found,
+    level: str,
+    *,
+    boot: Callable[[], BootOutcome] | None = None,
+    check: bool = False,
+) -> Proof:
+    """Verify a point, keep the outcome, and raise :class:`NotProved` on any finding.
+
+    ``boot`` boots it, and is asked only for a point whose images are whole.  With ``check`` nothing is kept and nothing
+    booted, so that ``verified`` is None at level ``boot``.
+    """
+    booted = None
     with repository.locked(found.point.domain_uuid, f"verifying {found.point.id}", shared=True):
         findings = verify(repository, found, level)
-        if not check:
-            record(repository, found, level, findings)
+        if boot is not None and not findings and not check:
+            booted = boot()
+            if booted.problem is not None:
+                findings = [Finding(found.point.id, None, booted.problem)]
+        kept = None if check else record(repository, found, level, findings, booted)
+    directory = repository.point_directory(found.point.domain_uuid, found.point.id)
+    screenshot = os.path.join(directory, SCREENSHOT) if kept and kept.get("screenshot") else None
     if findings:
         raise NotProved(
             f"Point {found.point.id} of domain {found.point.domain!r} is not proved: "
             + "; ".join(finding.problem for finding in findings[:4]),
             state="Nothing of the point was changed.",
-            advice="Look at the storage below the repository, and make a new full; other points may still be good",
+            advice="Look at the storage below the repository, and make a new full; other points may still be good"
+            if booted is None
+            else "Look at the screenshot; its images are what was backed up, so see whether the guest itself still boots",
             verified=False,
             id=found.point.id,
             level=level,
             findings=[finding.as_result() for finding in findings],
+            boot_seconds=None,
+            screenshot=screenshot,
         )
+    return Proof(
+        verified=None if check and boot is not None else True,
+        boot_seconds=booted.seconds if booted is not None else None,
+        screenshot=screenshot,
+    )

@@ -122,6 +122,19 @@ def unfinished(uuid: str, *, directory: str = places.JOURNAL) -> Journal | None:
     return Journal(Operation(**content), directory=directory)
 
 
+def known(*, directory: str = places.JOURNAL) -> list[str]:
+    """The UUIDs under which operations are unfinished, whether such a domain exists or not; needs no lock."""
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError:
+        return []
+    return [
+        name[: -len(".json")]
+        for name in names
+        if name.endswith(".json") and not name.startswith(".") and not os.path.islink(os.path.join(directory, name))
+    ]
+
+
 def peek(uuid: str, *, directory: str = places.JOURNAL) -> Operation | None:
     """What :func:`unfinished` would find, for information only: needs no lock and changes nothing."""
     try:

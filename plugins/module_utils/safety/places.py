@@ -82,12 +82,16 @@ def fsync_directory(path: str) -> None:
 
 def write_json(path: str, value: Any) -> None:
     """Replace ``path`` by ``value`` as JSON, wholly or not at all, durably, readable by the owner only."""
+    write_file(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def write_file(path: str, content: bytes) -> None:
+    """Replace ``path`` by ``content``, as :func:`write_json` does."""
     directory = os.path.dirname(path)
     descriptor, temporary = tempfile.mkstemp(prefix=".new-", dir=directory)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=1, sort_keys=True)
-            stream.write("\n")
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)

@@ -6,12 +6,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .._errors import VmkeeperError
 from . import journal, locks, release, settlement
 from .settlement import Settler
 from .ticket import tickets_of
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Stands for a domain that an interrupted operation names and that libvirt does not know (any more, or yet)."""
+
+    uuid: str
+    label: str
+
+    def UUIDString(self) -> str:
+        """Its UUID."""
+        return self.uuid
+
+    def name(self) -> str:
+        """What the operation called it."""
+        return self.label
+
+
+def absent(handles: Sequence[Any]) -> list[Absent]:
+    """The domains of unfinished operations that are not among ``handles``, all of the host's, and that nobody works on now."""
+    present = {handle.UUIDString() for handle in handles}
+    found = []
+    for uuid in journal.known():
+        operation = journal.peek(uuid)
+        if operation is None or any(one["uuid"] in present for one in operation.domains):
+            continue
+        if locks.holder(uuid) is None:
+            found.append(Absent(uuid, next(one["name"] for one in operation.domains if one["uuid"] == uuid)))
+    return found
 
 
 def recover(
