@@ -21,6 +21,7 @@ from .facts import balloon, guest_memory, offline_blocks
 from .outcome import Outcome, wait_for
 
 _KIB = 1024
+_EVENT_SECONDS = 3.0
 _STATE = "The guest runs; its memory is between the old and the new size."
 
 
@@ -68,8 +69,10 @@ def _live(handle: Any) -> int:
 def _set_balloon(handle: Any, size: int) -> None:
     with explaining(f"Setting the balloon of domain {handle.name()!r} to {human(size)}", state=_STATE):
         handle.setMemoryFlags(size // _KIB, constant("VIR_DOMAIN_AFFECT_LIVE") or 0)
-    # The guest's driver reports how far it got.
-    wait_for(lambda: balloon(handle, read_domain(handle)) == size)
+    # The guest's driver reports how far it got. libvirt's own record follows an event that QEMU sends once a second at most;
+    # whoever reads the definition right after this task should not see the size on the way there.
+    if wait_for(lambda: balloon(handle, read_domain(handle)) == size):
+        wait_for(lambda: handle.info()[2] * _KIB == size, _EVENT_SECONDS)
 
 
 def _device(handle: Any, alias: str) -> ElementTree.Element | None:

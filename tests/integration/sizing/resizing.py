@@ -54,7 +54,7 @@ def twice(guest: Guest, **options: Any) -> Result:
     before = host_state(guest.connection())
     foreseen = resize(guest, check=True, **options)
     assert foreseen["changed"], foreseen
-    assert not before.differences(host_state(guest.connection()))
+    assert before.differences(host_state(guest.connection())) == []
     made = resize(guest, **options)
     assert made["changed"]
     assert [one["what"] for one in made["changes"]] == [one["what"] for one in foreseen["changes"]]
