@@ -162,7 +162,7 @@ class _Collector:
         self.name(disk.path, reader)
         if disk.active.format == "raw":
             self.raw.add(canonical(disk.path))
-        self.links(_as_far_as_it_goes(disk.active))
+        self.links(follow_names(disk.active))
         if live:
             self.links(disk.chain)
         if disk.job is not None and disk.job.destination:
@@ -188,10 +188,10 @@ class _Collector:
                 continue
             with contextlib.suppress(OSError, BadHeader):
                 if is_qcow2(path) and read_qcow2(path).backing_file is not None:
-                    self.links(_as_far_as_it_goes(Layer(path, "qcow2")))
+                    self.links(follow_names(Layer(path, "qcow2")))
 
 
-def _as_far_as_it_goes(top: Layer) -> tuple[Layer, ...]:
+def follow_names(top: Layer) -> tuple[Layer, ...]:
     """The layers from ``top`` down. A missing file is the last one; below a view that is not open the files it shows follow."""
     layers = [top]
     while True:
