@@ -43,7 +43,8 @@ def test_a_block_device_and_a_disk_without_a_driver():
 
 
 def test_a_chain_that_is_lent_is_written_out_and_its_owners_are_left_alone() -> None:
-    xml = "<domain><devices><disk type='file'><source file='/o'/><target dev='vda'/></disk><disk><target dev='vdb'/></disk></devices></domain>"
+    disks = "<disk type='file'><source file='/o'/><target dev='vda'/></disk><disk><target dev='vdb'/></disk>"
+    xml = f"<domain><devices>{disks}</devices></domain>"
     layers = (Layer("/view/p2/vda.qcow2", "qcow2"), Layer("/view/p1/vda.qcow2", "qcow2"))
     root = ElementTree.fromstring(with_backing(xml, {"vda": layers}, ("apparmor", "dac")))
     disk = root.find("devices/disk")
@@ -52,5 +53,6 @@ def test_a_chain_that_is_lent_is_written_out_and_its_owners_are_left_alone() -> 
     labels = [(label.get("model"), label.get("relabel")) for label in disk.iter("seclabel")]
     assert labels == [("dac", "no"), ("dac", "no")]
     last = disk.find("backingStore/backingStore/backingStore")
-    assert last is not None and len(last) == 0, "without its end libvirt would look for more"
+    assert last is not None
+    assert len(last) == 0, "without its end libvirt would look for more"
     assert root.findall("devices/disk")[1].find("backingStore") is None

