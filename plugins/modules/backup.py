@@ -22,14 +22,15 @@ description:
 options:
   repository:
     description:
-      - An existing directory of the hypervisor, on a filesystem local to it, that QEMU's user can reach.
-      - An empty directory becomes a repository.
+      - An existing directory of the hypervisor. An empty one becomes a repository.
+      - Where it is on a local filesystem and the points are neither compressed nor encrypted, QEMU writes straight into it, and
+        its user must be able to reach it. Otherwise QEMU writes into O(scratch).
     type: path
     required: true
   state:
     description:
       - V(present) makes a restore point, always, unless O(min_age) finds one that is young enough.
-      - V(absent) removes the point O(id).
+      - V(absent) removes the point O(id), whichever others stand on it. What those need of it is merged into them.
     type: str
     choices: [present, absent]
     default: present
@@ -66,6 +67,41 @@ options:
     description: Targets of disks to leave out.
     type: list
     elements: str
+  compression:
+    description:
+      - How to compress the point. It costs processor time after the guest has been thawed, and takes nothing from later increments,
+        each of which may be compressed otherwise.
+      - V(zstd) needs QEMU 5.1 or later wherever the point is read.
+    type: str
+    choices: [none, zlib, zstd]
+    default: none
+  encryption:
+    description:
+      - Encrypt the point's disks with LUKS (AES-256 in XTS mode). Excludes O(compression), since qcow2 cannot compress what it encrypts.
+      - The manifest, the definition, the UEFI variables and the digests of the disks' content are not encrypted.
+      - All points of a chain have one passphrase. An increment is refused if its passphrase does not open what it would stand on;
+        O(type=full) begins a new chain with a new one. Where O(encryption) comes or goes, the disks get a full.
+      - An encrypted point that others stand on cannot be removed, since encrypted images are not merged.
+      - A disk whose own image is encrypted is always stored encrypted, and not compressed. Without this option its passphrase is that
+        of its libvirt secret, which must not be private.
+      - Without the passphrase the data is lost. It is kept nowhere.
+    type: dict
+    suboptions:
+      passphrase:
+        description:
+          - At least 8 characters in one line. It should be a random one, such as from C(openssl rand -base64 24), for a copy of the
+            repository gives whoever tries all the time there is.
+          - It reaches QEMU's programs through memory only, and is in no command line, environment, journal or log.
+        type: str
+        required: true
+  scratch:
+    description:
+      - A directory of the hypervisor on a local filesystem, reachable by QEMU's user, into which QEMU writes before the point is stored
+        in the repository. While the backup runs it needs as much room as the uncompressed point.
+      - It is used when the repository is not on a local filesystem, when O(compression) or O(encryption) are asked for, and when this
+        option is given. The default is C(/var/lib/vmkeeper.libvirt/scratch).
+      - With O(encryption) what lies there is encrypted with a random key that only memory holds.
+    type: path
   protected:
     description: Protect the point from removal.
     type: bool
@@ -96,9 +132,13 @@ notes:
   - Several domains are frozen, then all paused for some milliseconds, then the backups begin. If one fails, none has the point.
   - While a backup runs, a process on the hypervisor aborts it before the repository's filesystem is full, and when the module
     is killed, since a target that cannot take a copy would fail the guest's own write.
-  - A stopped domain is copied in full and cannot be started until its disks are copied.
+  - A repository that stalls, as on NFS, makes the backup wait and not the guest.
+  - A stopped domain is copied in full, straight into the repository, and cannot be started until its disks are copied.
   - Increments go on over external snapshots and over active commits of them.
+  - Every other point restores to the same content while and after a point is removed. With the newest point goes its checkpoint,
+    and the next backup is a full.
 seealso:
+  - module: vmkeeper.libvirt.backup_retention
   - module: vmkeeper.libvirt.restore
   - module: vmkeeper.libvirt.backup_info
   - module: vmkeeper.libvirt.backup_verify
@@ -120,6 +160,14 @@ EXAMPLES = r"""
     min_age: 20h
     tags:
       app: shop
+
+- name: Back up, encrypted, to a repository on NFS
+  vmkeeper.libvirt.backup:
+    domain: web01
+    repository: /mnt/backup
+    scratch: /var/tmp/backup-scratch
+    encryption:
+      passphrase: "{{ vault_backup_passphrase }}"
 
 - name: Remove a point
   vmkeeper.libvirt.backup:
@@ -203,7 +251,9 @@ restore_point:
       description: Bytes of the guest's disks that it holds.
       type: int
     disks:
-      description: The disks, each with its C(target), C(type), C(reason), C(parent), C(file) and its sizes in bytes.
+      description:
+        - The disks, each with its C(target), C(type), C(reason), C(parent), C(file), its C(compression) and C(encryption), which are
+          None when there is none, and its sizes in bytes.
       type: list
       elements: dict
     not_captured:
@@ -214,7 +264,7 @@ restore_point:
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import removal
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import removal, stored
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.plan import Request
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.taking import take
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domains
@@ -242,6 +292,9 @@ def request_of(call: _module.Call) -> Request:
         tags=names.check_tags(params["tags"]),
         protected=params["protected"],
         deadline=deadline,
+        compression=None if params["compression"] == "none" else params["compression"],
+        passphrase=stored.passphrase_option((params["encryption"] or {}).get("passphrase"), "encryption.passphrase"),
+        scratch=None if params["scratch"] is None else names.check_directory(params["scratch"], "scratch"),
     )
 
 
@@ -294,6 +347,12 @@ def main() -> None:
             "quiesce": {"type": "str", "choices": ["auto", "required", "never"], "default": "auto"},
             "disks": {"type": "list", "elements": "str"},
             "exclude_disks": {"type": "list", "elements": "str"},
+            "compression": {"type": "str", "choices": ["none", "zlib", "zstd"], "default": "none"},
+            "encryption": {
+                "type": "dict",
+                "options": {"passphrase": {"type": "str", "required": True, "no_log": True}},
+            },
+            "scratch": {"type": "path"},
             "protected": {"type": "bool", "default": False},
             "description": {"type": "str"},
             "tags": {"type": "raw"},

@@ -49,6 +49,11 @@ options:
     description: How long the guest may take from its start to the proof.
     type: str
     default: 5m
+  passphrase:
+    description:
+      - Opens an encrypted point, so that its content is proved.
+      - Without it, the files of an encrypted point are proved to be what was written, and RV(not_checked) says what that leaves open.
+    type: str
 extends_documentation_fragment:
   - vmkeeper.libvirt.hypervisor
   - vmkeeper.libvirt.hypervisor.changing
@@ -110,13 +115,18 @@ screenshot:
   description: Path of the picture of the guest's screen when it was proved, or given up. Null when none could be taken.
   returned: O(level=boot)
   type: str
+not_checked:
+  description: Sentences about what could not be looked at without a passphrase.
+  returned: success
+  type: list
+  elements: str
 """
 
 from functools import partial
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import boot_proof, listing, verifying
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import boot_proof, listing, stored, verifying
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.repository import open_repository
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
 
@@ -137,11 +147,18 @@ def handle(call: _module.Call) -> _module.Answer:
         boot = partial(boot_proof.boot, call.connection, call.uri, repository, found, request)
     elif params["boot_check"]:
         raise InvalidInput("boot_check goes with level: boot", advice="Leave it out, or give level: boot")
-    proof = verifying.prove(repository, found, params["level"], boot=boot, check=call.check)
-    result = {"verified": proof.verified, "id": found.point.id, "level": params["level"], "findings": []}
+    passphrase = stored.passphrase_option(params["passphrase"], "passphrase")
+    proof = verifying.prove(repository, found, params["level"], passphrase, boot=boot, check=call.check)
+    result = {
+        "verified": proof.verified,
+        "id": found.point.id,
+        "level": params["level"],
+        "findings": [],
+        "not_checked": list(proof.not_checked),
+    }
     if boot is not None:
         result.update(boot_seconds=proof.boot_seconds, screenshot=proof.screenshot)
-    return _module.Answer(changed=False, result=result)
+    return _module.Answer(changed=False, result=result, warnings=list(proof.not_checked))
 
 
 def main() -> None:
@@ -154,6 +171,7 @@ def main() -> None:
             "level": {"type": "str", "choices": ["digest", "structure", "boot"], "default": "structure"},
             "boot_check": {"type": "list", "elements": "str"},
             "boot_timeout": {"type": "str", "default": "5m"},
+            "passphrase": {"type": "str", "no_log": True},
         },
         handle,
     )

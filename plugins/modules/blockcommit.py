@@ -19,6 +19,8 @@ description:
   - A layer that anybody else on this host reads is never written. Other domains, running, defined or saved, snapshots, images
     that stand on it and foreign processes are looked at under the lock.
   - A block job that already runs for the same commit is taken up.
+  - Where AppArmor lets the running guest only read the lower layers (libvirt before 12.1, see the notes), their content is pulled
+    up into the active layer, or, with O(allow_restart), committed while the guest is shut off. RV(disks) says which way was taken.
 options:
   disks:
     description: Targets of the only disks to work on, such as V(vda). All disks when left out.
@@ -48,6 +50,13 @@ options:
         write under it.
     type: bool
     default: true
+  allow_restart:
+    description:
+      - Where layers can be merged neither by commit nor by pull while the guest runs, shut it down cleanly, merge them, and start it
+        again. With V(false) the task refuses instead.
+      - Nothing is shut down where there is a way without.
+    type: bool
+    default: false
   bandwidth:
     description: Limit of the commit in bytes per second, such as V(100M). No limit when left out.
     type: str
@@ -72,8 +81,12 @@ notes:
     image, a broken chain, a layer smaller than the one below it, internal snapshots in a layer that would go, an encrypted disk
     of a stopped domain, another job on the domain or the disk, and a layer that is not a local file or block device.
   - A commit of a stopped domain keeps what its dirty bitmaps have recorded, where the lower layer is qcow2.
-  - Before libvirt 12.1 AppArmor lets a running guest write only to layers that were made since it was started. Others can be
-    merged once it is shut off.
+  - Before libvirt 12.1 AppArmor lets a running guest write only to layers that were made since it was started, since its last backup and
+    since its last commit below the active layer. Its profile is read before anything is changed. Where it denies a layer of a run
+    that reaches the active layer, the run is pulled into that, if the filesystem has room for it. Then the file names change
+    (RV(disks)), the checkpoints of this collection end, and an image that stood on nothing is left where it lies, with a warning,
+    unless an overlay of this collection had become that by an earlier pull. A run below the active layer cannot be pulled, nor can
+    one where other tools have checkpoints.
 seealso:
   - module: vmkeeper.libvirt.snapshot
   - module: vmkeeper.libvirt.snapshot_info
@@ -87,6 +100,11 @@ EXAMPLES = r"""
 - name: Make the chains of a running guest flat
   vmkeeper.libvirt.blockcommit:
     domain: web01
+
+- name: Make them flat tonight, also where that needs the guest to be off for a while
+  vmkeeper.libvirt.blockcommit:
+    domain: web01
+    allow_restart: true
 
 - name: Merge the oldest layers until four remain, gently
   vmkeeper.libvirt.blockcommit:
@@ -116,8 +134,16 @@ disks:
       description: The layers after.
       type: list
       elements: str
+    method:
+      description:
+        - V(live) for a commit by the running guest, V(pull) when the content of the lower layers was copied into the active one,
+          V(offline) for a commit while the guest was off. None where nothing was merged.
+      type: str
+    why:
+      description: Why it was not committed live although the guest runs. Empty otherwise.
+      type: str
     committed_bytes:
-      description: Bytes on disk of the layers that were committed. None in check mode.
+      description: Bytes on disk of the layers that were committed or pulled. None in check mode.
       type: int
     removed:
       description: The files that were deleted.
@@ -151,6 +177,7 @@ def request_of(call: _module.Call) -> Request:
         keep=params["keep"],
         remove=params["remove_committed"],
         bandwidth=names.parse_size(params["bandwidth"], "bandwidth") if params["bandwidth"] else 0,
+        allow_restart=params["allow_restart"],
     )
 
 
@@ -186,6 +213,7 @@ def main() -> None:
             "base": {"type": "path"},
             "keep": {"type": "int"},
             "remove_committed": {"type": "bool", "default": True},
+            "allow_restart": {"type": "bool", "default": False},
             "bandwidth": {"type": "str"},
             "wait": {"type": "bool", "default": True},
             "wait_timeout": {"type": "str"},

@@ -15,6 +15,7 @@ description:
     that was interrupted, by what is true on the hypervisor now.
   - The modules do the same for operations of their own kind before they change a domain. This one knows all of them, and can be
     run after a crash of the hypervisor or from a schedule.
+  - Without O(domains) this includes what was left for domains that are not defined here, such as restore points being removed.
   - In check mode it only tells what it found.
 extends_documentation_fragment:
   - vmkeeper.libvirt.hypervisor
@@ -67,7 +68,7 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import Un
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import settlers as backup
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domains
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images import settle as images
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.recovery import absent, recover
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.recovery import recover, recover_undefined
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing import settle as sizing
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots import settlers
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.leftovers import finish_removals
@@ -84,8 +85,9 @@ def handle(call: _module.Call) -> _module.Answer:
         if wanted
         else sorted(call.connection.listAllDomains(), key=lambda one: one.name())
     )
-    gone = absent(handles) if not wanted else []
-    findings = recover(call.uri, [*handles, *gone], SETTLERS, check=call.check)
+    findings = recover(call.uri, handles, SETTLERS, check=call.check)
+    if not wanted:
+        findings += recover_undefined(call.uri, handles, SETTLERS, check=call.check)
     for one in handles:
         findings += finish_removals(call.uri, one, check=call.check)
     failed = [one for one in findings if not one["settled"]]

@@ -95,6 +95,13 @@ options:
   confirm:
     description: The name of the domain whose disks are replaced. Required by O(in_place).
     type: str
+  passphrase:
+    description:
+      - Opens an encrypted point. It reaches QEMU's programs through memory only and is kept nowhere by us.
+      - A disk that was encrypted in the guest's own image is restored encrypted, with this passphrase, and a libvirt secret is defined
+        that opens it. Any other is restored as it was, not encrypted.
+      - Where O(in_place) puts single O(disks) back, those keep the passphrase and the libvirt secret that they have now.
+    type: str
   state:
     description:
       - V(running) starts the restored domain.
@@ -176,7 +183,9 @@ domain:
       type: list
       elements: str
 restored:
-  description: The files, each with C(target), C(path), C(format) and C(attached_as).
+  description:
+    - The files, each with C(target), C(path), C(format), C(attached_as) and C(secret), the UUID of the libvirt secret that was defined
+      to open it, or None.
   returned: success
   type: list
   elements: dict
@@ -192,6 +201,7 @@ job:
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import stored
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.restoring import Request, restore
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
 
@@ -223,6 +233,7 @@ def request_of(call: _module.Call) -> Request:
         bandwidth=names.parse_size(params["bandwidth"], "bandwidth") if params["bandwidth"] else 0,
         wait=params["wait"],
         wait_seconds=names.parse_duration(params["wait_timeout"], "wait_timeout") if params["wait_timeout"] else None,
+        passphrase=stored.passphrase_option(params["passphrase"], "passphrase"),
     )
 
 
@@ -263,6 +274,7 @@ def main() -> None:
             "bandwidth": {"type": "str"},
             "wait": {"type": "bool", "default": True},
             "wait_timeout": {"type": "str"},
+            "passphrase": {"type": "str", "no_log": True},
         },
         handle,
     )

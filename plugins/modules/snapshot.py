@@ -42,10 +42,11 @@ options:
   allow_restart:
     description:
       - With O(state=reverted), a running guest is stopped at once and booted on a snapshot that holds no memory. V(false) forbids
-        that, and the task refuses instead.
+        that, and the task refuses instead. The default is V(true).
       - A guest that is shut off stays so, and one whose snapshot holds memory is resumed, so these need no permission.
+      - With O(state=absent), V(true) shuts a running guest down cleanly, merges its layers and starts it again where AppArmor denies every
+        way to merge them live; see M(vmkeeper.libvirt.blockcommit). The default is V(false), and the task refuses instead.
     type: bool
-    default: true
   protected:
     description:
       - Protect the snapshot from being removed, by O(state=absent) or by M(vmkeeper.libvirt.blockcommit).
@@ -102,6 +103,20 @@ options:
       - A duration such as V(90s) or V(2m), or seconds.
     type: str
     default: 60s
+  bandwidth:
+    description: With O(state=absent), limit of the merge in bytes per second, such as V(100M). No limit when left out.
+    type: str
+  wait:
+    description:
+      - With O(state=absent), V(false) has the task checked and answered at once with RV(job), while a worker on the hypervisor does the
+        work. M(vmkeeper.libvirt.domain_job) shows it, waits for it, limits or cancels it.
+    type: bool
+    default: true
+  wait_timeout:
+    description:
+      - With O(state=absent), how long to wait for each running job, such as V(2h). No limit when left out.
+      - When it passes the task fails with the job's state. The job goes on, and the same task takes it up.
+    type: str
 extends_documentation_fragment:
   - vmkeeper.libvirt.hypervisor
   - vmkeeper.libvirt.hypervisor.changing
@@ -113,9 +128,11 @@ attributes:
     details:
       - O(state=present) and O(state=absent) are. O(state=reverted) is an action and always goes back.
 notes:
-  - A revert moves the disks that the snapshot holds, the current snapshot, and the definition of the next start. The rest of that
-    definition stays today's, and so do the UEFI variables and disks that the snapshot does not hold. When memory is resumed the
-    running guest has the hardware of that moment until it is shut off.
+  - A revert moves the disks that the snapshot holds, its UEFI variables, the current snapshot, and the definition of the next start. The
+    rest of that definition stays today's, and so do disks that the snapshot does not hold. When memory is resumed the running guest
+    has the hardware of that moment until it is shut off.
+  - The UEFI variables of a domain are copied beside the overlays of an external snapshot, where they lie in a raw file. RV(snapshot.nvram)
+    is the copy. Snapshots without one say so in RV(snapshot.not_captured), and going back to them leaves the variables as they are.
   - A revert ends the checkpoints that were made after the snapshot, so the next incremental backup is a full one.
   - V(absent) refuses, before anything is changed, a protected snapshot, a layer that another domain, an unknown image or a
     foreign process uses together with this domain, a managed-save image, a broken chain, a layer smaller than the one below it,
@@ -229,6 +246,9 @@ snapshot:
     memory:
       description: Path of the memory image, V(true) for memory inside an image, or None.
       type: raw
+    nvram:
+      description: Path of the copy of the UEFI variables, or None.
+      type: str
     not_captured:
       description: What it does not hold, each with C(kind), C(name), C(reason) and C(why).
       type: list
@@ -241,6 +261,12 @@ snapshot:
       type: bool
     layer_kept_for:
       description: The layers that stay, each with C(disk), C(path) and C(for), a list of who reads it.
+      returned: O(state=absent)
+      type: list
+      elements: dict
+    merged:
+      description:
+        - The disks whose layers were merged, each with C(disk), C(method) and C(why), as M(vmkeeper.libvirt.blockcommit) returns them.
       returned: O(state=absent)
       type: list
       elements: dict
@@ -258,6 +284,10 @@ snapshot:
       description: Name of the snapshot that keeps what was there before.
       returned: O(state=reverted)
       type: str
+    nvram_restored:
+      description: Whether the UEFI variables are the snapshot's now.
+      returned: O(state=reverted)
+      type: bool
     checkpoints_ended:
       description: Names of the checkpoints that ended with it.
       returned: O(state=reverted)
@@ -267,15 +297,18 @@ snapshot:
       description: V(resumed), V(paused), V(booted) or V(shut off), what the guest is after the revert.
       returned: O(state=reverted)
       type: str
+job:
+  description: The worker, with its C(id), C(operation), C(domains), C(state) (V(pending)) and C(started).
+  returned: O(wait=false)
+  type: dict
 """
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domains
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots import revert_plan
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots import removing, revert_plan
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.plan import Request
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.removing import remove
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.reverting import revert
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.taking import take
 
@@ -284,6 +317,8 @@ SHORTEST_DEADLINE = 2.0
 #: Options that mean something only for some states.
 ONLY_PRESENT = ("disks", "exclude_disks", "directory", "description", "tags", "protected")
 ONLY_REVERTED = ("keep_present_as",)
+ONLY_ABSENT = ("bandwidth", "wait_timeout")
+NOT_PRESENT = ("allow_restart",)
 
 
 def check_options(call: _module.Call) -> None:
@@ -291,6 +326,9 @@ def check_options(call: _module.Call) -> None:
     state = call.params["state"]
     idle = [name for name in ONLY_PRESENT if state != "present" and call.params[name] is not None]
     idle += [name for name in ONLY_REVERTED if state != "reverted" and call.params[name] is not None]
+    idle += [name for name in ONLY_ABSENT if state != "absent" and call.params[name] is not None]
+    idle += ["wait"] if state != "absent" and not call.params["wait"] else []
+    idle += [name for name in NOT_PRESENT if state == "present" and call.params[name] is not None]
     if idle:
         raise InvalidInput(f"{', '.join(idle)} means nothing with state: {state}", advice="Leave it out")
 
@@ -337,9 +375,19 @@ def present(call: _module.Call) -> _module.Answer:
 
 def absent(call: _module.Call) -> _module.Answer:
     """See that the snapshot does not exist."""
-    name = names.check_name(call.params["name"])
-    handles = find_domains(call.connection, call.params["domains"])
-    removed = remove(call.uri, handles, name, check=call.check)
+    params = call.params
+    name = names.check_name(params["name"])
+    request = removing.Request(
+        name=name,
+        allow_restart=bool(params["allow_restart"]),
+        bandwidth=names.parse_size(params["bandwidth"], "bandwidth") if params["bandwidth"] else 0,
+    )
+    seconds = names.parse_duration(params["wait_timeout"], "wait_timeout") if params["wait_timeout"] else None
+    handles = find_domains(call.connection, params["domains"])
+    if not params["wait"] and not call.check:
+        job = removing.start(call.uri, handles, request)
+        return _module.Answer(changed=True, result={"job": {**job.as_result(), "state": "pending"}})
+    removed = removing.remove(call.uri, handles, request, check=call.check, seconds=seconds)
     gone = [one.snapshot for one in removed if one.snapshot is not None]
     return _module.Answer(
         changed=any(one.changed for one in removed),
@@ -358,7 +406,7 @@ def reverted(call: _module.Call) -> _module.Answer:
     request = revert_plan.Request(
         name=names.check_name(call.params["name"]),
         keep_present_as=names.check_name(keep, "keep_present_as") if keep is not None else None,
-        allow_restart=call.params["allow_restart"],
+        allow_restart=call.params["allow_restart"] is not False,
     )
     handles = find_domains(call.connection, call.params["domains"])
     done = revert(call.connection, call.uri, handles, request, check=call.check)
@@ -400,8 +448,11 @@ def main() -> None:
             "tags": {"type": "raw"},
             "deadline": {"type": "str", "default": "60s"},
             "keep_present_as": {"type": "str"},
-            "allow_restart": {"type": "bool", "default": True},
+            "allow_restart": {"type": "bool"},
             "protected": {"type": "bool"},
+            "bandwidth": {"type": "str"},
+            "wait": {"type": "bool", "default": True},
+            "wait_timeout": {"type": "str"},
         },
         handle,
     )

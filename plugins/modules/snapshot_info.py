@@ -91,6 +91,9 @@ snapshots:
     memory:
       description: Path of the memory image, V(true) for memory inside an image, or None.
       type: raw
+    nvram:
+      description: Path of the copy of the UEFI variables, or None.
+      type: str
     not_captured:
       description: What it does not hold, each with C(kind), C(name), C(reason) and C(why).
       type: list
@@ -120,7 +123,7 @@ snapshots:
       type: list
       elements: dict
     bytes:
-      description: Bytes on disk of the files that exist because of it, its overlays and its memory.
+      description: Bytes on disk of the files that exist because of it, its overlays, its memory and UEFI variables.
       type: int
 snapshot:
   description: The snapshot, when exactly one domain and a O(name) were asked for.

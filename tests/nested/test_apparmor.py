@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # Copyright: vmkeeper.libvirt contributors
-"""What a guest confined by AppArmor may do: the facts of docs/apparmor.md that the collection is built on."""
+"""What a guest confined by AppArmor may do: the facts of docs/apparmor.md, and what the collection makes of them."""
 
 from __future__ import annotations
 
-import pytest
-from lab.spec import GuestSpec
+from typing import Any
 
-from nested import guest
+import pytest
+from lab.spec import DiskSpec, GuestSpec
+
+from nested import guest, task
 from nested.machine import Machine, MachineError
 
 
@@ -34,6 +36,12 @@ class Confined:
     def is_running(self) -> bool:
         return self.virsh("domstate") == "running"
 
+    def task(self, module: str, **arguments: object) -> dict[str, Any]:
+        return task.run(self.hypervisor, module, domain=self.name, **arguments)
+
+    def active(self) -> str:
+        return self.virsh("domblklist").split()[-1]
+
     def denied(self) -> list[str]:
         """The images that the profile forbids to write."""
         uuid = self.virsh("domuuid")
@@ -48,7 +56,8 @@ def confined(hypervisor: Machine, request: pytest.FixtureRequest):
     made = Confined(hypervisor, name)
     yield made
     hypervisor.run(
-        f"virsh destroy {made.name}; virsh undefine {made.name} --checkpoints-metadata; rm -rf {made.directory}"
+        f"virsh destroy {made.name}; virsh undefine {made.name} --checkpoints-metadata --snapshots-metadata;"
+        f" rm -rf {made.directory}"
     )
 
 
@@ -113,3 +122,81 @@ def test_a_layer_whose_name_the_helper_cannot_read_hides_those_below_it(confined
     confined.hypervisor.run(write + "virsh define /tmp/listed.xml")
     confined.virsh("start")
     assert confined.virsh("domblklist").split()[-1] == top
+
+
+def test_snapshot_restart_revert_and_a_flat_chain_by_a_pull(confined: Confined):
+    """What a night of an operator is made of, none of which the profile may spoil."""
+    confined.task("snapshot", name="one", quiesce="never")
+    confined.restart()
+    reverted = confined.task("snapshot", name="one", state="reverted")
+    assert reverted["snapshot"]["guest"] == "booted"
+    assert confined.base in confined.denied()
+    with pytest.raises(MachineError, match="Permission denied"):
+        confined.virsh("blockcommit", "vda --active --wait --pivot")
+    confined.virsh("suspend")  # what the guest does not write now is what the pull must have kept
+    active, before = confined.active(), f"{confined.directory}/before.raw"
+    confined.hypervisor.run(
+        f"qemu-img convert -U -f qcow2 -O raw {active} {before}; sha256sum {confined.base} >/tmp/base"
+    )
+    foreseen = confined.task("blockcommit", keep=1)  # takes the way that it would foresee
+    (disk,) = foreseen["disks"]
+    assert disk["method"] == "pull"
+    assert "AppArmor" in disk["why"]
+    assert disk["chain_after"] == [active]
+    assert [ended["name"] for ended in foreseen["snapshots_ended"]] == ["one"]
+    assert "backing file:" not in confined.hypervisor.run(f"qemu-img info -U {active}")
+    confined.hypervisor.run(f"qemu-img compare -U -f qcow2 -F raw {active} {before} && sha256sum --check /tmp/base")
+    confined.virsh("resume")
+    assert confined.is_running()
+
+
+def test_a_layer_below_the_active_one_is_merged_at_a_restart_that_is_allowed(confined: Confined):
+    for name in ("one", "two"):
+        confined.task("snapshot", name=name, quiesce="never")
+    confined.restart()
+    with pytest.raises(task.TaskFailed, match=r"AppArmor.*allow_restart"):
+        confined.task("blockcommit", keep=2)
+    confined.hypervisor.run(  # the guest hears its power button only when it is up
+        f'for i in $(seq 300); do virsh qemu-agent-command {confined.name} \'{{"execute":"guest-ping"}}\' && exit; sleep 1; done'
+    )
+    answer = confined.task("blockcommit", keep=2, allow_restart=True)
+    assert [disk["method"] for disk in answer["disks"]] == ["offline"]
+    assert [ended["name"] for ended in answer["snapshots_ended"]] == ["one"]
+    assert confined.is_running()
+
+
+def test_commits_below_the_active_layers_of_two_disks_begin_before_one_ends(hypervisor: Machine):
+    """The end of the first would deny the second; their layers hold enough that neither is over at once."""
+    name = guest.place(hypervisor, GuestSpec("two-disks", disks=(DiskSpec("vda"), DiskSpec("vdb"))), start=False)
+    try:
+        directory = f"{guest.IMAGES}/two-disks"
+        hypervisor.run(f"virsh start --paused {name}")
+        for number in (1, 2, 3):
+            task.run(hypervisor, "snapshot", domain=name, name=f"s{number}", quiesce="never")
+            if number == 2:
+                continue
+            layers = hypervisor.run(f"virsh --quiet domblklist {name}").split()[1::2]
+            if number == 1:
+                # The guest is paused and writes nothing: what its layers hold is written through QEMU.
+                for target in ("vda", "vdb"):
+                    hypervisor.run(
+                        f"virsh qemu-monitor-command {name} --hmp 'qemu-io -d {target_device(hypervisor, name, target)}"
+                        ' "write -P 7 8M 64M"\''
+                    )
+            assert len(layers) == 2
+        answer = task.run(hypervisor, "blockcommit", domain=name, keep=2)
+        assert [disk["method"] for disk in answer["disks"]] == ["live", "live"]
+        assert {ended["name"] for ended in answer["snapshots_ended"]} == {"s1", "s2"}
+        assert directory in answer["disks"][0]["chain_after"][-1]
+    finally:
+        hypervisor.run(
+            f"virsh destroy {name}; virsh undefine {name} --snapshots-metadata; rm -rf {guest.IMAGES}/two-disks"
+        )
+
+
+def target_device(hypervisor: Machine, name: str, target: str) -> str:
+    """QEMU's path of the disk's device, for its monitor."""
+    alias = hypervisor.run(
+        f"virsh dumpxml --xpath \"string(//disk[target/@dev='{target}']/alias/@name)\" {name}"
+    ).strip()
+    return f"/machine/peripheral/{alias}/virtio-backend"

@@ -10,15 +10,19 @@ touches, each as a whole, so that the digests of a chain are those of its layers
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import queue
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 from .._errors import Refused, Unsupported
-from ..hypervisor import qemu_img
+from ..hypervisor import image_node, nbd, qemu_img
+from ..hypervisor.image_node import Image, Keys
 
 FORMAT = 1
 ALGORITHM = "sha256"
@@ -30,12 +34,21 @@ _THREADS = 2
 
 @dataclass(frozen=True)
 class Extent:
-    """A run of guest bytes. ``depth`` 0 is the top layer; ``offset`` is its place in that layer's file, None for zeros."""
+    """A run of guest bytes. ``depth`` 0 is the top layer; ``offset`` is its place in that layer's file.
+
+    It is None for zeros, and for what the file holds otherwise than as it is (``coded``: compressed or encrypted).
+    """
 
     start: int
     length: int
     depth: int
     offset: int | None
+    coded: bool = False
+
+    @property
+    def data(self) -> bool:
+        """Whether anything must be read to know it."""
+        return self.coded or self.offset is not None
 
 
 @dataclass(frozen=True)
@@ -60,19 +73,74 @@ class Sums:
         return Sums(self.size, below.complete, chunks, self.algorithm, self.chunk)
 
 
-def extents_of(path: str, *, image_format: str = "qcow2") -> list[Extent]:
-    """What the guest sees in an image with its chain, as ``qemu-img map`` tells it."""
-    text = qemu_img.run(
-        ["map", "--output=json", "-f", image_format, path], doing=f"Reading which parts of {path} are in use"
-    )
+class Content(Protocol):
+    """Where the bytes of a disk come from. Several threads read at once."""
+
+    def read(self, start: int, length: int, depth: int, offset: int | None) -> bytes:
+        """Guest bytes from ``start``, which are in layer ``depth`` at ``offset`` of its file, if that is known."""
+
+
+class Files:
+    """The files of a chain that holds guest data as it is, topmost first."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._descriptors = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths]
+
+    def read(self, start: int, length: int, depth: int, offset: int | None) -> bytes:
+        """Straight from the file, past QEMU."""
+        if offset is None:
+            raise Unsupported("The image holds compressed or encrypted clusters where none are expected")
+        del start
+        return os.pread(self._descriptors[depth], length, offset)
+
+    def close(self) -> None:
+        """Close them."""
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+
+
+class _Decoded:
+    def __init__(self, clients: Sequence[nbd.Client]) -> None:
+        self._idle: queue.SimpleQueue[nbd.Client] = queue.SimpleQueue()
+        for client in clients:
+            self._idle.put(client)
+
+    def read(self, start: int, length: int, depth: int, offset: int | None) -> bytes:
+        del depth, offset
+        client = self._idle.get()
+        try:
+            return client.read(start, length)
+        finally:
+            self._idle.put(client)
+
+
+@contextlib.contextmanager
+def content_of(layers: Sequence[Image], extents: Sequence[Extent]) -> Iterator[Content]:
+    """The content of a chain, topmost layer first: from its files, or through QEMU where it alone can decode them."""
+    if any(extent.coded for extent in extents):
+        with nbd.reading(layers, connections=_THREADS, doing=f"Reading {layers[0].path}") as clients:
+            yield _Decoded(clients)
+        return
+    files = Files([layer.path for layer in layers])
+    try:
+        yield files
+    finally:
+        files.close()
+
+
+def extents_of(layers: Sequence[Image]) -> list[Extent]:
+    """What the guest sees in a chain, topmost layer first, as ``qemu-img map`` tells it. All layers are given."""
+    with Keys() as keys:
+        text = qemu_img.run(
+            ["map", "--output=json", image_node.as_name(image_node.node(layers, keys))],
+            doing=f"Reading which parts of {layers[0].path} are in use",
+            keys=keys,
+        )
     found = []
     for entry in json.loads(text):
-        offset = None
-        if entry["data"]:
-            offset = entry.get("offset")
-            if offset is None:
-                raise Unsupported(f"{path} holds compressed or encrypted clusters, whose digests cannot be computed")
-        found.append(Extent(entry["start"], entry["length"], entry["depth"], offset))
+        offset = entry.get("offset") if entry["data"] else None
+        coded = bool(entry["data"]) and offset is None
+        found.append(Extent(entry["start"], entry["length"], entry["depth"], offset, coded))
     return found
 
 
@@ -89,41 +157,44 @@ def with_data(extents: Iterable[Extent]) -> list[int]:
     """Indexes of the chunks that hold anything but zeros that need no reading."""
     chunks: set[int] = set()
     for extent in extents:
-        if extent.offset is not None:
+        if extent.data:
             chunks.update(range(extent.start // CHUNK, (extent.start + extent.length - 1) // CHUNK + 1))
     return sorted(chunks)
 
 
-def digest_chunks(files: Sequence[str], extents: Sequence[Extent], indexes: Sequence[int], size: int) -> dict[int, str]:
-    """Read and digest whole chunks. ``files`` are the layers, topmost first, as the extents' depths count them."""
+@dataclass(frozen=True)
+class _Piece:
+    """A part of an extent that lies in one chunk. ``start`` counts from the chunk's begin."""
+
+    start: int
+    length: int
+    extent: Extent
+    offset: int | None
+
+
+def digest_chunks(content: Content, extents: Sequence[Extent], indexes: Sequence[int], size: int) -> dict[int, str]:
+    """Read and digest whole chunks."""
     pieces = _pieces(extents, frozenset(indexes))
-    descriptors = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in files]
     zeros = bytes(CHUNK)
 
     def digest(index: int) -> tuple[int, str]:
         length = min(CHUNK, size - index * CHUNK)
-        parts = pieces.get(index, ())
-        if not any(offset is not None for _start, _length, _depth, offset in parts):
+        parts = [piece for piece in pieces.get(index, ()) if piece.extent.data]
+        if not parts:
             return index, hashlib.sha256(zeros[:length]).hexdigest()
         buffer = bytearray(length)
-        for start, span, depth, offset in parts:
-            if offset is not None:
-                data = os.pread(descriptors[depth], span, offset)
-                # A cluster at the end of a file may be shorter than promised; the rest reads as zero.
-                buffer[start : start + len(data)] = data
+        for piece in parts:
+            data = content.read(index * CHUNK + piece.start, piece.length, piece.extent.depth, piece.offset)
+            # A cluster at the end of a file may be shorter than promised; the rest reads as zero.
+            buffer[piece.start : piece.start + len(data)] = data
         return index, hashlib.sha256(buffer).hexdigest()
 
-    try:
-        with ThreadPoolExecutor(max_workers=_THREADS) as pool:
-            return dict(pool.map(digest, indexes, chunksize=8))
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
+    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
+        return dict(pool.map(digest, indexes, chunksize=8))
 
 
-def _pieces(extents: Sequence[Extent], wanted: frozenset[int]) -> dict[int, list[tuple[int, int, int, int | None]]]:
-    """Chunk -> parts of extents in it, as (start in the chunk, length, depth, offset in the file)."""
-    found: dict[int, list[tuple[int, int, int, int | None]]] = {}
+def _pieces(extents: Sequence[Extent], wanted: frozenset[int]) -> dict[int, list[_Piece]]:
+    found: dict[int, list[_Piece]] = {}
     for extent in extents:
         position, end = extent.start, extent.start + extent.length
         while position < end:
@@ -131,13 +202,13 @@ def _pieces(extents: Sequence[Extent], wanted: frozenset[int]) -> dict[int, list
             stop = min(end, (index + 1) * CHUNK)
             if index in wanted:
                 offset = None if extent.offset is None else extent.offset + position - extent.start
-                found.setdefault(index, []).append((position - index * CHUNK, stop - position, extent.depth, offset))
+                found.setdefault(index, []).append(_Piece(position - index * CHUNK, stop - position, extent, offset))
             position = stop
     return found
 
 
 def sums_of(
-    files: Sequence[str], extents: Sequence[Extent], size: int, *, complete: bool, grown_from: int | None = None
+    content: Content, extents: Sequence[Extent], size: int, *, complete: bool, grown_from: int | None = None
 ) -> Sums:
     """The sums of the top layer: of all that is not zero for a full, of what it touches for an increment.
 
@@ -146,7 +217,7 @@ def sums_of(
     indexes = with_data(extents) if complete else touched(extents, size)
     if grown_from is not None and grown_from % CHUNK and grown_from // CHUNK not in indexes:
         indexes.append(grown_from // CHUNK)
-    return Sums(size, complete, digest_chunks(files, extents, indexes, size))
+    return Sums(size, complete, digest_chunks(content, extents, indexes, size))
 
 
 def write_sums(path: str, sums: Sums) -> None:
@@ -183,10 +254,10 @@ def read_sums(path: str) -> Sums:
         raise Refused(f"{path} cannot be read: {error}") from error
 
 
-def differences(sums: Sums, files: Sequence[str], extents: Sequence[Extent], *, most: int = 16) -> list[int]:
+def differences(sums: Sums, content: Content, extents: Sequence[Extent], *, most: int = 16) -> list[int]:
     """Indexes of chunks whose content is not what the sums say, at most ``most`` of them; ``sums`` must be complete."""
     indexes = sorted(set(sums.chunks) | set(with_data(extents)))
-    found = digest_chunks(files, extents, indexes, sums.size)
+    found = digest_chunks(content, extents, indexes, sums.size)
     wrong = []
     for index in indexes:
         length = min(CHUNK, sums.size - index * CHUNK)
@@ -197,7 +268,7 @@ def differences(sums: Sums, files: Sequence[str], extents: Sequence[Extent], *, 
 
 
 def metadata_digest(path: str, extents: Iterable[Extent]) -> str:
-    """SHA-256 of all bytes of the top layer's file that are not guest data."""
+    """SHA-256 of all bytes of the top layer's file that are not guest data as it is; of coded data, all bytes."""
     taken = sorted(
         (extent.offset, extent.offset + extent.length)
         for extent in extents

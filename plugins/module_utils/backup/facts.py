@@ -10,7 +10,7 @@ import stat
 from typing import Any
 
 from .._errors import AgentSilent, Refused, Unsupported
-from ..hypervisor import agent, chain
+from ..hypervisor import agent, chain, libvirt_secret
 from ..hypervisor.binding import libvirt
 from ..hypervisor.block_jobs import running_job
 from ..hypervisor.domain_model import Disk, Domain, Layer, read_domain
@@ -83,7 +83,8 @@ def read_disk(handle: Any, domain: Domain, disk: Disk) -> DiskFacts | None:
             size = int(handle.blockInfo(disk.target)[0])
         except libvirt.libvirtError:
             return None
-    return DiskFacts(disk, size, layers)
+    passphrase = libvirt_secret.value_of(handle.connect(), disk.encryption) if disk.encryption is not None else None
+    return DiskFacts(disk, size, layers, passphrase)
 
 
 def _read_layer(layer: Layer) -> LayerFacts:
@@ -106,4 +107,5 @@ def _read_layer(layer: Layer) -> LayerFacts:
         allocated,
         header.version,
         frozenset(bitmap.name for bitmap in header.bitmaps if bitmap.enabled and not bitmap.in_use),
+        header.encrypted,
     )

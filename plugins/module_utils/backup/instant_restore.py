@@ -230,6 +230,7 @@ class _Stopped(Exception):
 
 def _pull_disk(uri: str, plan: Mapping[str, Any], target: str, seconds: float | None) -> None:
     """Across restarts of libvirtd: QEMU goes on meanwhile."""
+    lowest = _loan(plan).layers()[target][-1].path or ""
     errors, away_since = 0, None
     while True:
         try:
@@ -237,7 +238,7 @@ def _pull_disk(uri: str, plan: Mapping[str, Any], target: str, seconds: float | 
             if handle is None or not handle.isActive():
                 raise _Stopped(read_state(handle).reason if handle is not None else "undefined")
             away_since = None
-            block_jobs.pull(handle, target, bandwidth=plan["bandwidth"], seconds=seconds)
+            block_jobs.pull(handle, target, lowest, None, bandwidth=plan["bandwidth"], seconds=seconds)
             return
         except TookTooLong:
             raise

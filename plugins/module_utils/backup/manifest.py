@@ -9,7 +9,7 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,10 @@ FORMAT = 1
 ID = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{4}")
 _TARGET = re.compile(r"[A-Za-z0-9]{1,32}")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+#: ``StoredDisk.encryption`` of a disk that is encrypted; qcow2 knows no other format that is worth its name.
+LUKS: Mapping[str, str] = {"format": "luks"}
+COMPRESSIONS = ("zstd", "zlib")
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class StoredDisk:
     """One disk of a point, sizes in bytes.
 
     ``parent`` is the id of the point whose file of the same name this one stands on; None for a full.  ``metadata`` is
-    the SHA-256 of all bytes of the file that are not guest data (None once the file was folded).
+    the SHA-256 of all bytes of the file that are not guest data stored as it is (None once the file was folded): where
+    the file is compressed or encrypted, of all its bytes.  ``encrypted_source``: the guest's own disk was encrypted.
     """
 
     target: str
@@ -51,11 +56,23 @@ class StoredDisk:
     metadata: str | None = None
     source_format: str | None = None
     source: tuple[SourceLayer, ...] = ()
+    compression: str | None = None
+    encryption: Mapping[str, str] | None = None
+    encrypted_source: bool = False
+
+    @property
+    def coded(self) -> bool:
+        """Whether its file holds guest data otherwise than as it is."""
+        return self.compression is not None or self.encryption is not None
 
     @property
     def file(self) -> str:
         """Name of the image in the point's directory."""
         return f"{self.target}.qcow2"
+
+    def link(self, ground: str | None) -> str | None:
+        """The backing file of an image that stands on the point ``ground``, as its header says it; None for a full."""
+        return f"../{ground}/{self.file}" if ground else None
 
     @property
     def sums(self) -> str:
@@ -100,6 +117,22 @@ class Point:
         """The points that any of its disks stands on."""
         return frozenset(disk.parent for disk in self.disks if disk.parent)
 
+    def with_disks(self, disks: Iterable[StoredDisk]) -> Point:
+        """The same point with its disks stored otherwise: its type, parent and sizes follow."""
+        stored = tuple(disks)
+        parents = {disk.parent for disk in stored if disk.parent}
+        before = {disk.target: disk.parent for disk in self.disks}
+        moved = [disk.reason for disk in stored if disk.parent != before.get(disk.target)]
+        return replace(
+            self,
+            disks=stored,
+            type="incremental" if parents else "full",
+            parent=self.parent if self.parent in parents else max(parents, default=None),
+            reason=moved[0] if moved and not parents else self.reason,
+            stored_bytes=sum(disk.stored_bytes for disk in stored),
+            changed_bytes=sum(disk.changed_bytes for disk in stored),
+        )
+
     @property
     def created_at(self) -> datetime.datetime:
         """When it was cut."""
@@ -137,6 +170,8 @@ class Point:
                     "stored_bytes": disk.stored_bytes,
                     "changed_bytes": disk.changed_bytes,
                     "file": disk.file,
+                    "compression": disk.compression,
+                    "encryption": dict(disk.encryption) if disk.encryption else None,
                 }
                 for disk in self.disks
             ],
@@ -204,6 +239,10 @@ def _check_names(point: Point) -> None:
             raise ValueError(f"{disk.target!r} is not the target of a disk")
         if (disk.type == "incremental") != (disk.parent is not None):
             raise ValueError(f"disk {disk.target} is {disk.type} with parent {disk.parent}")
+        if disk.compression not in (None, *COMPRESSIONS):
+            raise ValueError(f"the compression of disk {disk.target} is unknown")
+        if disk.encryption not in (None, LUKS):
+            raise ValueError(f"the encryption of disk {disk.target} is unknown")
     if point.nvram not in (None, "raw", "qcow2"):
         raise ValueError("the format of its NVRAM is unknown")
 

@@ -34,7 +34,8 @@ class Host:
 class Target:
     """What the restored domain is to be. ``disks`` are the restored images by target; ``fresh`` gives it a new identity.
 
-    ``network`` is ``keep``, ``disconnected`` or the name of a network.
+    ``network`` is ``keep``, ``disconnected`` or the name of a network.  ``secrets`` are the UUIDs of the libvirt secrets of
+    the encrypted ones; any other is not encrypted.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Target:
     disks: Mapping[str, Layer]
     nvram: str | None = None
     network: str = "keep"
+    secrets: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -169,7 +171,7 @@ def _disks(root: ElementTree.Element, target: Target, host: Host, notes: list[st
         name = _target_of(disk)
         layer = target.disks.get(name)
         if layer is not None:
-            _stand_on(disk, layer)
+            _stand_on(disk, layer, target.secrets.get(name))
             continue
         source = disk.find("source")
         if source is None:
@@ -188,8 +190,8 @@ def _disks(root: ElementTree.Element, target: Target, host: Host, notes: list[st
             notes.append(f"disk {name} was left out: {why}")
 
 
-def _stand_on(disk: ElementTree.Element, layer: Layer) -> None:
-    for tag in ("source", "backingStore", "mirror"):
+def _stand_on(disk: ElementTree.Element, layer: Layer, secret: str | None) -> None:
+    for tag in ("source", "backingStore", "mirror", "encryption"):
         for element in disk.findall(tag):
             disk.remove(element)
     disk.set("type", "file")
@@ -199,7 +201,15 @@ def _stand_on(disk: ElementTree.Element, layer: Layer) -> None:
         disk.insert(0, driver)
     driver.set("type", layer.format or "qcow2")
     source = ElementTree.Element("source", file=layer.path or "")
+    if secret is not None:
+        encrypt(source, secret)
     disk.insert(list(disk).index(driver) + 1, source)
+
+
+def encrypt(source: ElementTree.Element, secret: str) -> None:
+    """Say that a ``<source>`` is encrypted, and which libvirt secret opens it."""
+    encryption = ElementTree.SubElement(source, "encryption", format="luks")
+    ElementTree.SubElement(encryption, "secret", type="passphrase", uuid=secret)
 
 
 def _networks(root: ElementTree.Element, target: Target, host: Host, notes: list[str]) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from xml.etree import ElementTree
 
-from .._errors import Busy, Refused, Unsupported
+from .._errors import Busy, InvalidInput, Refused, Unsupported
 from ..hypervisor.agent import AgentInfo
 from ..hypervisor.capture import Capture, choose
 from ..hypervisor.domain_model import Disk, Domain
+from ..hypervisor.image_node import Passphrase
 from ..safety import consistency
 from .checkpoints import Checkpoint
 from .manifest import Point, SourceLayer, StoredDisk
@@ -25,6 +26,9 @@ CHAIN_LIMIT = 16
 #: What the guest may write between the estimate and the cut, and qcow2's own tables.
 SLACK_LEAST = 8 << 20
 SLACK_SHARE = 20
+
+#: What LUKS puts in front of an image: room for eight keys.
+LUKS_TABLES = 3 << 20
 
 #: Room that is left on the target at all times; below it the backup is aborted.
 FLOOR_LEAST = 16 << 20
@@ -49,13 +53,17 @@ REASONS = {
     "disk replaced": "the disk's image is another file than at the last point",
     "chain limit": f"the chain in the repository has {CHAIN_LIMIT} points",
     "chain broken": "a point that the increment would stand on is missing or damaged",
+    "encryption changed": "the last point of this disk is encrypted and this one is not to be, or the other way round",
     "proved": "the bitmaps cover every change since the last point",
 }
 
 
 @dataclass(frozen=True)
 class Request:
-    """The task's options, checked. ``min_age`` and ``deadline`` in seconds; ``tags`` and ``description`` None when not given."""
+    """The task's options, checked. ``min_age`` and ``deadline`` in seconds; ``tags`` and ``description`` None when not given.
+
+    With a ``passphrase`` the points are encrypted.  ``scratch``: QEMU writes there in any case, None: only where it must.
+    """
 
     type: str = "auto"
     quiesce: str = "auto"
@@ -66,6 +74,9 @@ class Request:
     tags: Mapping[str, str] | None = None
     protected: bool = False
     deadline: float = 60.0
+    compression: str | None = None
+    passphrase: Passphrase | None = None
+    scratch: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,15 +90,20 @@ class LayerFacts:
     allocated: int
     qcow2_version: int | None = None
     bitmaps: frozenset[str] = frozenset()
+    encrypted: bool = False
 
 
 @dataclass(frozen=True)
 class DiskFacts:
-    """A disk that can be captured, with its chain, topmost layer first. ``size`` is what the guest sees."""
+    """A disk that can be captured, with its chain, topmost layer first. ``size`` is what the guest sees.
+
+    ``passphrase`` is what libvirt opens it with, where it is encrypted and libvirt tells.
+    """
 
     disk: Disk
     size: int
     layers: tuple[LayerFacts, ...]
+    passphrase: Passphrase | None = None
 
     @property
     def allocated(self) -> int:
@@ -125,6 +141,13 @@ class DiskPlan:
     parent_size: int | None
     estimate: int
     tracked: bool
+    compression: str | None = None
+    passphrase: Passphrase | None = None
+
+    @property
+    def coded(self) -> bool:
+        """Whether it is stored otherwise than QEMU pushes it."""
+        return self.compression is not None or self.passphrase is not None
 
     @property
     def target(self) -> str:
@@ -206,6 +229,22 @@ def refuse_unsafe(facts: Facts) -> None:
             )
 
 
+def refuse_impossible(request: Request) -> None:
+    """Raise where the options contradict each other."""
+    if request.compression is not None and request.passphrase is not None:
+        raise InvalidInput(
+            "compression and encryption exclude each other: qcow2 cannot compress what it encrypts",
+            advice="Leave one of them out",
+        )
+
+
+def must_stage(request: Request, plans: Sequence[PointPlan], *, local: bool) -> bool:
+    """Whether QEMU pushes into a scratch directory, and what it wrote is stored in the repository afterwards."""
+    live = any(plan.live for plan in plans)
+    coded = any(disk.coded for plan in plans if plan.live for disk in plan.disks)
+    return live and (not local or coded or request.scratch is not None)
+
+
 def plan_point(request: Request, facts: Facts) -> PointPlan:
     """Decide one domain's point."""
     domain = facts.domain
@@ -218,16 +257,13 @@ def plan_point(request: Request, facts: Facts) -> PointPlan:
             not_captured=[part.as_result() for part in capture.left_out],
         )
     for disk in capture.disks:
-        if disk.encrypted:
-            raise Unsupported(
-                f"Disk {disk.target!r} of domain {domain.name!r} is encrypted; a backup would hold its data in the clear",
-                advice="Leave it out with exclude_disks",
-            )
         if disk.target not in facts.disks:
             raise Unsupported(
                 f"The image of disk {disk.target!r} of domain {domain.name!r} cannot be read",
                 advice="See that it exists (domain_info shows its chain)",
             )
+        if disk.encrypted:
+            _refuse_unreadable(request, domain, facts.disks[disk.target])
     freeze = _decide_freeze(request, facts)
     disks = tuple(_plan_disk(request, facts, facts.disks[disk.target]) for disk in capture.disks)
     if request.type == "incremental":
@@ -246,6 +282,23 @@ def plan_point(request: Request, facts: Facts) -> PointPlan:
         # A cold cut leaves the live chain as it is: the next live point goes on with it.
         retire=facts.our_checkpoints if domain.state.active else (),
     )
+
+
+def _refuse_unreadable(request: Request, domain: Domain, disk: DiskFacts) -> None:
+    """What is encrypted stays encrypted, so its passphrase is needed, or another one."""
+    encryption = disk.disk.encryption
+    what = f"Disk {disk.disk.target!r} of domain {domain.name!r} is encrypted"
+    if encryption is None or encryption.format != "luks":
+        raise Unsupported(f"{what}, and not with LUKS", advice="Leave it out with exclude_disks")
+    if not domain.state.active and any(layer.format != "qcow2" for layer in disk.layers):
+        raise Unsupported(f"{what}, not in a qcow2, and the domain is not running", advice="Start it first")
+    if disk.passphrase is None and (request.passphrase is None or not domain.state.active):
+        raise Refused(
+            f"{what}, and libvirt does not tell the passphrase of its secret",
+            advice="Give encryption.passphrase, which the point is then encrypted with"
+            if domain.state.active
+            else "Start it, which needs nobody to read the secret, or give the secret private='no'",
+        )
 
 
 def _decide_freeze(request: Request, facts: Facts) -> consistency.FreezeDecision:
@@ -277,13 +330,17 @@ def _require_increment(facts: Facts, disks: Sequence[DiskPlan]) -> None:
 
 def _plan_disk(request: Request, facts: Facts, disk: DiskFacts) -> DiskPlan:
     obstacle = bitmap_obstacle(facts.domain, disk)
+    passphrase = request.passphrase or disk.passphrase
+    # qcow2 cannot compress what it encrypts.
+    compression = request.compression if passphrase is None else None
     if request.type == "full":
         reason: str | None = "asked for"
     elif not facts.domain.state.active:
         reason = "cold cut"
     else:
-        reason = obstacle or why_full(facts, disk)
+        reason = obstacle or why_full(facts, disk, encrypted=passphrase is not None)
     tracked = facts.domain.state.active and obstacle is None
+    tables = LUKS_TABLES if passphrase is not None else 0
     if reason is None and facts.last is not None and facts.checkpoint is not None:
         before = facts.last.disk(disk.disk.target)
         dirty = facts.checkpoint.dirty[disk.disk.target]
@@ -293,10 +350,13 @@ def _plan_disk(request: Request, facts: Facts, disk: DiskFacts) -> DiskPlan:
             "proved",
             facts.last.id,
             before.virtual_size if before else None,
-            room_for(min(dirty, disk.size), disk.size),
+            room_for(min(dirty, disk.size), disk.size) + tables,
             tracked,
+            compression,
+            passphrase,
         )
-    return DiskPlan(disk, "full", reason or "first", None, None, room_for(disk.allocated, disk.size), tracked)
+    room = room_for(disk.allocated, disk.size) + tables
+    return DiskPlan(disk, "full", reason or "first", None, None, room, tracked, compression, passphrase)
 
 
 def room_for(data: int, size: int) -> int:
@@ -322,7 +382,7 @@ def bitmap_obstacle(domain: Domain, disk: DiskFacts) -> str | None:
     return None
 
 
-def why_full(facts: Facts, disk: DiskFacts) -> str | None:
+def why_full(facts: Facts, disk: DiskFacts, *, encrypted: bool = False) -> str | None:
     """Why a running domain's disk needs a full, or None when an increment is proved to hold every change.
 
     The proof (DESIGN, invariant 7): libvirt found the checkpoint's bitmap recording and consistent from the top layer
@@ -342,6 +402,9 @@ def why_full(facts: Facts, disk: DiskFacts) -> str | None:
     if disk.size < before.virtual_size:
         return "shrunk"
     reason = _unproved(facts.checkpoint, target, disk, before)
+    if reason is None and (before.encryption is not None) != encrypted:
+        # One passphrase opens a chain or none is needed: nobody finds half of it unreadable, or half of it readable.
+        return "encryption changed"
     if reason is None:
         return _chain_reason(facts.history, last, target)
     return reason
@@ -393,8 +456,11 @@ def source_layers(disk: DiskFacts) -> tuple[SourceLayer, ...]:
     return tuple(SourceLayer(layer.path, layer.format, layer.inode, layer.size) for layer in disk.layers)
 
 
-def backup_xml(plan: PointPlan, directory: str) -> str:
-    """The ``<domainbackup>`` that pushes into ``directory`` (https://libvirt.org/formatbackup.html)."""
+def backup_xml(plan: PointPlan, directory: str, secret: str | None = None) -> str:
+    """The ``<domainbackup>`` that pushes into ``directory`` (https://libvirt.org/formatbackup.html).
+
+    ``secret`` is the UUID of the libvirt secret with the key of the targets of disks that are stored encrypted.
+    """
     root = ElementTree.Element("domainbackup", mode="push")
     disks = ElementTree.SubElement(root, "disks")
     planned = {disk.target: disk for disk in plan.disks}
@@ -410,7 +476,10 @@ def backup_xml(plan: PointPlan, directory: str) -> str:
         else:
             element.set("backupmode", "full")
         ElementTree.SubElement(element, "driver", type="qcow2")
-        ElementTree.SubElement(element, "target", file=f"{directory}/{chosen.file}")
+        target = ElementTree.SubElement(element, "target", file=f"{directory}/{chosen.file}")
+        if secret is not None and chosen.passphrase is not None:
+            encryption = ElementTree.SubElement(target, "encryption", format="luks")
+            ElementTree.SubElement(encryption, "secret", type="passphrase", uuid=secret)
     return ElementTree.tostring(root, encoding="unicode")
 
 

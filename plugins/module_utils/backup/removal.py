@@ -1,48 +1,34 @@
 # Copyright: vmkeeper.libvirt contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Remove a restore point that nothing stands on."""
+"""Remove restore points in whatever position: those that stay restore as before, at every instant."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from .._errors import NotFound, Refused
+from .._errors import NoSpace, NotFound, Refused, VmkeeperError
 from ..hypervisor.connection import find_domain
-from ..safety import locks, places, settlement
-from . import checkpoints, settle, settlers
+from ..safety import locks, settlement
+from ..safety.journal import Journal
+from . import folding, settle, settlers
+from .folding_plan import RemovalPlan, plan_removal
 from .manifest import Point
-from .repository import GONE, History, Repository, discard, open_repository, sweep
+from .repository import BrokenPoint, History, Repository, open_repository, put_away, sweep
 
 
-def refuse_removal(point: Point, children: Sequence[str]) -> None:
-    """Raise where removing the point would hurt."""
-    if point.protected:
-        raise Refused(f"Point {point.id} of domain {point.domain!r} is protected", advice="It stays until it is not")
-    if children:
-        raise Refused(
-            f"Point {point.id} of domain {point.domain!r} is what {', '.join(children)} stands on",
-            advice="Remove the newer points first",
-            children=list(children),
-        )
+@dataclass(frozen=True)
+class Subject:
+    """The domain whose points are removed; ``handle`` is None when it is not defined here any more."""
 
-
-def remove(connection: Any, repository: Repository, point: Point) -> None:
-    """Remove a point. Call it with the lock of the domain's points held alone.
-
-    One rename ends its existence; what an interruption leaves after that is swept by the next run.
-    """
-    handle = settle.find(connection, point.domain_uuid)
-    if handle is not None and point.checkpoint:
-        # First, so that no increment can begin at a point that is gone.
-        checkpoints.remove(handle, [point.checkpoint])
-    gone = os.path.join(repository.domain_directory(point.domain_uuid), GONE + point.id)
-    os.rename(repository.point_directory(point.domain_uuid, point.id), gone)
-    places.fsync_directory(repository.domain_directory(point.domain_uuid))
-    discard(gone)
+    uuid: str
+    name: str
+    handle: Any | None = None
 
 
 def remove_by_id(
@@ -50,37 +36,148 @@ def remove_by_id(
 ) -> dict[str, Any] | None:
     """``state: absent``: remove the point, of a domain that may be gone; returns it, or None when it was not there."""
     repository = open_repository(path)
-    handle = _find(connection, domain)
-    uuid = handle.UUIDString() if handle is not None else _uuid_of(repository, domain)
-    if uuid is None:
+    subject = find_subject(connection, repository, domain)
+    if subject is None:
         return None
-    name = handle.name() if handle is not None else domain
-    with contextlib.ExitStack() as stack:
-        if not check:
-            stack.enter_context(locks.hold([(uuid, name)], f"removing restore point {identifier}"))
-            stack.enter_context(repository.locked(uuid, f"removing restore point {identifier}"))
-            sweep(repository, uuid)
-        if handle is not None:
-            settlement.settle_before_change(uri, [handle], settlers.SETTLERS, check=check)
-        history: History = repository.history(uuid)
-        point = history.point(identifier)
+    with alone(uri, repository, subject, f"removing restore point {identifier}", check=check) as finished:
+        for gone in finished:
+            if gone.id == identifier:
+                return gone.as_result()
+        history = repository.history(subject.uuid)
+        damaged = next((one for one in history.broken if one.id == identifier), None)
+        if damaged is not None:
+            return _remove_damaged(connection, repository, subject, damaged, check=check)
+        point = history.holder(identifier)
         if point is None:
             return None
-        refuse_removal(point, history.children(identifier))
-        if not check:
-            remove(connection, repository, point)
+        if point.protected:
+            raise Refused(
+                f"Point {point.id} of domain {point.domain!r} is protected", advice="It stays until it is not"
+            )
+        remove_points(connection, repository, subject, history, [identifier], check=check)
         return point.as_result()
 
 
-def _find(connection: Any, domain: str) -> Any | None:
+@contextlib.contextmanager
+def alone(
+    uri: str, repository: Repository, subject: Subject, operation: str, *, check: bool
+) -> Iterator[tuple[Point, ...]]:
+    """Settle what was interrupted, and hold the domain and its points here alone. Nothing is held with ``check``.
+
+    Gives the points that went because an interrupted removal was finished.
+    """
+    with contextlib.ExitStack() as stack:
+        if not check:
+            _require_writable(repository)
+            stack.enter_context(locks.hold([(subject.uuid, subject.name)], operation))
+        before = _all_points(repository.history(subject.uuid))
+        settlement.settle_named(uri, [(subject.uuid, subject.name)], settlers.SETTLERS, check=check)
+        if not check:
+            stack.enter_context(repository.locked(subject.uuid, operation))
+            sweep(repository, subject.uuid)
+        after = repository.history(subject.uuid)
+        yield tuple(point for point in before if after.holder(point.id) is None)
+
+
+def remove_points(
+    connection: Any,
+    repository: Repository,
+    subject: Subject,
+    history: History,
+    identifiers: Collection[str],
+    *,
+    check: bool = False,
+) -> RemovalPlan:
+    """Remove points of one domain, inside :func:`alone`. What an earlier removal left half done goes with them.
+
+    Raises :class:`Refused` before anything was changed where a reader, a damaged point or the room is in the way.
+    """
+    leaving = [point for point in history.points if point.id in identifiers] + list(history.going)
+    plan = plan_removal([point for point in history.points if point not in leaving], leaving)
+    if not plan.points:
+        return plan
+    ids = [point.id for point in plan.points]
+    folding.require_unread(connection, repository, subject.uuid, ids)
+    folding.require_whole(repository, history, plan)
+    folding.require_room(repository, plan)
+    if check:
+        return plan
+    journal = Journal.begin(
+        settle.REMOVAL,
+        [(subject.uuid, subject.name)],
+        {
+            "repository": repository.path,
+            "repository_uuid": repository.uuid,
+            "points": ids,
+            "checkpoints": [point.checkpoint for point in plan.points if point.checkpoint],
+        },
+    )
     try:
-        return find_domain(connection, domain)
+        settle.carry_out_removal(subject.handle, repository, subject.uuid, journal)
+    except VmkeeperError as error:
+        error.state = _STATE
+        error.args = (str(error),)
+        raise
+    except OSError as error:
+        kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else VmkeeperError
+        raise kind(
+            f"Removing points in {repository.path} failed: {error}",
+            state=_STATE,
+            advice="See to the repository's filesystem, then run this again",
+            path=repository.path,
+        ) from error
+    return plan
+
+
+_STATE = "What was to be removed is offered no more; every other point restores as before. The next run goes on with the rest."
+
+
+def _remove_damaged(
+    connection: Any, repository: Repository, subject: Subject, damaged: BrokenPoint, *, check: bool
+) -> dict[str, Any]:
+    """A directory that cannot be read as a point goes when it is named, and when nothing stands on it."""
+    folding.require_unread(connection, repository, subject.uuid, [damaged.id])
+    history = repository.history(subject.uuid)
+    above = history.children(damaged.id) + repository.grounds(subject.uuid, history.broken).get(damaged.id, [])
+    if above:
+        raise Refused(
+            f"Point {damaged.id} is damaged ({damaged.problem}), so nothing can be merged with it, and {', '.join(above)}"
+            " stands on it",
+            advice="Look at it; remove the newer points first if they are lost with it",
+            children=above,
+        )
+    if not check:
+        put_away(repository, subject.uuid, damaged.id)
+    return {"id": damaged.id, "domain_uuid": subject.uuid, "problem": damaged.problem}
+
+
+def _require_writable(repository: Repository) -> None:
+    if os.statvfs(repository.path).f_flag & os.ST_RDONLY:
+        raise Refused(f"The repository {repository.path} is mounted read-only", advice="Mount it writable")
+
+
+def find_subject(connection: Any, repository: Repository, domain: str) -> Subject | None:
+    """The domain by name or UUID: as it is defined here, else as it was backed up; None when it has no points."""
+    try:
+        handle = find_domain(connection, domain)
+        return Subject(handle.UUIDString(), handle.name(), handle)
     except NotFound:
-        return None
-
-
-def _uuid_of(repository: Repository, domain: str) -> str | None:
+        pass
     for uuid in repository.domain_uuids():
-        if domain == uuid or any(point.domain == domain for point in repository.history(uuid).points):
-            return uuid
+        points = _all_points(repository.history(uuid))
+        if domain == uuid or any(point.domain == domain for point in points):
+            return subject_of(connection, repository, uuid)
     return None
+
+
+def subject_of(connection: Any, repository: Repository, domain_uuid: str) -> Subject:
+    """The domain with that UUID, by the name that it has here or had last."""
+    handle = settle.find(connection, domain_uuid)
+    if handle is not None:
+        return Subject(domain_uuid, handle.name(), handle)
+    points = _all_points(repository.history(domain_uuid))
+    return Subject(domain_uuid, points[-1].domain if points else domain_uuid)
+
+
+def _all_points(history: History) -> Sequence[Point]:
+    return sorted((*history.points, *history.going), key=lambda point: point.sequence)

@@ -12,19 +12,28 @@ import secrets
 import shutil
 import stat
 import uuid as uuids
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from .._errors import InvalidInput, NotFound, Refused, Unsupported, VmkeeperError
+from ..hypervisor.image_header import BadHeader, read_qcow2
 from ..safety import locks, places
 from ..safety.names import check_directory
 from . import manifest
-from .manifest import ID, Point
+from .manifest import ID, Point, StoredDisk
 
 FORMAT = 1
 NEW = ".new-"
 GONE = ".gone-"
+MANIFEST = "manifest.json"
+#: The manifest of a point that is being removed: it is offered no more, and newer ones are still read through it.
+GOING = "going.json"
+
+#: The ``reason`` of a disk whose older points were removed.
+MERGED = "the points that it stood on were removed and merged into it"
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+_LINK = re.compile(rf"\.\./({ID.pattern})/[^/]+")
 
 #: A mounted filesystem may bring these along.
 _NOT_CONTENT = ("lost+found",)
@@ -48,15 +57,23 @@ class History:
 
     points: tuple[Point, ...] = ()
     broken: tuple[BrokenPoint, ...] = ()
+    #: Points whose removal was begun: they are restored no more, but still hold layers of ``points``.
+    going: tuple[Point, ...] = ()
+    #: Ids of ``points`` whose manifests speak of points in ``going``, or of images that were merged since.
+    lagging: frozenset[str] = frozenset()
 
     def point(self, identifier: str) -> Point | None:
         """The point with that id."""
         return next((point for point in self.points if point.id == identifier), None)
 
+    def holder(self, identifier: str) -> Point | None:
+        """The point with that id, also when it is being removed."""
+        return self.point(identifier) or next((point for point in self.going if point.id == identifier), None)
+
     @property
     def next_sequence(self) -> int:
         """The number of the next point."""
-        return max((point.sequence for point in self.points), default=0) + 1
+        return max((point.sequence for point in (*self.points, *self.going)), default=0) + 1
 
     def children(self, identifier: str) -> list[str]:
         """The points that stand on it."""
@@ -74,7 +91,7 @@ class History:
                 raise Refused(f"Point {line[-1].id} does not hold disk {target!r}, and {line[-2].id} stands on it")
             if disk.parent is None:
                 return line
-            below = self.point(disk.parent)
+            below = self.holder(disk.parent)
             if below is None or below in line:
                 raise Refused(
                     f"Disk {target!r} of point {point.id} stands on point {disk.parent}, which is missing or damaged",
@@ -128,22 +145,35 @@ class Repository:
             names = sorted(name for name in os.listdir(directory) if ID.fullmatch(name))
         except FileNotFoundError:
             return History()
-        points, broken = [], []
+        points: list[Point] = []
+        going: list[Point] = []
+        broken = []
         for name in names:
-            where = os.path.join(directory, name, "manifest.json")
+            where = os.path.join(directory, name, MANIFEST)
+            leaving = os.path.join(directory, name, GOING)
+            is_going = not os.path.lexists(where) and os.path.lexists(leaving)
             try:
-                content = places.read_json(where)
-                if content is None:
-                    raise Refused(f"{where} is missing")
-                point = manifest.from_json(content, where)
-                if point.id != name or point.domain_uuid != domain_uuid:
-                    raise Refused(f"{where} belongs to point {point.id} of domain {point.domain_uuid}")
-                points.append(point)
+                (going if is_going else points).append(_read_point(leaving if is_going else where, name, domain_uuid))
             except VmkeeperError as error:
                 broken.append(BrokenPoint(name, error.problem))
             except (OSError, ValueError) as error:
                 broken.append(BrokenPoint(name, f"{where} cannot be read: {error}"))
-        return History(tuple(sorted(points, key=lambda point: point.sequence)), tuple(broken))
+        points.sort(key=lambda point: point.sequence)
+        going.sort(key=lambda point: point.sequence)
+        history = History(tuple(points), tuple(broken), tuple(going))
+        return _as_it_lies(directory, history) if going else history
+
+    def grounds(self, domain_uuid: str, broken: Sequence[BrokenPoint]) -> dict[str, list[str]]:
+        """Id -> the unreadable points whose images' headers say that they stand on it."""
+        found: dict[str, list[str]] = {}
+        for one in broken:
+            directory = self.point_directory(domain_uuid, one.id)
+            for name in sorted(os.listdir(directory)):
+                with contextlib.suppress(OSError, BadHeader):
+                    link = _LINK.fullmatch(read_qcow2(os.path.join(directory, name)).backing_file or "")
+                    if link is not None and one.id not in found.setdefault(link[1], []):
+                        found[link[1]].append(one.id)
+        return found
 
     @contextlib.contextmanager
     def locked(self, domain_uuid: str, operation: str, *, shared: bool = False) -> Iterator[None]:
@@ -151,6 +181,60 @@ class Repository:
         key = f"chain-{self.uuid}-{domain_uuid}"
         with locks.hold([(key, f"set of restore points in {self.path}")], operation, shared=shared):
             yield
+
+
+def _read_point(where: str, name: str, domain_uuid: str) -> Point:
+    content = places.read_json(where)
+    if content is None:
+        raise Refused(f"{where} is missing")
+    point = manifest.from_json(content, where)
+    if point.id != name or point.domain_uuid != domain_uuid:
+        raise Refused(f"{where} belongs to point {point.id} of domain {point.domain_uuid}")
+    return point
+
+
+def _as_it_lies(directory: str, history: History) -> History:
+    """A removal that was interrupted: what the manifests say of merged images is older than the images' headers.
+
+    So every point is read right at each step of a removal, also where nobody may write to finish it.
+    """
+    going = {point.id: point for point in history.going}
+    points, lagging = [], set()
+    for point in history.points:
+        if not point.parents & going.keys():
+            points.append(point)
+            continue
+        lagging.add(point.id)
+        points.append(point.with_disks(_disk_as_it_lies(directory, point, disk, going) for disk in point.disks))
+    leaving = (point.with_disks(_grown(directory, point, disk) for disk in point.disks) for point in history.going)
+    return History(tuple(points), history.broken, tuple(leaving), frozenset(lagging))
+
+
+def _disk_as_it_lies(directory: str, point: Point, disk: StoredDisk, going: Mapping[str, Point]) -> StoredDisk:
+    if disk.parent not in going:
+        return disk
+    ground: str | None = disk.parent
+    seen: set[str] = set()
+    while ground is not None and ground in going and ground not in seen:
+        seen.add(ground)
+        below = going[ground].disk(disk.target)
+        ground = below.parent if below is not None else None
+    try:
+        backing = read_qcow2(os.path.join(directory, point.id, disk.file)).backing_file
+    except (OSError, BadHeader):
+        return disk
+    if backing == disk.link(ground):
+        kind = "incremental" if ground else "full"
+        return replace(disk, type=kind, reason=MERGED, parent=ground, metadata=None)
+    return replace(disk, metadata=None)  # its tables may have been written to
+
+
+def _grown(directory: str, point: Point, disk: StoredDisk) -> StoredDisk:
+    """A newer disk, which may be larger, is perhaps partly merged into this image."""
+    with contextlib.suppress(OSError, BadHeader):
+        size = read_qcow2(os.path.join(directory, point.id, disk.file)).virtual_size
+        return replace(disk, virtual_size=max(size, disk.virtual_size), metadata=None)
+    return disk
 
 
 def open_repository(path: str, *, create: bool = False, check: bool = False) -> Repository:
@@ -230,20 +314,20 @@ def is_local(path: str) -> bool:
     return _REMOTE.fullmatch(filesystem_type(path)) is None
 
 
-def check_target(repository: Repository, owner: tuple[int, int]) -> None:
-    """Refuse, before anything is frozen, a repository that QEMU could not write to."""
-    if not is_local(repository.path):
+def check_target(directory: str, owner: tuple[int, int], what: str = "repository") -> None:
+    """Refuse, before anything is frozen, a directory that QEMU could not write to, or that could stall it."""
+    if not is_local(directory):
         raise Unsupported(
-            f"The repository {repository.path} is on {filesystem_type(repository.path)}, which is not local to this host:"
+            f"The {what} {directory} is on {filesystem_type(directory)}, which is not local to this host:"
             " while a backup runs, a stalled or failing target would stall or fail the guest's own writes",
-            advice="Back up to a local directory and copy the repository from there",
+            advice="Give a directory on a local filesystem",
         )
-    path = repository.path
+    path = directory
     while True:
         status = os.stat(path)
         if not _may_enter(status, owner):
             raise InvalidInput(
-                f"QEMU (uid {owner[0]}) cannot reach the repository {repository.path}: {path} does not let it through",
+                f"QEMU (uid {owner[0]}) cannot reach the {what} {directory}: {path} does not let it through",
                 advice=f"chmod o+x {path}, or choose another directory",
             )
         if path == "/":
@@ -276,6 +360,14 @@ def discard(directory: str) -> None:
     if os.path.isdir(directory):
         shutil.rmtree(directory)
         places.fsync_directory(os.path.dirname(directory))
+
+
+def put_away(repository: Repository, domain_uuid: str, identifier: str) -> None:
+    """Remove a point's directory: one rename ends it, what an interruption leaves after that is swept."""
+    gone = os.path.join(repository.domain_directory(domain_uuid), GONE + identifier)
+    os.rename(repository.point_directory(domain_uuid, identifier), gone)
+    places.fsync_directory(repository.domain_directory(domain_uuid))
+    discard(gone)
 
 
 def sweep(repository: Repository, domain_uuid: str) -> None:

@@ -12,19 +12,20 @@ import contextlib
 import os
 import uuid as uuids
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from xml.etree import ElementTree
 
 from .._errors import Conflict, InvalidInput, NotFound, Refused, Unsupported, VmkeeperError
-from ..hypervisor import chain, definition, qemu_img
+from ..hypervisor import chain, definition, image_node, libvirt_secret, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import explaining, find_domain
-from ..hypervisor.domain_model import Domain, Layer, qemu_owner, read_domain
+from ..hypervisor.domain_model import Disk, Domain, Layer, qemu_owner, read_domain
+from ..hypervisor.image_node import Image, Keys, Passphrase
 from ..safety import domain_jobs, locks, names, settlement, space, views, worker
 from ..safety import journal as journals
 from ..safety.journal import Journal, Operation
-from . import digests, instant_restore, lending, listing, settle, settlers, verifying
+from . import digests, instant_restore, lending, listing, settle, settlers, stored, verifying
 from .host import read_host, stored_definition
 from .mapping import Target, fit
 from .repository import Repository, open_repository
@@ -54,17 +55,22 @@ class Request:
     bandwidth: int = 0
     wait: bool = True
     wait_seconds: float | None = None
+    passphrase: Passphrase | None = None
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One file to restore: ``part`` is written first; ``aside`` keeps what was at ``path`` (in place only)."""
+    """One file to restore: ``part`` is written first; ``aside`` keeps what was at ``path`` (in place only).
+
+    ``secret`` is the UUID of the libvirt secret that is defined to open it, when it is encrypted.
+    """
 
     target: str
     path: str
     format: str
     part: str
     aside: str | None = None
+    secret: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,7 @@ class _Restoring:
         self._found = found
         self._point = found.point
         self._request = request
+        self._present: dict[str, Passphrase] = {}  # of the disks that are replaced and keep their libvirt secret
 
     def run(self, *, check: bool) -> Restored:
         """Plan, and unless ``check`` do it."""
@@ -175,6 +182,7 @@ class _Restoring:
             )
             listing.require_restorable(self._repository, self._found)
             plan = self._plan(name, uuid)
+            self._require_opening(plan)
             self._require_space(plan)
             if not check and plan.loan is not None:
                 self._stand_up(plan)
@@ -299,18 +307,19 @@ class _Restoring:
         pieces, notes = self._new_pieces(name, self._targets())
         nvram = self._new_nvram(name)
         loan = self._plan_loan(uuid, [piece.target for piece in pieces]) if self._request.instant else None
-        stored = stored_definition(self._repository, self._point)
+        xml_of_point = stored_definition(self._repository, self._point)
         mapped = fit(
-            stored,
+            xml_of_point,
             Target(
                 name=name,
                 uuid=uuid,
                 fresh=uuid != self._point.domain_uuid,
                 disks={piece.target: Layer(piece.path, piece.format) for piece in pieces},
+                secrets=_secrets(pieces),
                 nvram=nvram.path if nvram else None,
                 network=self._network(),
             ),
-            read_host(self._connection, stored),
+            read_host(self._connection, xml_of_point),
         )
         xml = mapped.xml
         if loan is not None:
@@ -326,8 +335,9 @@ class _Restoring:
     def _new_pieces(self, name: str, targets: Sequence[str]) -> tuple[list[Piece], list[str]]:
         pieces, notes = [], []
         for target in targets:
-            stored = self._point.disk(target)
-            image_format = "raw" if stored is not None and stored.source_format == "raw" else "qcow2"
+            held = self._point.disk(target)
+            encrypted = held is not None and held.encrypted_source
+            image_format = "raw" if held is not None and held.source_format == "raw" and not encrypted else "qcow2"
             if self._request.instant and image_format == "raw":
                 image_format = "qcow2"
                 notes.append(f"disk {target} was raw and is qcow2 now")
@@ -342,8 +352,13 @@ class _Restoring:
                         advice="Give another directory or name, or use in_place",
                         path=taken,
                     )
-            pieces.append(Piece(target, path, image_format, f"{path}.part"))
+            secret = self._new_secret(path) if encrypted else None
+            pieces.append(Piece(target, path, image_format, f"{path}.part", secret=secret))
         return pieces, notes
+
+    def _new_secret(self, path: str) -> str:
+        # The same restore again has the same secret again.
+        return str(uuids.uuid5(uuids.UUID(self._repository.uuid), f"{self._point.id}{path}"))
 
     def _directory(self, target: str) -> tuple[str, str | None]:
         """Where a disk goes, and a note when that is not where it came from."""
@@ -351,8 +366,8 @@ class _Restoring:
             return self._pool_directory(self._request.pool), None
         if self._request.directory:
             return names.check_directory(self._request.directory), None
-        stored = self._point.disk(target)
-        source = stored.source[0].path if stored is not None and stored.source else ""
+        held = self._point.disk(target)
+        source = held.source[0].path if held is not None and held.source else ""
         directory = os.path.dirname(source)
         if directory and not source.startswith("/dev/") and os.path.isdir(directory):
             return directory, None
@@ -416,7 +431,7 @@ class _Restoring:
                     f"Disk {target!r} of domain {name!r} is not a file that could be kept aside",
                     advice="Restore under another name, or attach_to a domain",
                 )
-            pieces.append(self._aside(target, disk.path, disk.format or "raw"))
+            pieces.append(self._in_place_of(domain.name, disk))
         self._refuse_shared(handle, domain, pieces)
         nvram = None
         xml = None
@@ -425,14 +440,52 @@ class _Restoring:
                 nvram = self._aside("nvram", domain.nvram.path, self._point.nvram)
             layers = {piece.target: Layer(piece.path, piece.format) for piece in pieces}
             target_nvram = nvram.path if nvram else (domain.nvram.path if domain.nvram else None)
-            stored = stored_definition(self._repository, self._point)
+            xml_of_point = stored_definition(self._repository, self._point)
             mapped = fit(
-                stored,
-                Target(name, uuid, fresh=False, disks=layers, nvram=target_nvram, network=self._network()),
-                read_host(self._connection, stored),
+                xml_of_point,
+                Target(
+                    name,
+                    uuid,
+                    fresh=False,
+                    disks=layers,
+                    nvram=target_nvram,
+                    network=self._network(),
+                    secrets=_secrets(pieces),
+                ),
+                read_host(self._connection, xml_of_point),
             )
             return Plan(name, uuid, tuple(pieces), nvram, mapped.xml, tuple(mapped.notes))
         return Plan(name, uuid, tuple(pieces), nvram, xml)
+
+    def _in_place_of(self, name: str, disk: Disk) -> Piece:
+        """The image that takes the place of a disk's."""
+        held = self._point.disk(disk.target)
+        piece = self._aside(disk.target, disk.path or "", disk.format or "raw")
+        encrypted = held is not None and held.encrypted_source
+        if self._request.disks is None:  # its definition is restored too
+            return replace(piece, format="qcow2", secret=self._new_secret(piece.path)) if encrypted else piece
+        if encrypted != disk.encrypted:
+            raise Refused(
+                f"Disk {disk.target!r} of domain {name!r} is {'' if disk.encrypted else 'not '}encrypted, and in the point it is"
+                f" {'' if encrypted else 'not'}".rstrip(),
+                advice="Leave out disks, so that the definition is restored too, or restore under another name",
+            )
+        if encrypted:
+            passphrase = libvirt_secret.value_of(self._connection, disk.encryption) if disk.encryption else None
+            if passphrase is None or disk.format != "qcow2":
+                raise Refused(
+                    f"Disk {disk.target!r} of domain {name!r} is encrypted, and libvirt does not tell the passphrase of its secret"
+                    " or it is not a qcow2",
+                    advice="Leave out disks, so that the definition is restored too, or restore under another name",
+                )
+            self._present[disk.target] = passphrase
+        return piece
+
+    def _key(self, piece: Piece) -> Passphrase | None:
+        """What the restored image is encrypted with."""
+        if piece.secret is not None:
+            return self._request.passphrase
+        return self._present.get(piece.target)
 
     def _aside(self, target: str, path: str, image_format: str) -> Piece:
         piece = Piece(
@@ -473,6 +526,15 @@ class _Restoring:
             attach[piece.target] = letter
         return Plan(name, uuid, tuple(pieces), None, None, tuple(notes), attach)
 
+    def _require_opening(self, plan: Plan) -> None:
+        stored.require_opening(
+            self._repository,
+            self._point,
+            [piece.target for piece in plan.pieces],
+            self._request.passphrase,
+            advice="Give the one that it was backed up with",
+        )
+
     def _require_space(self, plan: Plan) -> None:
         needs = []
         for piece in plan.pieces:
@@ -504,6 +566,7 @@ class _Restoring:
             },
         )
         try:
+            self._define_secrets(journal, plan)
             for piece in plan.pieces:
                 journal.step("copy", target=piece.target)
                 self._copy(piece)
@@ -568,18 +631,36 @@ class _Restoring:
         instant_restore.pull(self._uri, plan.uuid, plan.name, seconds=self._request.wait_seconds)
         return None
 
+    def _define_secrets(self, journal: Journal, plan: Plan) -> None:
+        found = _secrets(plan.pieces)
+        if not found or self._request.passphrase is None:
+            return
+        journal.step("secrets")
+        for target, uuid in found.items():
+            what = f"vmkeeper.libvirt: disk {target} of {plan.name}"
+            libvirt_secret.define(self._connection, uuid, self._request.passphrase, what, ephemeral=False)
+
     def _copy(self, piece: Piece) -> None:
-        source = verifying.image_path(self._repository, self._point, piece.target)
-        for holder in self._found.history.lineage(self._point, piece.target):
+        lineage = self._found.history.lineage(self._point, piece.target)
+        for holder in lineage:
             findings = verifying.check_link(self._repository, holder, piece.target)
             if findings:
                 raise Refused(f"Point {self._point.id} cannot be restored: {findings[0].problem}")
-        os.close(os.open(piece.part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-        qemu_img.run(
-            ["convert", "-q", "-f", "qcow2", "-O", piece.format, "-W", "-m", "16", source, piece.part],
-            doing=f"Restoring disk {piece.target!r} to {piece.part}",
-        )
-        wrong = verifying.check_restored(piece.part, piece.format, self._sums(piece.target))
+        layers = stored.images_of(self._repository, lineage, piece.target, self._request.passphrase)
+        restored = Image(piece.part, piece.format, self._key(piece))
+        doing = f"Restoring disk {piece.target!r} to {piece.part}"
+        sums = self._sums(piece.target)
+        if restored.passphrase is not None:
+            qemu_img.create_layer(restored, sums.size)
+            qemu_img.copy_chain(layers, restored, doing=doing)
+        else:
+            os.close(os.open(piece.part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+            with Keys() as keys:
+                source = image_node.as_name(image_node.node(layers, keys))
+                qemu_img.run(
+                    ["convert", "-q", "-O", piece.format, "-W", "-m", "16", source, piece.part], doing=doing, keys=keys
+                )
+        wrong = verifying.check_restored(restored, sums)
         if wrong:
             raise Refused(
                 f"Disk {piece.target!r} of point {self._point.id} is damaged in the repository: {len(wrong)} MiB or more differ"
@@ -616,17 +697,30 @@ class _Restoring:
                     "path": piece.path,
                     "format": piece.format,
                     "attached_as": plan.attach.get(piece.target),
+                    "secret": piece.secret,
                 }
                 for piece in plan.pieces
             ]
             + (
-                [{"target": "nvram", "path": plan.nvram.path, "format": plan.nvram.format, "attached_as": None}]
+                [
+                    {
+                        "target": "nvram",
+                        "path": plan.nvram.path,
+                        "format": plan.nvram.format,
+                        "attached_as": None,
+                        "secret": None,
+                    }
+                ]
                 if plan.nvram
                 else []
             ),
             point=self._point.id,
             warnings=[f"{plan.name}: {note}" for note in plan.notes],
         )
+
+
+def _secrets(pieces: Sequence[Piece]) -> dict[str, str]:
+    return {piece.target: piece.secret for piece in pieces if piece.secret is not None}
 
 
 def _make_durable(path: str) -> None:

@@ -161,7 +161,7 @@ def _stand(path: str, orders: Orders, connection: Any, directory: str) -> None:
             with contextlib.suppress(OSError):
                 free = free_bytes(watch.directory)
                 if reason is None and in_danger(free, orders.floor, _headroom(watch)):
-                    reason = f"the filesystem of the repository has only {human(free)} free"
+                    reason = f"the filesystem of {watch.directory} has only {human(free)} free"
         if reason is not None:
             _write_verdict(directory, reason)
             quiet_since = (quiet_since or time.monotonic()) if _abort_all(orders, connection) else None

@@ -10,23 +10,24 @@ makes a good one.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from xml.etree import ElementTree
 
-from .._errors import LibvirtFailed, Refused
-from ..hypervisor import block_jobs, definition
+from .._errors import LibvirtFailed, Refused, VmkeeperError
+from ..hypervisor import block_jobs, definition, libvirt_secret
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import code_of, constant, explaining, open_connection
 from ..hypervisor.domain_model import read_domain
 from ..safety import places, processes, settlement
 from ..safety import ticket as tickets
 from ..safety.journal import Journal
-from . import checkpoints, job, sentry
+from . import checkpoints, folding, job, mapping, sentry
 from .repository import Repository, discard
 
 BACKUP = "backup"
 RESTORE = "restore"
+REMOVAL = "removal"
 
 _STATE = "The guest runs as before; nothing of the interrupted point is kept."
 
@@ -72,6 +73,7 @@ def finish(uri: str, pending: Journal) -> None:
         handle = find(connection, uuid)
         if handle is not None:
             checkpoints.remove(handle, [name for name in part["retire"] if name != part["checkpoint"]])
+    _clear_scratch(connection, plan)
     _dismiss_sentry(pending)
     pending.finish()
 
@@ -88,19 +90,32 @@ def undo(uri: str, pending: Journal) -> None:
     """End the jobs, drop the new checkpoints, remove what was written; the older points go on as they were."""
     plan = pending.operation.plan
     pending.step("undo")
-    repository = repository_of(plan)
     connection = open_connection(uri)
+    unmounted = Repository(plan["repository"], plan["repository_uuid"])
     for uuid, part in plan["domains"].items():
-        directory = repository.new_directory(uuid, part["id"])
         handle = find(connection, uuid)
         if handle is not None:
-            job.abort(handle, directory)
+            job.abort(handle, part["scratch"] or unmounted.new_directory(uuid, part["id"]))
             block_jobs.resume_starved(handle)
             if part["checkpoint"]:
                 checkpoints.remove(handle, [part["checkpoint"]])
-        _discard(directory)
+    _clear_scratch(connection, plan)
+    # Last: a repository that is not there must not keep a job running, or what it wrote on this host.
+    repository = repository_of(plan)
+    for uuid, part in plan["domains"].items():
+        _discard(repository.new_directory(uuid, part["id"]))
     _dismiss_sentry(pending)
     pending.finish()
+
+
+def _clear_scratch(connection: Any, plan: Mapping[str, Any]) -> None:
+    """Remove what QEMU wrote on its way to the repository, and the key of it that only libvirtd's memory held."""
+    for part in plan["domains"].values():
+        if part["scratch"]:
+            _discard(part["scratch"])
+    if plan["secret"]:
+        with explaining("Removing the key of a scratch image", state=_STATE):
+            libvirt_secret.forget(connection, plan["secret"])
 
 
 def _discard(directory: str) -> None:
@@ -133,6 +148,36 @@ def find(connection: Any, uuid: str) -> Any | None:
         raise LibvirtFailed(f"Looking up domain {uuid}: {error}", state=_STATE) from error
 
 
+def settle_removal(uri: str, pending: Journal) -> dict[str, str]:
+    """Go on with one interrupted removal of points; returns ``{what, action}``.
+
+    Where that cannot be done now it is put off, and its journal stays: every point that remains is whole and can be
+    restored and built upon meanwhile, so that nothing else has to wait for it.
+    """
+    plan = pending.operation.plan
+    uuid = pending.operation.domains[0]["uuid"]
+    what = f"an interrupted removal of points from {plan['repository']}"
+    try:
+        repository = repository_of(plan)
+        connection = open_connection(uri)
+        with repository.locked(uuid, "finishing a removal of points"):
+            folding.require_unread(connection, repository, uuid, plan["points"])
+            carry_out_removal(find(connection, uuid), repository, uuid, pending)
+    except (VmkeeperError, OSError) as error:
+        return {"what": what, "action": f"put off: {error}"}
+    return {"what": what, "action": "finished"}
+
+
+def carry_out_removal(handle: Any | None, repository: Repository, uuid: str, journal: Journal) -> None:
+    """What the journal intends, from wherever it was interrupted."""
+    journal.step("checkpoint")
+    if handle is not None:
+        # First, so that no increment can begin at a point that is gone.
+        checkpoints.remove(handle, journal.operation.plan["checkpoints"])
+    folding.finish(repository, uuid, journal.operation.plan["points"], journal)
+    journal.finish()
+
+
 def settle_restore(uri: str, pending: Journal) -> dict[str, str]:
     """Finish or undo one interrupted restore; returns ``{what, action}``."""
     plan = pending.operation.plan
@@ -146,11 +191,21 @@ def settle_restore(uri: str, pending: Journal) -> dict[str, str]:
 
 def undo_restore(uri: str, pending: Journal) -> None:
     """Remove what was being copied; nothing else was touched yet."""
-    del uri
     pending.step("undo")
     for piece in pending.operation.plan["pieces"]:
         places.unlink_quietly(piece["part"])
+    _forget_secrets(uri, pending.operation.plan["pieces"])
     pending.finish()
+
+
+def _forget_secrets(uri: str, pieces: Iterable[Mapping[str, Any]]) -> None:
+    """The libvirt secrets of images that are not restored after all."""
+    made = [piece["secret"] for piece in pieces if piece["secret"]]
+    if made:
+        connection = open_connection(uri)
+        with explaining("Removing the libvirt secret of a restored disk", state=_STATE):
+            for uuid in made:
+                libvirt_secret.forget(connection, uuid)
 
 
 def finish_restore(uri: str, pending: Journal) -> None:
@@ -173,6 +228,7 @@ def finish_restore(uri: str, pending: Journal) -> None:
         if connection.isAlive():
             pending.step("take-back")
             _take_back(connection, plan)
+            _forget_secrets(uri, plan["pieces"])
             pending.finish()
         raise
     pending.step("clean")
@@ -262,7 +318,9 @@ def _attach(handle: Any, plan: Mapping[str, Any]) -> None:
             continue
         element = ElementTree.Element("disk", type="file", device="disk")
         ElementTree.SubElement(element, "driver", name="qemu", type=piece["format"])
-        ElementTree.SubElement(element, "source", file=piece["path"])
+        source = ElementTree.SubElement(element, "source", file=piece["path"])
+        if piece["secret"]:
+            mapping.encrypt(source, piece["secret"])
         ElementTree.SubElement(element, "target", dev=target, bus="scsi" if target.startswith("sd") else "virtio")
         with explaining(
             f"Attaching {piece['path']} to domain {plan['name']!r}",
@@ -272,4 +330,8 @@ def _attach(handle: Any, plan: Mapping[str, Any]) -> None:
 
 
 #: Part of :data:`.settlers.SETTLERS`.
-SETTLERS: dict[str, settlement.Settler] = {BACKUP: settle_backup, RESTORE: settle_restore}
+SETTLERS: dict[str, settlement.Settler] = {
+    BACKUP: settle_backup,
+    RESTORE: settle_restore,
+    REMOVAL: settle_removal,
+}

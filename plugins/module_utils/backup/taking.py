@@ -8,19 +8,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
+import uuid as uuids
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .._errors import InvalidInput, LibvirtFailed, NoSpace, VmkeeperError
-from ..hypervisor import block_jobs, definition, qemu_img
+from ..hypervisor import block_jobs, definition, libvirt_secret, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import constant, dotted, explaining, message_of, version_triple
 from ..hypervisor.domain_model import qemu_owner, read_domain
+from ..hypervisor.image_node import Image, Passphrase
 from ..safety import consistency, instant, locks, places, processes, settlement, space
 from ..safety.journal import Journal
-from . import checkpoints, digests, job, manifest, reservation, settle, settlers
+from . import checkpoints, digests, job, manifest, reservation, settle, settlers, stored
 from . import facts as reading
 from .manifest import Point, StoredDisk
 from .plan import (
@@ -32,15 +35,28 @@ from .plan import (
     backup_xml,
     checkpoint_xml,
     floor_of,
+    must_stage,
     plan_point,
+    refuse_impossible,
     source_layers,
     young_enough,
 )
-from .repository import Repository, check_target, make_domain_directory, new_id, open_repository, sweep
+from .repository import (
+    Repository,
+    check_target,
+    is_local,
+    make_domain_directory,
+    new_id,
+    open_repository,
+    sweep,
+)
 from .sentry import Sentry, Watch
 
 #: An NVRAM larger than this is none.
 _NVRAM_LIMIT = 64 << 20
+
+#: For the random key of a scratch image; the least that QEMU can measure.
+_KEY_MILLISECONDS = 10
 
 
 @dataclass
@@ -56,9 +72,9 @@ def take(
     connection: Any, uri: str, handles: Sequence[Any], path: str, request: Request, *, check: bool = False
 ) -> list[Made]:
     """``state: present``: make a point of every domain, all at one instant. Nothing is changed with ``check``."""
+    refuse_impossible(request)
     repository = open_repository(path, create=True, check=check)
     owner = qemu_owner(connection.getCapabilities())
-    check_target(repository, owner)
     named = [(handle.UUIDString(), handle.name()) for handle in handles]
     with contextlib.ExitStack() as stack:
         if not check:
@@ -74,11 +90,46 @@ def take(
         if fresh is not None:
             return fresh
         plans = [plan_point(request, one) for one in facts]
-        floor = floor_of(_filesystem_size(repository.path))
-        _require_space(repository, plans, floor)
+        scratch = _scratch(request, repository, plans, owner, check=check)
+        _require_opening(repository, facts, plans)
+        floor = floor_of(_filesystem_size(scratch or repository.path))
+        _require_space(repository, plans, floor, scratch)
         if check:
             return [_predict(plan, request) for plan in plans]
-        return _Taking(connection, uri, repository, owner, list(handles), facts, plans, request, floor).run()
+        return _Taking(connection, uri, repository, owner, list(handles), facts, plans, request, floor, scratch).run()
+
+
+def _scratch(
+    request: Request, repository: Repository, plans: Sequence[PointPlan], owner: tuple[int, int], *, check: bool
+) -> str | None:
+    """Where QEMU writes to, when that is not the repository."""
+    if not must_stage(request, plans, local=is_local(repository.path)):
+        if any(plan.live for plan in plans):
+            check_target(repository.path, owner)
+        return None
+    if request.scratch is None and not check:
+        places.passable_directory(places.SCRATCH)
+    directory = request.scratch or places.SCRATCH
+    while request.scratch is None and check and not os.path.isdir(directory):
+        directory = os.path.dirname(directory)
+    if os.path.isdir(directory) and not check:
+        check_target(directory, owner, "scratch directory")
+    return directory
+
+
+def _require_opening(repository: Repository, facts: Sequence[Facts], plans: Sequence[PointPlan]) -> None:
+    """An increment is written with the passphrase of what it stands on, or not at all."""
+    for one, plan in zip(facts, plans):
+        for disk in plan.disks:
+            parent = one.history.point(disk.parent) if disk.parent else None
+            if parent is not None:
+                stored.require_opening(
+                    repository,
+                    parent,
+                    [disk.target],
+                    disk.passphrase,
+                    advice="Give the passphrase of that point, or type: full to begin a new chain with this one",
+                )
 
 
 def _recent(request: Request, facts: Sequence[Facts]) -> list[Made] | None:
@@ -96,18 +147,22 @@ def _filesystem_size(path: str) -> int:
     return status.f_blocks * status.f_frsize
 
 
-def _require_space(repository: Repository, plans: Sequence[PointPlan], floor: int) -> None:
-    needed = sum(plan.estimate for plan in plans)
-    free = space.free_bytes(repository.path)
-    if free < needed + floor:
-        raise NoSpace(
-            f"The repository {repository.path} has {space.human(free)} free; this backup may need {space.human(needed)},"
-            f" and {space.human(floor)} stay free so that no write of a guest can fail",
-            advice="Make room there, or remove old points",
-            path=repository.path,
-            needed=needed + floor,
-            free=free,
-        )
+def _require_space(repository: Repository, plans: Sequence[PointPlan], floor: int, scratch: str | None) -> None:
+    needs = [(repository.path, sum(plan.estimate for plan in plans))]
+    if scratch is not None:
+        needs.insert(0, (scratch, sum(plan.estimate for plan in plans if plan.live)))
+    for directory, needed in space.total_by_filesystem(needs).items():
+        free = space.free_bytes(directory)
+        if free < needed + floor:
+            what = "repository" if directory == repository.path else "scratch directory"
+            raise NoSpace(
+                f"The {what} {directory} has {space.human(free)} free; this backup may need {space.human(needed)} there,"
+                f" and {space.human(floor)} stay free so that no write of a guest can fail",
+                advice="Make room there, or remove old points",
+                path=directory,
+                needed=needed + floor,
+                free=free,
+            )
 
 
 def _predict(plan: PointPlan, request: Request) -> Made:
@@ -130,6 +185,8 @@ def _predict(plan: PointPlan, request: Request) -> Made:
                 disk.facts.size,
                 disk.estimate,
                 0,
+                compression=disk.compression,
+                encryption=manifest.LUKS if disk.passphrase is not None else None,
             )
             for disk in plan.disks
         ),
@@ -140,16 +197,27 @@ def _predict(plan: PointPlan, request: Request) -> Made:
         stored_bytes=plan.estimate,
     )
     result = {**point.as_result(), "id": None, "created": None}
-    return Made(result, changed=True, warnings=_warnings(plan, plan.expected_level, plan.why_not_frozen))
+    return Made(result, changed=True, warnings=_warnings(plan, request, plan.expected_level, plan.why_not_frozen))
 
 
-def _warnings(plan: PointPlan, level: str, why_not_frozen: str | None) -> list[str]:
+def _warnings(plan: PointPlan, request: Request, level: str, why_not_frozen: str | None) -> list[str]:
     warnings = []
     left_out = plan.capture.warning(plan.domain.name)
     if left_out:
         warnings.append(left_out)
     if level == "crash":
         warnings.append(f"{plan.domain.name}: the point is only crash-consistent: {_why_crash(plan, why_not_frozen)}")
+    asked = request.compression is not None
+    uncompressed = [disk.target for disk in plan.disks if asked and disk.facts.disk.encrypted]
+    if uncompressed:
+        warnings.append(
+            f"{plan.domain.name}: {', '.join(uncompressed)} is encrypted in the guest's own image, and stays so uncompressed"
+        )
+    opened = [disk.target for disk in plan.disks if disk.reason == "encryption changed" and disk.passphrase is None]
+    if opened:
+        warnings.append(
+            f"{plan.domain.name}: {', '.join(opened)} is stored in the clear, while the points before are encrypted"
+        )
     full = [
         disk for disk in plan.disks if disk.parent is None and disk.reason in ("raw", "old qcow2", "transient domain")
     ]
@@ -182,6 +250,7 @@ class _Taking:
         plans: list[PointPlan],
         request: Request,
         floor: int,
+        scratch: str | None,
     ) -> None:
         self._connection = connection
         self._uri = uri
@@ -195,6 +264,12 @@ class _Taking:
         self._floor = floor
         self._ids = {plan.domain.uuid: new_id() for plan in plans}
         self._live = [plan for plan in plans if plan.live]
+        self._scratch = scratch
+        # Nothing that is stored encrypted lies in the clear on its way. A random key needs no slow derivation, which would
+        # hold up QEMU, and the guest with it, when it opens the target.
+        self._key = Passphrase(secrets.token_hex(32).encode())
+        encrypting = any(disk.passphrase is not None for plan in self._live for disk in plan.disks)
+        self._secret = str(uuids.uuid4()) if encrypting else None
 
     def run(self) -> list[Made]:
         """Make the points; undone as a whole when anything fails before they exist."""
@@ -219,7 +294,9 @@ class _Taking:
             Made(
                 point.as_result(),
                 changed=True,
-                warnings=_warnings(plan, point.consistency, self._why_not(plan, outcomes.get(plan.domain.uuid))),
+                warnings=_warnings(
+                    plan, self._request, point.consistency, self._why_not(plan, outcomes.get(plan.domain.uuid))
+                ),
             )
             for plan, point in zip(self._plans, points)
         ]
@@ -231,11 +308,13 @@ class _Taking:
             {
                 "repository": self._repository.path,
                 "repository_uuid": self._repository.uuid,
+                "secret": self._secret,
                 "domains": {
                     plan.domain.uuid: {
                         "id": self._ids[plan.domain.uuid],
                         "checkpoint": self._checkpoint(plan),
                         "retire": list(plan.retire),
+                        "scratch": self._push_directory(plan) if plan.live and self._scratch else None,
                     }
                     for plan in self._plans
                 },
@@ -248,34 +327,44 @@ class _Taking:
     def _directory(self, plan: PointPlan) -> str:
         return self._repository.new_directory(plan.domain.uuid, self._ids[plan.domain.uuid])
 
+    def _push_directory(self, plan: PointPlan) -> str:
+        """Where QEMU writes."""
+        if self._scratch is None:
+            return self._directory(plan)
+        return os.path.join(self._scratch, f"vmkeeper-backup-{self._ids[plan.domain.uuid]}")
+
     # --- targets -----------------------------------------------------------------------------------
 
     def _make_targets(self, plan: PointPlan) -> None:
         make_domain_directory(self._repository, plan.domain.uuid)
         directory = self._directory(plan)
-        os.mkdir(directory, 0o711)
-        os.chmod(directory, 0o711)
-        if not plan.live:
-            return
+        _make_passable(directory)
+        if plan.live and self._scratch is not None:
+            _make_passable(self._push_directory(plan))
         for disk in plan.disks:
-            self._make_target(os.path.join(directory, disk.file), disk)
+            # The name of the parent holds in the point's directory before and after the rename.
+            backing = f"../{disk.parent}/{disk.file}" if disk.parent is not None else None
+            qemu_img.create_layer(
+                Image(os.path.join(directory, disk.file), "qcow2", disk.passphrase),
+                disk.facts.size,
+                backing=backing,
+                compression=disk.compression,
+            )
+            if plan.live and self._scratch is not None:
+                qemu_img.create_layer(self._pushed(plan, disk), disk.facts.size, milliseconds=_KEY_MILLISECONDS)
+            if plan.live:
+                os.chown(self._pushed(plan, disk).path, *self._owner)
 
-    def _make_target(self, path: str, disk: DiskPlan) -> None:
-        """An empty image of exactly the disk's size, owned as QEMU needs it."""
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-        arguments = ["create", "-q", "-f", "qcow2"]
-        if disk.parent is not None:
-            # -u: the parent is not opened, and its name holds in the point's directory before and after the rename.
-            arguments += ["-u", "-F", "qcow2", "-b", f"../{disk.parent}/{disk.file}"]
-        qemu_img.run([*arguments, path, str(disk.facts.size)], doing=f"Making the target {path}")
-        os.chown(path, *self._owner)
-        os.chmod(path, 0o600)
+    def _pushed(self, plan: PointPlan, disk: DiskPlan) -> Image:
+        """What QEMU writes of a disk of a running domain."""
+        key = self._key if self._scratch is not None and disk.passphrase is not None else None
+        return Image(os.path.join(self._push_directory(plan), disk.file), "qcow2", key)
 
     def _reserve(self, plan: PointPlan) -> dict[str, int]:
         reserved = {}
         for disk in plan.disks:
             size = disk.estimate + self._floor
-            kept = reservation.reserve(os.path.join(self._directory(plan), disk.file), size)
+            kept = reservation.reserve(self._pushed(plan, disk).path, size)
             reserved[disk.file] = size if kept else 0
         return reserved
 
@@ -286,7 +375,15 @@ class _Taking:
             self._copy_cold()
             return {}
         floor = self._floor
-        watches = [Watch(plan.domain.uuid, self._directory(plan), self._reserve(plan)) for plan in self._live]
+        if self._secret is not None:
+            libvirt_secret.define(
+                self._connection,
+                self._secret,
+                self._key,
+                "vmkeeper.libvirt: scratch images of a backup",
+                ephemeral=True,
+            )
+        watches = [Watch(plan.domain.uuid, self._push_directory(plan), self._reserve(plan)) for plan in self._live]
         self._sentry = sentry = Sentry(self._uri, watches, floor)
         self._journal.step("watch", sentry=sentry.directory)
         sentry.post()
@@ -306,8 +403,31 @@ class _Taking:
             self._wait(plan)
         sentry.dismiss()
         self._journal.step("copied")
+        if self._scratch is not None:
+            self._journal.step("store")
+            for plan in self._live:
+                self._store(plan)
         self._copy_cold()
         return outcomes
+
+    def _store(self, plan: PointPlan) -> None:
+        """From the scratch directory into the repository, which may take its time: the guest does not wait for it."""
+        for disk in plan.disks:
+            pushed = self._pushed(plan, disk)
+            reservation.release(pushed.path)
+            stored_as = Image(os.path.join(self._directory(plan), disk.file), "qcow2", disk.passphrase)
+            doing = f"Storing disk {disk.target!r} of domain {plan.domain.name!r}"
+            if disk.parent is None:
+                qemu_img.copy_chain([pushed], stored_as, compression=disk.compression, doing=doing)
+            else:
+                qemu_img.copy_layer(
+                    pushed,
+                    stored_as,
+                    disk.facts.size,
+                    backing=f"../{disk.parent}/{disk.file}",
+                    compression=disk.compression,
+                    doing=doing,
+                )
 
     def _members(self) -> list[instant.Member]:
         members = []
@@ -351,14 +471,14 @@ class _Taking:
         name = self._checkpoint(plan)
         self._obey(plan)
         member.handle.backupBegin(
-            backup_xml(plan, self._directory(plan)),
+            backup_xml(plan, self._push_directory(plan), self._secret),
             checkpoint_xml(plan, name) if name else None,
             constant("VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL") or 0,
         )
         self._keep_nvram(plan)  # half a megabyte, and of the same instant
 
     def _keep_nvram(self, plan: PointPlan) -> None:
-        kept = os.path.join(self._directory(plan), "nvram.fd")
+        kept = os.path.join(self._push_directory(plan) if plan.live else self._directory(plan), "nvram.fd")
         if plan.domain.nvram is not None and not os.path.exists(kept):
             _copy_nvram(plan.domain.nvram.path, kept)
 
@@ -398,14 +518,14 @@ class _Taking:
             raise NoSpace(
                 f"The backup of domain {plan.domain.name!r} was aborted: {verdict}",
                 state="No point was made, and no write of the guest failed.",
-                advice="Make room in the repository, then run this again",
-                path=self._repository.path,
+                advice="Make room there, then run this again",
+                path=self._scratch or self._repository.path,
             )
 
     # --- the copy ----------------------------------------------------------------------------------
 
     def _wait(self, plan: PointPlan) -> None:
-        directory = self._directory(plan)
+        directory = self._push_directory(plan)
         end = job.wait(self._uri, self._handles[plan.domain.uuid], directory, self._sentry.verdict)
         self._obey(plan)
         if not end.success:
@@ -425,14 +545,10 @@ class _Taking:
         for plan in cold:
             for disk in plan.disks:
                 # No -U: while it is copied, the image's lock keeps the domain from being started under the copy.
-                qemu_img.run(
-                    [
-                        "convert",
-                        "-q",
-                        *("-f", disk.facts.layers[0].format or "raw", "-O", "qcow2", "-W", "-m", "8"),
-                        disk.facts.layers[0].path,
-                        os.path.join(self._directory(plan), disk.file),
-                    ],
+                qemu_img.copy_chain(
+                    _source(disk),
+                    Image(os.path.join(self._directory(plan), disk.file), "qcow2", disk.passphrase),
+                    compression=disk.compression,
                     doing=f"Copying disk {disk.target!r} of the stopped domain {plan.domain.name!r}",
                 )
             now = read_domain(self._handles[plan.domain.uuid])
@@ -477,7 +593,9 @@ class _Taking:
             changed_bytes=sum(disk.changed_bytes for disk in disks),
         )
         for entry in os.scandir(directory):
-            os.chown(entry.path, 0, 0)
+            status = entry.stat(follow_symlinks=False)
+            if (status.st_uid, status.st_gid) != (0, 0) and is_local(directory):
+                os.chown(entry.path, 0, 0)  # a server may have made somebody else of root, and not let go
             os.chmod(entry.path, 0o600)
         places.write_json(os.path.join(directory, "manifest.json"), manifest.to_json(point))
         return point
@@ -485,20 +603,27 @@ class _Taking:
     def _describe_disk(self, plan: PointPlan, disk: DiskPlan, directory: str) -> StoredDisk:
         path = os.path.join(directory, disk.file)
         reservation.release(path)
-        extents = digests.extents_of(path)
-        own = [extent for extent in extents if extent.depth == 0]
-        files = [path]
+        # Where QEMU pushed elsewhere, the digests are of what it pushed: a fault of the copy does not become the truth.
+        pushed = plan.live and self._scratch is not None
+        top = self._pushed(plan, disk) if pushed else Image(path, "qcow2", disk.passphrase)
+        layers = [top]
         if disk.parent is not None:
-            lineage = self._facts[plan.domain.uuid].history
-            parent = lineage.point(disk.parent)
+            history = self._facts[plan.domain.uuid].history
+            parent = history.point(disk.parent)
             if parent is not None:
-                files += [
-                    os.path.join(self._repository.point_directory(plan.domain.uuid, point.id), disk.file)
-                    for point in lineage.lineage(parent, disk.target)
-                ]
+                lineage = history.lineage(parent, disk.target)
+                layers += stored.images_of(self._repository, lineage, disk.target, disk.passphrase)
+        extents = digests.extents_of(layers)
+        own = [extent for extent in extents if extent.depth == 0]
         grown_from = disk.parent_size if disk.parent_size is not None and disk.parent_size < disk.facts.size else None
-        sums = digests.sums_of(files, extents, disk.facts.size, complete=disk.parent is None, grown_from=grown_from)
+        with digests.content_of(layers, extents) as content:
+            sums = digests.sums_of(
+                content, extents, disk.facts.size, complete=disk.parent is None, grown_from=grown_from
+            )
         digests.write_sums(os.path.join(directory, f"{disk.target}.sums"), sums)
+        plain: Sequence[digests.Extent] = ()
+        if not disk.coded:
+            plain = digests.extents_of([Image(path)]) if pushed else own
         return StoredDisk(
             target=disk.target,
             type=disk.type,
@@ -506,10 +631,13 @@ class _Taking:
             parent=disk.parent,
             virtual_size=disk.facts.size,
             stored_bytes=os.stat(path).st_blocks * 512,
-            changed_bytes=sum(extent.length for extent in own if extent.offset is not None or disk.parent is not None),
-            metadata=digests.metadata_digest(path, extents),
+            changed_bytes=sum(extent.length for extent in own if extent.data or disk.parent is not None),
+            metadata=digests.metadata_digest(path, plain),
             source_format=disk.facts.layers[0].format,
             source=source_layers(disk.facts),
+            compression=disk.compression,
+            encryption=manifest.LUKS if disk.passphrase is not None else None,
+            encrypted_source=disk.facts.disk.encrypted,
         )
 
     def _write_files(self, plan: PointPlan, directory: str) -> dict[str, str]:
@@ -521,6 +649,9 @@ class _Taking:
         for file, text in contents.items():
             _write(os.path.join(directory, file), text.encode())
         self._keep_nvram(plan)
+        kept = os.path.join(self._push_directory(plan), "nvram.fd")
+        if plan.live and self._scratch is not None and os.path.exists(kept):
+            _copy_nvram(kept, os.path.join(directory, "nvram.fd"))
         if os.path.exists(os.path.join(directory, "nvram.fd")):
             contents["nvram.fd"] = ""
         return {file: digests.file_digest(os.path.join(directory, file)) for file in sorted(contents)}
@@ -559,6 +690,20 @@ class _Taking:
             if isinstance(error, VmkeeperError):
                 error.state = f"Undoing it failed ({trouble}); the next run, or recover_domain, goes on with that."
                 error.args = (str(error),)
+
+
+def _source(disk: DiskPlan) -> list[Image]:
+    """The images of a stopped domain's disk."""
+    return [
+        Image(layer.path, layer.format or "raw", disk.facts.passphrase if layer.encrypted else None)
+        for layer in disk.facts.layers
+    ]
+
+
+def _make_passable(directory: str) -> None:
+    """QEMU's user gets through it and cannot list it."""
+    os.mkdir(directory, 0o711)
+    os.chmod(directory, 0o711)
 
 
 def _time_of(identifier: str) -> str:

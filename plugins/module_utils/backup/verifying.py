@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .._errors import VmkeeperError
-from ..hypervisor import qemu_img
+from .._errors import InvalidInput, VmkeeperError
+from ..hypervisor import image_node, qemu_img
 from ..hypervisor.image_header import BadHeader, read_qcow2
+from ..hypervisor.image_node import Image, Keys, Passphrase
 from ..safety import places
-from . import digests, manifest
+from . import digests, manifest, stored
 from .listing import Found
 from .manifest import Point
 from .repository import Repository
@@ -53,13 +54,50 @@ class BootOutcome:
     screenshot: bytes | None = None
 
 
-def verify(repository: Repository, found: Found, level: str) -> list[Finding]:
-    """All findings; none means proved. Each level includes those before, and ``boot`` is done elsewhere. Call it with the
-    points' lock shared."""
+def verify(
+    repository: Repository, found: Found, level: str, passphrase: Passphrase | None = None
+) -> tuple[list[Finding], list[str]]:
+    """All findings, of which none means proved, and sentences about what could not be looked at without a passphrase.
+
+    Each level includes those before it, and ``boot`` is done elsewhere.  Call it with the points' lock shared.
+    Raises :class:`InvalidInput` for a passphrase
+    that is wrong, or that alone could prove anything.
+    """
     findings = _check_files(repository, found.point)
+    not_checked = []
     for disk in found.point.disks:
-        findings += _check_disk(repository, found, disk.target, level)
-    return findings
+        key = _key_of(repository, found, disk.target, passphrase)
+        if key is None and disk.encryption is not None:
+            not_checked.append(
+                f"disk {disk.target} is encrypted and no passphrase was given: its files are proved to be what was written,"
+                " and what they hold was not looked at"
+            )
+        findings += _check_disk(repository, found, disk.target, level, key)
+    return findings, not_checked
+
+
+def _key_of(repository: Repository, found: Found, target: str, passphrase: Passphrase | None) -> Passphrase | None:
+    """The passphrase, if the disk needs one."""
+    try:
+        lineage = found.history.lineage(found.point, target)
+    except VmkeeperError:
+        return None
+    if not stored.is_encrypted(lineage, target):
+        return None
+    if passphrase is not None:
+        if not any(check_link(repository, holder, target) for holder in lineage):
+            stored.require_opening(
+                repository, found.point, [target], passphrase, advice="Give the one that it was backed up with"
+            )
+        return passphrase
+    folded = [point.id for point in lineage if (disk := point.disk(target)) is not None and disk.metadata is None]
+    if folded:
+        raise InvalidInput(
+            f"Disk {target!r} of point {found.point.id} is encrypted, and point {folded[0]} below it was folded: only its"
+            " content can prove it",
+            advice="Give passphrase",
+        )
+    return None
 
 
 def _check_files(repository: Repository, point: Point) -> list[Finding]:
@@ -74,7 +112,9 @@ def _check_files(repository: Repository, point: Point) -> list[Finding]:
     return findings
 
 
-def _check_disk(repository: Repository, found: Found, target: str, level: str) -> list[Finding]:
+def _check_disk(
+    repository: Repository, found: Found, target: str, level: str, passphrase: Passphrase | None
+) -> list[Finding]:
     point = found.point
     try:
         lineage = found.history.lineage(point, target)
@@ -87,17 +127,15 @@ def _check_disk(repository: Repository, found: Found, target: str, level: str) -
         return findings  # what stands on a broken link cannot be read any further
     if level != "digest":
         for holder in lineage:
-            findings += _check_structure(repository, holder, target)
+            findings += _check_structure(repository, holder, target, passphrase)
     try:
-        return findings + _check_content(repository, lineage, target)
+        return findings + _check_content(repository, lineage, target, passphrase)
     except (VmkeeperError, OSError, ValueError) as error:
         problem = error.problem if isinstance(error, VmkeeperError) else str(error)
         return [*findings, Finding(point.id, target, problem)]
 
 
-def image_path(repository: Repository, point: Point, target: str) -> str:
-    """The image of a disk in a point."""
-    return os.path.join(repository.point_directory(point.domain_uuid, point.id), f"{target}.qcow2")
+image_path = stored.image_path
 
 
 def check_link(repository: Repository, point: Point, target: str) -> list[Finding]:
@@ -112,12 +150,14 @@ def check_link(repository: Repository, point: Point, target: str) -> list[Findin
         return [Finding(point.id, target, f"{path} is missing")]
     except (OSError, BadHeader) as error:
         return [Finding(point.id, target, f"{path}: {error}")]
-    expected = f"../{disk.parent}/{disk.file}" if disk.parent else None
+    expected = disk.link(disk.parent)
     problems = []
     if header.backing_file != expected:
         problems.append(f"it stands on {header.backing_file!r} and not on {expected!r}")
-    if header.has_data_file or header.encrypted:
-        problems.append("it names a data file or encryption that it should not have")
+    if header.has_data_file:
+        problems.append("it names a data file that it should not have")
+    if header.encrypted != (disk.encryption is not None):
+        problems.append("it is encrypted" if header.encrypted else "it is not encrypted as the manifest says")
     if header.virtual_size != disk.virtual_size:
         problems.append(f"its size is {header.virtual_size} and not {disk.virtual_size}")
     if header.corrupt:
@@ -125,37 +165,52 @@ def check_link(repository: Repository, point: Point, target: str) -> list[Findin
     return [Finding(point.id, target, f"{path}: {problem}") for problem in problems]
 
 
-def _check_structure(repository: Repository, point: Point, target: str) -> list[Finding]:
-    path = image_path(repository, point, target)
+def _check_structure(repository: Repository, point: Point, target: str, passphrase: Passphrase | None) -> list[Finding]:
+    disk = point.disk(target)
+    if disk is not None and disk.encryption is not None and passphrase is None:
+        return []
+    image = stored.image_of(repository, point, target, passphrase)
     try:
-        qemu_img.run(["check", "-q", "-f", "qcow2", path], doing=f"Checking {path}")
+        with Keys() as keys:
+            name = image_node.as_name(image_node.node([image], keys))
+            qemu_img.run(["check", "-q", name], doing=f"Checking {image.path}", keys=keys)
     except qemu_img.ImageToolFailed as error:
         return [Finding(point.id, target, error.problem)]
     return []
 
 
-def _check_content(repository: Repository, lineage: list[Point], target: str) -> list[Finding]:
+def _check_content(
+    repository: Repository, lineage: list[Point], target: str, passphrase: Passphrase | None
+) -> list[Finding]:
     point = lineage[0]
-    paths = [image_path(repository, holder, target) for holder in lineage]
     findings = []
-    for holder, path in zip(lineage, paths):
-        disk = holder.disk(target)
+    for holder in lineage:
+        disk, path = holder.disk(target), image_path(repository, holder, target)
         if disk is not None and disk.metadata is not None:
-            extents = digests.extents_of(path)
-            if digests.metadata_digest(path, extents) != disk.metadata:
-                findings.append(Finding(holder.id, target, f"{path}: its tables are not what was written"))
-    sums = chain_sums(repository, lineage, target)
-    wrong = digests.differences(sums, paths, digests.extents_of(paths[0]))
+            plain = () if disk.coded else digests.extents_of([Image(path)])
+            if digests.metadata_digest(path, plain) != disk.metadata:
+                what = "it is" if disk.coded else "its tables are"
+                findings.append(Finding(holder.id, target, f"{path}: {what} not what was written"))
+    if findings or (passphrase is None and stored.is_encrypted(lineage, target)):
+        return findings
+    layers = stored.images_of(repository, lineage, target, passphrase)
+    wrong = _differences(layers, chain_sums(repository, lineage, target))
     if wrong:
         findings.append(
             Finding(
                 point.id,
                 target,
-                f"{paths[0]}: the content of {len(wrong)}{'+' if len(wrong) == 16 else ''} MiB differs from what was backed up,"
-                f" first at offset {wrong[0]} MiB",
+                f"{layers[0].path}: the content of {len(wrong)}{'+' if len(wrong) == 16 else ''} MiB differs from what was"
+                f" backed up, first at offset {wrong[0]} MiB",
             )
         )
     return findings
+
+
+def _differences(layers: list[Image], sums: digests.Sums) -> list[int]:
+    extents = digests.extents_of(layers)
+    with digests.content_of(layers, extents) as content:
+        return digests.differences(sums, content, extents)
 
 
 def chain_sums(repository: Repository, lineage: list[Point], target: str) -> digests.Sums:
@@ -171,14 +226,18 @@ def chain_sums(repository: Repository, lineage: list[Point], target: str) -> dig
     return sums
 
 
-def check_restored(path: str, image_format: str, sums: digests.Sums) -> list[int]:
+def check_restored(image: Image, sums: digests.Sums) -> list[int]:
     """Indexes of chunks of a flattened image that are not what was backed up."""
-    extents = digests.extents_of(path, image_format=image_format)
-    return digests.differences(sums, [path], extents)
+    return _differences([image], sums)
 
 
 def record(
-    repository: Repository, found: Found, level: str, findings: list[Finding], boot: BootOutcome | None = None
+    repository: Repository,
+    found: Found,
+    level: str,
+    findings: list[Finding],
+    not_checked: list[str],
+    boot: BootOutcome | None = None,
 ) -> dict[str, Any]:
     """Keep the outcome beside the manifest, and return it."""
     directory = repository.point_directory(found.point.domain_uuid, found.point.id)
@@ -188,6 +247,7 @@ def record(
         "level": level,
         "verified": not findings,
         "findings": [finding.as_result() for finding in findings],
+        "not_checked": not_checked,
     }
     if boot is not None:
         screenshot = os.path.join(directory, SCREENSHOT)
@@ -203,17 +263,22 @@ def record(
 
 @dataclass(frozen=True)
 class Proof:
-    """A point that is proved. ``boot_seconds`` and ``screenshot`` (a path) are None below level ``boot``."""
+    """A point that is proved. ``boot_seconds`` and ``screenshot`` (a path) are None below level ``boot``.
+
+    ``not_checked`` are sentences about what could not be looked at.
+    """
 
     verified: bool | None
     boot_seconds: float | None = None
     screenshot: str | None = None
+    not_checked: tuple[str, ...] = ()
 
 
 def prove(
     repository: Repository,
     found: Found,
     level: str,
+    passphrase: Passphrase | None = None,
     *,
     boot: Callable[[], BootOutcome] | None = None,
     check: bool = False,
@@ -225,12 +290,12 @@ def prove(
     """
     booted = None
     with repository.locked(found.point.domain_uuid, f"verifying {found.point.id}", shared=True):
-        findings = verify(repository, found, level)
+        findings, not_checked = verify(repository, found, level, passphrase)
         if boot is not None and not findings and not check:
             booted = boot()
             if booted.problem is not None:
                 findings = [Finding(found.point.id, None, booted.problem)]
-        kept = None if check else record(repository, found, level, findings, booted)
+        kept = None if check else record(repository, found, level, findings, not_checked, booted)
     directory = repository.point_directory(found.point.domain_uuid, found.point.id)
     screenshot = os.path.join(directory, SCREENSHOT) if kept and kept.get("screenshot") else None
     if findings:
@@ -252,4 +317,5 @@ def prove(
         verified=None if check and boot is not None else True,
         boot_seconds=booted.seconds if booted is not None else None,
         screenshot=screenshot,
+        not_checked=tuple(not_checked),
     )

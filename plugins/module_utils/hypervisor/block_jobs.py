@@ -9,6 +9,7 @@ libvirt 9.0: the job event can precede the XML (NEWS 9.1.0), and "100 %" is not 
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -60,53 +61,73 @@ def commit_intermediate(
 ) -> None:
     """Commit the layers from ``top`` (not the active one) down to ``base`` into it; arguments as :func:`commit_active`."""
     state = f"The guest runs; disk {target!r} still has the layer {top}."
+    begin_intermediate(domain, target, base, top, bandwidth=bandwidth)
+    _wait_until_left(domain, target, top, state, seconds, "commit")
+
+
+def begin_intermediate(domain: Any, target: str, base: str, top: str, *, bandwidth: int = 0) -> None:
+    """Begin a :func:`commit_intermediate`, unless it runs or is over. Raises :class:`NotBegun`."""
     if not _in_chain(domain, target, top):
         return
     job = job_of(domain, target)
     if job is None:
+        state = f"The guest runs; disk {target!r} still has the layer {top}."
         _start_commit(domain, target, base, top, bandwidth, state)
     elif job["type"] != "commit":
         raise _foreign_job(domain, target, job["type"])
-    waiting = _Waiting(seconds, 5.0)
+
+
+def pull(
+    domain: Any,
+    target: str,
+    lowest: str,
+    below: str | None,
+    *,
+    bandwidth: int = 0,
+    seconds: float | None = None,
+) -> None:
+    """Copy the layers between the active one and ``below`` (None: all) into the active one, which then stands on that.
+
+    ``lowest`` is the lowest of them: it leaves the chain last.  Lower layers are only read.  Arguments as
+    :func:`commit_active`; takes up a pull that already runs.
+    """
+    state = f"The guest runs; disk {target!r} still has the layer {lowest}."
+    if not _in_chain(domain, target, lowest):
+        return
+    job = job_of(domain, target)
+    if job is None:
+        try:
+            domain.blockRebase(target, below, bandwidth, constant("VIR_DOMAIN_BLOCK_REBASE_BANDWIDTH_BYTES") or 0)
+        except libvirt.libvirtError as error:
+            raise NotBegun(
+                f"Pulling the layers of disk {target!r} of domain {domain.name()!r} down to {lowest}: {message_of(error)}",
+                state=state,
+                advice="See libvirt's log if the reason is not clear",
+                libvirt=message_of(error),
+            ) from error
+    elif job["type"] != "pull":
+        raise _foreign_job(domain, target, job["type"])
+    _wait_until_left(domain, target, lowest, state, seconds, "pull")
+
+
+def _wait_until_left(domain: Any, target: str, layer: str, state: str, seconds: float | None, kind: str) -> None:
+    """Wait until a layer has left the chain, as the XML says."""
+    waiting = _Waiting(seconds, 5.0, kind)
     while True:
         # The job first, the chain second: a job that ends in between has changed the chain before it went.
         running = job_of(domain, target) is not None
-        if not _in_chain(domain, target, top):
+        if not _in_chain(domain, target, layer):
             return
         if not running and waiting.gone_for_long():
-            raise _ended_early(domain, target, state)
-        waiting.pause(domain, target, state)
-
-
-def pull(domain: Any, target: str, *, bandwidth: int = 0, seconds: float | None = None, patience: float = 5.0) -> None:
-    """Copy everything below the active layer of a disk into it, until it stands alone; arguments as :func:`commit_active`."""
-    state = f"The guest runs; disk {target!r} still needs the layers below."
-    asked = False
-    waiting = _Waiting(seconds, patience, "pull")
-    while True:
-        # The job first, the chain second, as above.
-        job = job_of(domain, target)
-        if len(live_disk(domain, target).chain) <= 1 and job is None:
-            return
-        if job is None and not asked:
-            with explaining(f"Pulling disk {target!r} of domain {domain.name()!r} local", state=state):
-                domain.blockPull(target, bandwidth, constant("VIR_DOMAIN_BLOCK_PULL_BANDWIDTH_BYTES") or 0)
-            asked = True
-        elif job is None:
-            if not domain.isActive() or waiting.gone_for_long():
-                raise _ended_early(domain, target, state, "pull")
-        elif job["type"] != "pull":
-            raise _foreign_job(domain, target, job["type"])
-        else:
-            asked = True
+            raise _ended_early(domain, target, state, kind)
         waiting.pause(domain, target, state)
 
 
 class _Waiting:
     """A limit for the whole wait, and patience with an XML that lags behind the end of the job."""
 
-    def __init__(self, seconds: float | None, patience: float, what: str = "commit") -> None:
-        self._what = what
+    def __init__(self, seconds: float | None, patience: float, kind: str = "commit") -> None:
+        self._kind = kind
         self._seconds = seconds
         self._give_up = None if seconds is None else time.monotonic() + seconds
         self._patience = patience
@@ -123,7 +144,7 @@ class _Waiting:
         """Sleep a little; raises past the limit."""
         if self._give_up is not None and time.monotonic() > self._give_up:
             raise TookTooLong(
-                f"The {self._what} of disk {target!r} of domain {domain.name()!r} did not finish within {self._seconds:.0f} s",
+                f"The {self._kind} of disk {target!r} of domain {domain.name()!r} did not finish within {self._seconds:.0f} s",
                 state=state + " The job goes on.",
                 advice="Run this again to take it up, or watch it with domain_job",
                 job=job_of(domain, target),
@@ -153,8 +174,8 @@ def _start_commit(domain: Any, target: str, base: str, top: str | None, bandwidt
         if "Permission denied" in said:
             # libvirt before 12.1: the AppArmor profile of a running guest denies writes to every layer it was started on.
             advice = (
-                f"This host's security profile lets QEMU only read {base} until the guest stops:"
-                " shut the domain down and run this again, which merges it offline"
+                f"This host's security profile lets QEMU only read {base} until the guest stops: run this again, which"
+                " takes another way where there is one, or shut the domain down first, which merges it offline"
             )
         raise NotBegun(
             f"Committing disk {target!r} of domain {domain.name()!r} into {base}: {said}",
@@ -175,16 +196,17 @@ def _foreign_job(domain: Any, target: str, kind: str) -> Busy:
     )
 
 
-def _ended_early(domain: Any, target: str, state: str, what: str = "commit") -> LibvirtFailed:
+def _ended_early(domain: Any, target: str, state: str, kind: str = "commit") -> LibvirtFailed:
     return LibvirtFailed(
-        f"The {what} of disk {target!r} of domain {domain.name()!r} ended without success",
+        f"The {kind} of disk {target!r} of domain {domain.name()!r} ended without success",
         state=state,
         advice="See the free space of the image's filesystem and QEMU's log, then run this again",
     )
 
 
 def _in_chain(domain: Any, target: str, path: str) -> bool:
-    return any(layer.path == path for layer in live_disk(domain, target).chain)
+    real = os.path.realpath(path)
+    return any(layer.path and os.path.realpath(layer.path) == real for layer in live_disk(domain, target).chain)
 
 
 #: virDomainBlockJobType

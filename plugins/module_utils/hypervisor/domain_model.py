@@ -100,6 +100,15 @@ class BlockJob:
 
 
 @dataclass(frozen=True)
+class Encryption:
+    """How an image is encrypted: ``format`` such as ``luks``; its libvirt secret by ``uuid`` or by ``usage``."""
+
+    format: str
+    uuid: str | None
+    usage: str | None
+
+
+@dataclass(frozen=True)
 class Disk:
     """One ``<disk>``. ``chain`` runs from the active layer down to the base; empty for an empty drive."""
 
@@ -114,6 +123,7 @@ class Disk:
     snapshot: str | None = None
     serial: str | None = None
     encrypted: bool = False
+    encryption: Encryption | None = None
     job: BlockJob | None = None
     pool: str | None = None
     volume: str | None = None
@@ -276,6 +286,17 @@ def _job(element: ElementTree.Element) -> BlockJob | None:
     )
 
 
+def _encryption(element: ElementTree.Element) -> Encryption | None:
+    found = element.find("source/encryption")
+    if found is None:
+        found = element.find("encryption")
+    if found is None:
+        return None
+    secret = found.find("secret")
+    uuid, usage = (None, None) if secret is None else (secret.get("uuid"), secret.get("usage"))
+    return Encryption(found.get("format", ""), uuid, usage)
+
+
 def parse_disk(element: ElementTree.Element) -> Disk:
     """One ``<disk>`` element (https://libvirt.org/formatdomain.html#hard-drives-floppy-disks-cdroms)."""
     target = element.find("target")
@@ -294,6 +315,7 @@ def parse_disk(element: ElementTree.Element) -> Disk:
         serial=element.findtext("serial"),
         encrypted=element.find("encryption") is not None
         or (source is not None and source.find("encryption") is not None),
+        encryption=_encryption(element),
         job=_job(element),
         pool=source.get("pool") if source is not None else None,
         volume=source.get("volume") if source is not None else None,

@@ -5,17 +5,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .._errors import Unsupported, VmkeeperError
+from . import image_node
 from .confinement import Confinement
+from .image_node import Image, Keys
 
-# Messages are shown to people and matched nowhere; C.UTF-8 keeps them in one language.
+# Messages are shown to people; C.UTF-8 keeps them in one language.
 _ENVIRONMENT = {"LC_ALL": "C.UTF-8", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class ImageToolFailed(VmkeeperError):
@@ -31,8 +37,13 @@ def run(
     timeout: float | None = None,
     pass_fds: Sequence[int] = (),
     confined: Confinement | None = None,
+    keys: Keys | None = None,
+    with_caller: bool = False,
 ) -> str:
     """Run ``qemu-img`` and return its standard output; raises :class:`ImageToolFailed` beginning with ``doing``.
+
+    ``with_caller``: it dies with this process, for work that must not go on when the locks that protect it are gone.
+    ``keys`` are the passphrases that the arguments name.
 
     ``facts['status']`` is its exit status (negative: the signal that ended it).
     """
@@ -44,15 +55,15 @@ def run(
         )
     try:
         finished = subprocess.run(  # pylint: disable=ansible-bad-function
-            [program, *arguments],
+            [program, arguments[0], *(keys.arguments if keys is not None else ()), *arguments[1:]],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             env=_ENVIRONMENT,
             timeout=timeout,
             check=False,
             umask=0o077,
-            pass_fds=pass_fds,
-            preexec_fn=confined.apply if confined is not None else None,
+            pass_fds=(*pass_fds, *(keys.descriptors if keys is not None else ())),
+            preexec_fn=_end_with(os.getpid()) if with_caller else confined.apply if confined is not None else None,
         )
     except subprocess.TimeoutExpired as error:
         raise ImageToolFailed(f"{doing}: qemu-img did not finish within {timeout:.0f} s") from error
@@ -60,6 +71,18 @@ def run(
         said = " ".join(finished.stderr.decode(errors="replace").split()) or f"exit status {finished.returncode}"
         raise ImageToolFailed(f"{doing}: {said}", stderr=said, status=finished.returncode)
     return finished.stdout.decode(errors="replace")
+
+
+def _end_with(parent: int) -> Callable[[], None]:
+    """What the child does before the program, so that the kernel kills it when ``parent`` dies."""
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+    def apply() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)  # it died before it could be told
+
+    return apply
 
 
 def create(path: str, size: int, owner: tuple[int, int]) -> None:
@@ -100,3 +123,112 @@ def create_overlay(path: str, *, backing: str, backing_format: str, size: int | 
         raise
     finally:
         os.close(descriptor)
+
+
+#: Milliseconds of this machine's time that guessing one passphrase costs whoever tries, and opening one layer costs us.
+#: QEMU's own 2000 would make a chain of 16 layers take half a minute to open. A passphrase of 16 random characters needs none.
+LUKS_MILLISECONDS = 200
+
+
+#: What QEMU before 9.1 says now and then on a busy host, whose accounting of processor time goes in steps, when it measures
+#: how many iterations take that long. The next try succeeds.
+_NO_CPU_TIME = "Unable to get accurate CPU usage"
+_LUKS_TRIES = 10
+
+
+def create_layer(
+    target: Image,
+    size: int,
+    *,
+    backing: str | None = None,
+    compression: str | None = None,
+    milliseconds: int = LUKS_MILLISECONDS,
+) -> None:
+    """Make an empty private qcow2 of ``size`` bytes, which must not exist; encrypted when ``target`` has a passphrase.
+
+    ``backing`` is the name of the layer below, which is not opened.  ``milliseconds`` may be small for a passphrase that
+    is a random key.
+    """
+    os.close(os.open(target.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    options = []
+    with Keys() as keys:
+        if target.passphrase is not None:
+            options += ["encrypt.format=luks", f"encrypt.key-secret={keys.name(target.passphrase)}"]
+            options += [f"encrypt.iter-time={milliseconds}"]
+        if compression is not None:
+            options.append(f"compression_type={compression}")
+        arguments = [
+            *("create", "-q", "-f", "qcow2"),
+            *(("-u", "-F", "qcow2", "-b", backing) if backing is not None else ()),
+            *(("-o", ",".join(options)) if options else ()),
+            *(target.path, str(size)),
+        ]
+        for left in reversed(range(_LUKS_TRIES)):
+            try:
+                run(arguments, doing=f"Making the image {target.path}", keys=keys)
+                return
+            except ImageToolFailed as error:
+                if not left or _NO_CPU_TIME not in str(error.facts.get("stderr")):
+                    raise
+
+
+def copy_chain(source: Sequence[Image], target: Image, *, compression: str | None = None, doing: str) -> None:
+    """Copy the content of a chain, topmost layer first, into an empty layer that stands on nothing."""
+    with Keys() as keys:
+        run(
+            [
+                *("convert", "-n", "--target-is-zero", "-q", *_writing(compression), "--target-image-opts"),
+                image_node.as_name(image_node.node(source, keys)),
+                image_node.as_options(image_node.node([target], keys)),
+            ],
+            doing=doing,
+            keys=keys,
+        )
+
+
+def copy_layer(
+    source: Image, target: Image, size: int, *, backing: str, compression: str | None = None, doing: str
+) -> None:
+    """Copy what one layer itself holds, zeros that it states included, into an empty one made with the same ``backing``.
+
+    Neither backing file is opened.  Never copy more than one layer with ``-B``: the lower ones are lost without a word.
+    """
+    blank = image_node.blank_descriptor(size)
+    try:
+        with Keys() as keys:
+            below = image_node.blank_node(blank)
+            run(
+                [
+                    *("convert", "-n", "-B", backing, "-F", "qcow2", "-q", *_writing(compression)),
+                    "--target-image-opts",
+                    image_node.as_name(image_node.node([source], keys, below=below)),
+                    image_node.as_options(image_node.node([target], keys, below=below)),
+                ],
+                doing=doing,
+                pass_fds=(blank,),
+                keys=keys,
+            )
+    finally:
+        os.close(blank)
+
+
+def _writing(compression: str | None) -> tuple[str, ...]:
+    # Compressed clusters are written in order; else several requests at once.
+    return ("-c",) if compression is not None else ("-W", "-m", "16")
+
+
+def opens(image: Image) -> bool:
+    """Whether the passphrase opens the image; what it stands on is left alone."""
+    with Keys() as keys:
+        try:
+            run(
+                ["map", "--output=json", "--max-length=65536", image_node.as_name(image_node.node([image], keys))],
+                doing=f"Opening {image.path}",
+                keys=keys,
+            )
+        except ImageToolFailed as error:
+            # QEMU's crypto/block-luks.c; the one message of it that must be told from the others.
+            if "Invalid password" in str(error.facts.get("stderr")):
+                return False
+            raise
+    return True

@@ -122,17 +122,13 @@ def unfinished(uuid: str, *, directory: str = places.JOURNAL) -> Journal | None:
     return Journal(Operation(**content), directory=directory)
 
 
-def known(*, directory: str = places.JOURNAL) -> list[str]:
-    """The UUIDs under which operations are unfinished, whether such a domain exists or not; needs no lock."""
+def all_unfinished(*, directory: str = places.JOURNAL) -> set[str]:
+    """The UUIDs under which something unfinished is journalled; needs no lock."""
     try:
-        names = sorted(os.listdir(directory))
+        names = os.listdir(directory)
     except OSError:
-        return []
-    return [
-        name[: -len(".json")]
-        for name in names
-        if name.endswith(".json") and not name.startswith(".") and not os.path.islink(os.path.join(directory, name))
-    ]
+        return set()
+    return {name[: -len(".json")] for name in names if name.endswith(".json") and not name.startswith(".")}
 
 
 def peek(uuid: str, *, directory: str = places.JOURNAL) -> Operation | None:

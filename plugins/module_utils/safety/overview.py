@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from .._errors import AgentSilent, VmkeeperError
@@ -24,7 +25,8 @@ def describe(handle: Any) -> dict[str, Any]:
     info, problem = _ask_agent(handle, live)
     warnings: list[str] = []
     disks = [_disk(handle, live, disk, warnings) for disk in live.disks]
-    capture = choose(live)
+    nvram = live.nvram
+    capture = choose(live, carries_nvram=nvram is not None and nvram.format == "raw" and os.path.exists(nvram.path))
     return {
         "name": live.name,
         "uuid": live.uuid,

@@ -21,6 +21,7 @@ from .._errors import Refused
 
 JOURNAL = "/var/lib/vmkeeper.libvirt/journal"
 WORKERS = "/var/lib/vmkeeper.libvirt/workers"
+SCRATCH = "/var/lib/vmkeeper.libvirt/scratch"
 GUARDS = "/run/vmkeeper.libvirt/guards"
 LOCKS = "/run/lock/vmkeeper.libvirt"
 
@@ -44,13 +45,10 @@ def private_directory(path: str) -> str:
 
 
 def passable_directory(path: str) -> str:
-    """Make ``path`` (and what is above it) a directory that others can pass through and not list, and only this user change."""
+    """A directory of ours that every user gets through and nobody else can list."""
     parent = os.path.dirname(path)
-    if not os.path.isdir(parent):
-        passable_directory(parent)
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(path, 0o711)
-        os.chmod(path, 0o711)
+    for one in (private_directory(parent), private_directory(path)):
+        os.chmod(one, 0o711)
     return path
 
 
@@ -78,6 +76,16 @@ def fsync_directory(path: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_file(path: str) -> None:
+    """Make the content of a file and its name durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    fsync_directory(os.path.dirname(path))
 
 
 def write_json(path: str, value: Any) -> None:

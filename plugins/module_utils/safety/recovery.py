@@ -6,42 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from .._errors import VmkeeperError
 from . import journal, locks, release, settlement
 from .settlement import Settler
 from .ticket import tickets_of
-
-
-@dataclass(frozen=True)
-class Absent:
-    """Stands for a domain that an interrupted operation names and that libvirt does not know (any more, or yet)."""
-
-    uuid: str
-    label: str
-
-    def UUIDString(self) -> str:
-        """Its UUID."""
-        return self.uuid
-
-    def name(self) -> str:
-        """What the operation called it."""
-        return self.label
-
-
-def absent(handles: Sequence[Any]) -> list[Absent]:
-    """The domains of unfinished operations that are not among ``handles``, all of the host's, and that nobody works on now."""
-    present = {handle.UUIDString() for handle in handles}
-    found = []
-    for uuid in journal.known():
-        operation = journal.peek(uuid)
-        if operation is None or any(one["uuid"] in present for one in operation.domains):
-            continue
-        if locks.holder(uuid) is None:
-            found.append(Absent(uuid, next(one["name"] for one in operation.domains if one["uuid"] == uuid)))
-    return found
 
 
 def recover(
@@ -53,12 +23,29 @@ def recover(
     """
     findings = []
     for handle in handles:
-        findings += _foresee(handle, settlers) if check else _settle(uri, handle, settlers)
+        findings += _recover(uri, handle.UUIDString(), handle.name(), settlers, check=check)
     return findings
 
 
-def _foresee(handle: Any, settlers: Mapping[str, Settler]) -> list[dict[str, Any]]:
-    uuid, name = handle.UUIDString(), handle.name()
+def recover_undefined(
+    uri: str, handles: Sequence[Any], settlers: Mapping[str, Settler], *, check: bool = False
+) -> list[dict[str, Any]]:
+    """The same for what was left under the UUIDs of domains that are not, or not yet, among ``handles``, all of this host's."""
+    defined = {handle.UUIDString() for handle in handles}
+    findings = []
+    for uuid in sorted(journal.all_unfinished() - defined):
+        operation = journal.peek(uuid)
+        if operation is not None:
+            name = next((one["name"] for one in operation.domains if one["uuid"] == uuid), uuid)
+            findings += _recover(uri, uuid, name, settlers, check=check)
+    return findings
+
+
+def _recover(uri: str, uuid: str, name: str, settlers: Mapping[str, Settler], *, check: bool) -> list[dict[str, Any]]:
+    return _foresee(uuid, name, settlers) if check else _settle(uri, uuid, name, settlers)
+
+
+def _foresee(uuid: str, name: str, settlers: Mapping[str, Settler]) -> list[dict[str, Any]]:
     findings = [
         {
             "domain": name,
@@ -87,8 +74,7 @@ def _foresee(handle: Any, settlers: Mapping[str, Settler]) -> list[dict[str, Any
     return findings
 
 
-def _settle(uri: str, handle: Any, settlers: Mapping[str, Settler]) -> list[dict[str, Any]]:
-    uuid, name = handle.UUIDString(), handle.name()
+def _settle(uri: str, uuid: str, name: str, settlers: Mapping[str, Settler]) -> list[dict[str, Any]]:
     findings: list[dict[str, Any]] = []
     with locks.hold([(uuid, name)], "recover_domain"):
         try:
@@ -101,11 +87,12 @@ def _settle(uri: str, handle: Any, settlers: Mapping[str, Settler]) -> list[dict
                         "settled": True,
                     }
                 )
-            found = settlement.settle_before_change(uri, [handle], settlers)
+            found = settlement.settle_named(uri, [(uuid, name)], settlers)
         except VmkeeperError as error:
             findings.append(
                 {"domain": name, "what": "an interrupted operation", "action": f"failed: {error}", "settled": False}
             )
         else:
-            findings += [{**one, "settled": True} for one in found]
+            # What can wait, and has to, is put off by its settler; its journal is still there then.
+            findings += [{**one, "settled": journal.peek(uuid) is None} for one in found]
     return findings

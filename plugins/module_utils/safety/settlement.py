@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .._errors import Unfinished
-from . import journal, locks, release
+from . import checkpoints_aside, journal, locks, release
 from .journal import Journal
 
 #: Finishes or undoes one interrupted operation, closes its journal, and returns ``{what, action}``.
@@ -28,10 +28,19 @@ def settle_before_change(
 
     Call it under the domains' locks.  With ``check`` nothing is settled, and only what could not be is refused.
     """
+    if not check:
+        for handle in handles:
+            checkpoints_aside.put_back(handle)
+    return settle_named(uri, [(handle.UUIDString(), handle.name()) for handle in handles], settlers, check=check)
+
+
+def settle_named(
+    uri: str, domains: Sequence[tuple[str, str]], settlers: Mapping[str, Settler], *, check: bool = False
+) -> list[dict[str, str]]:
+    """The same for pairs of UUID and name, of domains that need not be defined any more."""
     findings = []
-    held = {handle.UUIDString() for handle in handles}
-    for handle in handles:
-        uuid, name = handle.UUIDString(), handle.name()
+    held = {uuid for uuid, _name in domains}
+    for uuid, name in domains:
         if check:
             operation = journal.peek(uuid)
             if operation is not None and operation.kind not in settlers:

@@ -68,7 +68,9 @@ def require_support(source: str, owner: tuple[int, int]) -> None:
 def open_view(name: str, source: str, owner: tuple[int, int]) -> str:
     """Show ``source`` to the uid and gid ``owner``; returns where. Open already: nothing to do."""
     where = path_of(name)
-    places.passable_directory(where)
+    places.passable_directory(places.VIEWS)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(where, 0o711)
     remembered = _origin_file(name)
     if not os.path.islink(remembered):
         os.symlink(source, remembered)

@@ -15,18 +15,6 @@ from ..safety.space import human
 from .change_set import DiskGrowth
 
 
-def end_checkpoints(handle: Any, names: tuple[str, ...]) -> None:
-    """Remove checkpoints, children before their parents."""
-    flags = constant("VIR_DOMAIN_CHECKPOINT_LIST_TOPOLOGICAL") or 0
-    with explaining(
-        f"Ending checkpoints of domain {handle.name()!r}",
-        state="The disk has its old size; the next backup may have to be a full one.",
-    ):
-        for checkpoint in reversed(handle.listAllCheckpoints(flags)):
-            if checkpoint.getName() in names:
-                checkpoint.delete(0)
-
-
 def grow_live(handle: Any, action: DiskGrowth) -> None:
     """blockResize; the guest is told by its controller."""
     with explaining(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .._errors import VmkeeperError
+from ..hypervisor import checkpoints
 from ..hypervisor.definition import define, persistent_xml
 from ..safety import locks, settlement
 from ..safety.journal import Journal
@@ -179,7 +180,11 @@ class _Run:
                 continue
             if change.ends_checkpoints:
                 self._journal.step(f"checkpoints {change.what}")
-                disks.end_checkpoints(self._handle, change.ends_checkpoints)
+                checkpoints.end(
+                    self._handle,
+                    change.ends_checkpoints,
+                    state="The disk has its old size; the next backup may have to be a full one.",
+                )
             self._journal.step(change.what)
             outcome = self._apply(change)
             self._outcomes[change.what] = outcome

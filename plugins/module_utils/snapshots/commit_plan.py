@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from .._errors import Busy, InvalidInput, NotFound, Refused
 from ..hypervisor.domain_model import Layer
 from ..safety.host_graph import Reader, canonical
 from .ground import Ground, refuse_unsettled
 from .merge_plan import Merge, Work, follow_snapshots, losing, plan_merge, refuse_protected, shared
+from .merge_way import choose_way, left_behind
 
 
 @dataclass(frozen=True)
@@ -25,20 +26,25 @@ class Request:
     keep: int | None = None
     remove: bool = True
     bandwidth: int = 0
+    allow_restart: bool = False
 
 
 @dataclass(frozen=True)
 class CommitPlan:
-    """What will be done to one domain. ``chains`` are ``(target, paths before)``; ``notes`` go to the user."""
+    """What will be done to one domain. ``chains`` are ``(target, paths before)``; ``notes`` go to the user.
+
+    ``methods``: target -> ``live``, ``pull`` or ``offline``, of the disks whose layers are merged.
+    """
 
     work: Work
     chains: tuple[tuple[str, tuple[Layer, ...]], ...]
+    methods: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def after(self, target: str) -> tuple[str, ...]:
         """The layers of a disk when all is done, from the active one down."""
         layers = next(layers for name, layers in self.chains if name == target)
-        gone = {path for merge in self.work.merges if merge.target == target for path in merge.merged}
+        gone = {path for merge in self.work.merges if merge.target == target for path in merge.gone}
         return tuple(str(layer.path) for layer in layers if layer.path not in gone)
 
 
@@ -60,18 +66,23 @@ def plan_commit(request: Request, ground: Ground) -> CommitPlan:
     merges = [plan_merge(ground, target, run[-1], run[:-1], names) for target, run in runs]
     for merge in merges:
         _check_job(ground, merge)
-    files = [path for merge in merges for path in merge.merged] if request.remove else []
-    files += [snapshot.memory_file for snapshot in ended if snapshot.memory_file]
+    way = choose_way(ground, merges, allow_restart=request.allow_restart)
+    left = [path for merge in way.merges for path in left_behind(ground, merge)]
+    files = [path for merge in way.merges for path in merge.gone if path not in left] if request.remove else []
+    files += [path for snapshot in ended for path in snapshot.side_files]
     return CommitPlan(
         work=Work(
-            merges=tuple(merges),
-            rebased=follow_snapshots(ground, merges, names),
+            merges=way.merges,
+            rebased=follow_snapshots(ground, way.merges, names),
             ended=tuple(names),
             files=tuple(files),
             bandwidth=request.bandwidth,
+            restart=way.restart,
+            checkpoints_ended=way.checkpoints_ended,
         ),
         chains=tuple((target, ground.chains[target]) for target in targets),
-        notes=tuple(notes),
+        methods={merge.target: way.method(ground, merge) for merge in way.merges},
+        notes=(*notes, *way.notes(ground)),
     )
 
 

@@ -62,16 +62,17 @@ def _run(handle: Any, ground: Ground, plan: CommitPlan, seconds: float | None) -
 def _result(plan: CommitPlan, ground: Ground, merged: Merged | None) -> Committed:
     disks = []
     for target, layers in plan.chains:
-        gone = [path for merge in plan.work.merges if merge.target == target for path in merge.merged]
+        merge = next((one for one in plan.work.merges if one.target == target), None)
+        gone = [path for path in merge.gone if path in plan.work.files] if merge else []
         disks.append(
             {
                 "disk": target,
                 "chain_before": [layer.path for layer in layers],
                 "chain_after": list(plan.after(target)),
+                "method": plan.methods.get(target),
+                "why": merge.why if merge else "",
                 "committed_bytes": merged.committed_bytes.get(target, 0) if merged else None,
-                "removed": [path for path in gone if merged is None or path in merged.removed]
-                if plan.work.files or merged is not None
-                else [],
+                "removed": [path for path in gone if merged is None or path in merged.removed],
             }
         )
     warnings = [*plan.notes]

@@ -5,27 +5,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .._errors import Busy, Refused, VmkeeperError
-from ..hypervisor import chain
+from ..hypervisor import apparmor, chain
 from ..hypervisor.block_jobs import running_job
 from ..hypervisor.domain_model import Domain, Layer, read_domain
 from ..hypervisor.image_header import BadHeader, read_qcow2
 from ..safety.host_graph import HostGraph, Reader, canonical, openers, read_graph
+from ..safety.space import free_bytes
 from .model import Snapshot, read_snapshots
 
 
 @dataclass(frozen=True)
 class Image:
-    """What the header of one image says. Sizes in bytes; ``size`` is None where it cannot be read."""
+    """What the header of one image says, and its filesystem. Sizes in bytes; ``size`` is None where it cannot be read.
+
+    ``allocated``: what it takes up; ``free``: what its filesystem (``device``) has left.
+    """
 
     size: int | None = None
     internal_snapshots: int = 0
     bitmaps: tuple[str, ...] = ()
     exists: bool = True
+    allocated: int = 0
+    device: int = 0
+    free: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,8 @@ class Ground:
     """One domain, its snapshots and every image that has to do with them.
 
     ``chains``: target -> layers of the present state, from the active one down.  ``broken``: target -> why its chain
-    cannot be followed.  ``opened``: path -> foreign processes that have it open.
+    cannot be followed.  ``opened``: path -> foreign processes that have it open.  ``denied``: canonical paths that the
+    security profile of the running guest forbids to write.
     """
 
     domain: Domain
@@ -43,6 +53,7 @@ class Ground:
     broken: Mapping[str, str] = field(default_factory=dict)
     images: Mapping[str, Image] = field(default_factory=dict)
     opened: Mapping[str, tuple[Reader, ...]] = field(default_factory=dict)
+    denied: frozenset[str] = frozenset()
     job: str | None = None
 
     def image(self, path: str) -> Image:
@@ -86,6 +97,7 @@ def read_ground(handle: Any) -> Ground:
         broken=broken,
         images={path: _image(path, image_format) for path, image_format in formats.items()},
         opened=openers(formats, besides=domain.uuid),
+        denied=apparmor.read_denied(handle) if domain.state.active else frozenset(),
         job=running_job(handle),
     )
 
@@ -95,13 +107,24 @@ def _image(path: str, image_format: str | None) -> Image:
     size = chain.virtual_size(Layer(path, image_format or "raw", kind))
     if size is None:
         return Image(exists=False)
+    image = Image(size)
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        image = Image(
+            size,
+            allocated=status.st_blocks * 512 if kind == "file" else size,
+            device=status.st_dev,
+            free=free_bytes(os.path.dirname(path)) if kind == "file" else 0,
+        )
     if image_format != "qcow2":
-        return Image(size)
+        return image
     try:
         header = read_qcow2(path)
     except (OSError, BadHeader):
-        return Image(size)
-    return Image(size, header.internal_snapshots, tuple(one.name for one in header.bitmaps))
+        return image
+    return replace(
+        image, internal_snapshots=header.internal_snapshots, bitmaps=tuple(one.name for one in header.bitmaps)
+    )
 
 
 def refuse_unsettled(ground: Ground) -> None:

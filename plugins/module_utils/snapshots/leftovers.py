@@ -10,7 +10,7 @@ from typing import Any
 from .._errors import VmkeeperError
 from ..hypervisor.connection import explaining
 from .model import read_snapshots
-from .removing import remove
+from .removing import Request, remove
 
 
 def finish_removals(uri: str, handle: Any, *, check: bool = False) -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def finish_removals(uri: str, handle: Any, *, check: bool = False) -> list[dict[
         action, settled = "would be removed", False
         if not check:
             try:
-                remove(uri, [handle], snapshot.name)
+                remove(uri, [handle], Request(snapshot.name))
                 action, settled = "removed", True
             except VmkeeperError as error:
                 action = f"failed: {error}"

@@ -55,9 +55,8 @@ def _depth(snapshot: Snapshot, snapshots: Sequence[Snapshot]) -> int:
 
 
 def _own_files(snapshot: Snapshot) -> list[str]:
-    """Files that exist because of this snapshot: the overlays that it started, and its memory."""
-    files = [disk.overlay for disk in snapshot.disks if disk.overlay]
-    return files + ([snapshot.memory_file] if snapshot.memory_file else [])
+    """Files that exist because of this snapshot: the overlays that it started, its memory and UEFI variables."""
+    return [*(disk.overlay for disk in snapshot.disks if disk.overlay), *snapshot.side_files]
 
 
 def files_under(snapshot: Snapshot, warnings: list[str]) -> tuple[str, ...]:
@@ -74,8 +73,7 @@ def files_under(snapshot: Snapshot, warnings: list[str]) -> tuple[str, ...]:
         except VmkeeperError as error:
             files[disk.base] = None
             warnings.append(f"snapshot {snapshot.name}: {error.problem}")
-    if snapshot.memory_file:
-        files[snapshot.memory_file] = None
+    files.update(dict.fromkeys(snapshot.side_files))
     return tuple(files)
 
 

@@ -5,6 +5,9 @@
 
 Committing a run of layers into the one below it changes the content of every layer of the run but its top.  So it is
 allowed only where nobody reads those layers but through the top, and every snapshot that they held ends.
+
+The same run can be merged upwards (:attr:`Merge.pull`) where its base must not be written: then its content is copied into
+the active layer, and the base goes with the others.
 """
 
 from __future__ import annotations
@@ -22,18 +25,37 @@ from .model import Snapshot
 
 @dataclass(frozen=True)
 class Merge:
-    """One run of layers of one disk. ``merged`` are the files that go, from the top down; ``above`` stands on its top."""
+    """One run of layers of one disk. ``merged`` stand on ``base``, from the top down; ``above`` stands on the top.
+
+    With ``pull`` the run becomes its top, which then stands on ``below`` (what the base stood on, None if on nothing);
+    else it becomes its base.  ``why`` is the reason for the way that was chosen, where there was a choice.
+    """
 
     target: str
     base: str
     base_format: str
     merged: tuple[str, ...]
     above: tuple[str, ...] = ()
+    pull: bool = False
+    below: str | None = None
+    below_format: str | None = None
+    why: str = ""
 
     @property
     def top(self) -> str:
         """The uppermost layer of the run: its content is what remains."""
         return self.merged[0]
+
+    @property
+    def gone(self) -> tuple[str, ...]:
+        """The files that leave the chain, from the top down."""
+        return (*self.merged[1:], self.base) if self.pull else self.merged
+
+    @property
+    def remains(self) -> Layer:
+        """The image that the run becomes."""
+        path, image_format = (self.top, "qcow2") if self.pull else (self.base, self.base_format)
+        return Layer(path, image_format, "block" if path.startswith("/dev/") else "file")
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Merge:
@@ -53,13 +75,19 @@ class Rebased:
 
 @dataclass(frozen=True)
 class Work:
-    """All that an operation does to one domain's layers. ``ended`` are snapshots; ``files`` go if nobody needs them."""
+    """All that an operation does to one domain's layers. ``ended`` are snapshots; ``files`` go if nobody needs them.
+
+    ``restart``: the guest is shut down, its layers are merged offline, and it is started again.  ``checkpoints_ended``
+    would lose changes by a pull.
+    """
 
     merges: tuple[Merge, ...] = ()
     rebased: tuple[Rebased, ...] = ()
     ended: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     bandwidth: int = 0
+    restart: bool = False
+    checkpoints_ended: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """For the journal."""
@@ -74,6 +102,8 @@ class Work:
             ended=tuple(value["ended"]),
             files=tuple(value["files"]),
             bandwidth=value["bandwidth"],
+            restart=value.get("restart", False),
+            checkpoints_ended=tuple(value.get("checkpoints_ended", ())),
         )
 
 
@@ -194,7 +224,7 @@ def follow_snapshots(ground: Ground, merges: Sequence[Merge], ended: Collection[
     for snapshot in ground.snapshots:
         for disk in snapshot.captured:
             merge = tops.get(canonical(disk.base)) if disk.base else None
-            if merge is not None and snapshot.name not in ended:
+            if merge is not None and not merge.pull and snapshot.name not in ended:
                 found.append(Rebased(snapshot.name, disk.target, merge.base, merge.base_format))
     return tuple(found)
 

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .._errors import LibvirtFailed, Refused, VmkeeperError
-from ..hypervisor import block_jobs, chain, definition, qemu_img
+from ..hypervisor import block_jobs, chain, checkpoints, definition, power, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import code_of, constant, explaining, open_connection
 from ..hypervisor.domain_model import Disk, Layer, read_domain
 from ..hypervisor.image_header import BadHeader, read_qcow2
-from ..safety import places
+from ..safety import places, processes
+from ..safety.checkpoints_aside import set_aside
 from ..safety.host_graph import canonical, openers, read_graph
 from ..safety.journal import Journal
 from .merge_plan import Merge, Rebased, Work
@@ -50,42 +51,81 @@ def run(handle: Any, work: Work, journal: Journal, *, seconds: float | None = No
     """:func:`merge_all` from the journal's first step to its end.
 
     A commit that fails leaves a chain that is whole, so the journal is closed and the task may be asked again, or not.
-    What fails after a commit stays in the journal for the next run to finish.
+    What fails after a commit stays in the journal for the next run to finish.  A guest that was shut down for it is started
+    again in any case.
     """
     try:
         done = merge_all(handle, work, journal, seconds=seconds)
     except block_jobs.TookTooLong:
         raise
     except VmkeeperError as error:
-        if (
-            isinstance(error, block_jobs.NotBegun)
-            and [step["name"] for step in journal.operation.steps].count("commit") == 1
-        ):
-            for name in work.ended:
-                unmark_ending(handle, name)  # they are as whole as they were
-        if journal.operation.steps[-1]["name"] in _BEFORE_A_COMMIT_IS_DONE:
-            _close(handle, work, journal)
+        before = journal.operation.steps[-1]["name"] in _BEFORE_A_COMMIT_IS_DONE
+        if before:
+            _settle_disks(handle, work, journal, refused=isinstance(error, block_jobs.NotBegun))
+        _start_again(handle, journal)
+        if before:
+            journal.finish()
         raise
     journal.finish()
     return done
 
 
 #: Steps at which every chain is whole and nothing is known to be merged that is not noted yet.
-_BEFORE_A_COMMIT_IS_DONE = ("begin", "mark", "commit")
+_BEFORE_A_COMMIT_IS_DONE = ("begin", "mark", "shutdown", "shut-off", "commits", "commit")
 
 
-def _close(handle: Any, work: Work, journal: Journal) -> None:
-    """End an operation that goes no further: what was merged before is noted, the rest stays as it is."""
+def _written(work: Work, journal: Journal, *, refused: bool) -> bool:
+    """Whether the content of any layer but the tops may have changed; ``refused``: the last commit did not begin."""
+    begun = [step["disk"] for step in journal.operation.steps if step["name"] == "commit"]
+    pulled = {merge.target for merge in work.merges if merge.pull}
+    together = journal.operation.reached("commits")
+    return together or any(target not in pulled for target in (begun[:-1] if refused else begun))
+
+
+def _settle_disks(handle: Any, work: Work, journal: Journal, *, refused: bool = False, cancelled: bool = False) -> None:
+    """For an operation that goes no further: what was merged is noted, what is being merged stops, the rest stays as it is.
+
+    ``cancelled``: whoever asks wants every job of these disks to end.  Else one that is not ours may be what was in the way.
+    """
     steps = journal.operation.steps
+    together = journal.operation.reached("commits")
     finished = {step["disk"] for step in steps if step["name"] == "verify"} - {
         step["disk"] for step in steps[-1:] if step["name"] == "commit"
     }
-    merges = [merge for merge in work.merges if merge.target in finished]
+    merges = []
+    for merge in work.merges:
+        if merge.target not in finished:
+            if cancelled or (together and _commits_below(handle, merge)):
+                block_jobs.cancel(handle, merge.target)
+            if not (together and _has_left_the_guest(handle, merge)):
+                continue
+            # One of several that were begun together, and it was the quickest.
+            _relink(handle, merge)
+            _verify(handle, merge)
+        merges.append(merge)
     for rebased in work.rebased:
         if any(rebased.path == merge.base for merge in merges):
             _rebase_snapshot(handle, rebased)
-    remove_unneeded(handle, [path for merge in merges for path in merge.merged if path in work.files], Merged())
-    journal.finish()
+    if any(merge.pull for merge in merges):
+        _end_checkpoints(handle, work)
+    if not merges and not _written(work, journal, refused=refused):
+        for name in work.ended:
+            unmark_ending(handle, name)  # they are as whole as they were
+    remove_unneeded(handle, [path for merge in merges for path in merge.gone if path in work.files], Merged())
+
+
+def _commits_below(handle: Any, merge: Merge) -> bool:
+    job = block_jobs.job_of(handle, merge.target)
+    return job is not None and job["type"] == "commit"
+
+
+def _has_left_the_guest(handle: Any, merge: Merge) -> bool:
+    """Whether the running guest stands on what the run became, and no longer on what goes."""
+    disk = read_domain(handle).disk(merge.target)
+    if disk is None or not handle.isActive():
+        return False
+    used = {canonical(layer.path) for layer in disk.chain if layer.path}
+    return canonical(str(merge.remains.path)) in used and not used & {canonical(path) for path in merge.gone}
 
 
 def abandon(uri: str, pending: Journal) -> dict[str, str]:
@@ -94,9 +134,9 @@ def abandon(uri: str, pending: Journal) -> dict[str, str]:
     work = Work.from_json(pending.operation.plan["work"])
     if pending.operation.steps[-1]["name"] not in _BEFORE_A_COMMIT_IS_DONE:
         return settle(uri, pending)
-    for merge in work.merges:
-        block_jobs.cancel(handle, merge.target)
-    _close(handle, work, pending)
+    _settle_disks(handle, work, pending, cancelled=True)
+    _start_again(handle, pending)
+    pending.finish()
     return {"what": f"a {pending.operation.kind} in progress", "action": "cancelled"}
 
 
@@ -104,8 +144,15 @@ def settle(uri: str, pending: Journal) -> dict[str, str]:
     """Finish an interrupted run; returns ``{what, action}``."""
     connection = open_connection(uri)
     handle = connection.lookupByUUIDString(pending.operation.domains[0]["uuid"])
-    run(handle, Work.from_json(pending.operation.plan["work"]), pending)
-    return {"what": f"an interrupted {pending.operation.kind}", "action": "finished"}
+    work = Work.from_json(pending.operation.plan["work"])
+    what = f"an interrupted {pending.operation.kind}"
+    if work.restart and handle.isActive() and not pending.operation.reached("commit"):
+        # Nothing was merged, and the guest runs: it is not shut down by a task that was not allowed to.
+        _settle_disks(handle, work, pending)
+        pending.finish()
+        return {"what": what, "action": "taken back"}
+    run(handle, work, pending)
+    return {"what": what, "action": "finished"}
 
 
 def merge_all(handle: Any, work: Work, journal: Journal, *, seconds: float | None = None) -> Merged:
@@ -116,14 +163,22 @@ def merge_all(handle: Any, work: Work, journal: Journal, *, seconds: float | Non
         journal.step("mark", snapshots=list(work.ended))
         for name in work.ended:
             mark_ending(handle, name)
+    if work.restart:
+        _shut_down(handle, journal)
+    _begin_together(handle, work, journal)
     for merge in work.merges:
-        done.committed_bytes[merge.target] = done.committed_bytes.get(merge.target, 0) + _allocated(merge.merged)
+        moved = _allocated((*merge.merged[1:], merge.base) if merge.pull else merge.merged)
+        done.committed_bytes[merge.target] = done.committed_bytes.get(merge.target, 0) + moved
         journal.step("commit", disk=merge.target, base=merge.base)
         _commit(handle, merge, work, seconds)
         journal.step("relink", disk=merge.target)
         _relink(handle, merge)
         journal.step("verify", disk=merge.target)
         _verify(handle, merge)
+    if work.checkpoints_ended:
+        journal.step("checkpoints")
+        _end_checkpoints(handle, work)
+    _start_again(handle, journal)
     journal.step("snapshots")
     for rebased in work.rebased:
         _rebase_snapshot(handle, rebased)
@@ -132,6 +187,77 @@ def merge_all(handle: Any, work: Work, journal: Journal, *, seconds: float | Non
     journal.step("remove")
     remove_unneeded(handle, work.files, done)
     return done
+
+
+def _end_checkpoints(handle: Any, work: Work) -> None:
+    """libvirt 9.0 may lose changes by a pull across layers, silently, and the next increment would lack them.
+
+    Only now, and not before the pull: until the layers leave the chain their bitmaps are right, and QEMU may not be allowed to
+    remove them from there.
+    """
+    if handle.isActive():
+        checkpoints.end(
+            handle, work.checkpoints_ended, state="The layers are merged; run this again before the next backup."
+        )
+
+
+# --- a guest that is shut down for it --------------------------------------------------------------------------------
+
+
+def _shut_down(handle: Any, journal: Journal) -> None:
+    if journal.operation.reached("shut-off") or not handle.isActive():
+        return  # somebody who started it since then wants it to run: what is denied then says so
+    journal.step("shutdown")
+    if power.shut_down([handle]):
+        raise VmkeeperError(
+            f"Domain {handle.name()!r} did not shut down within {power.SHUTDOWN_SECONDS:.0f} s",
+            state="No layer was merged. A guest that is late may still go down.",
+            advice="See that the guest reacts to the ACPI power button or has its agent running",
+        )
+    journal.step("shut-off")
+
+
+def _start_again(handle: Any, journal: Journal) -> None:
+    """Start what this operation itself has shut down, in this boot; what is off otherwise is off for other reasons."""
+    operation = journal.operation
+    if not operation.reached("shutdown") or operation.boot_id != processes.boot_id():
+        return
+    state = read_domain(handle).state
+    if state.active or state.reason not in ("shutdown", "unknown"):
+        return
+    journal.step("start")
+    with explaining(
+        f"Starting domain {handle.name()!r} again",
+        state="It is shut off, and its layers are whole.",
+        advice="Start it, then see libvirt's log",
+    ):
+        handle.create()
+
+
+# --- several disks ---------------------------------------------------------------------------------------------------
+
+
+def _begin_together(handle: Any, work: Work, journal: Journal) -> None:
+    """Begin all commits below active layers before one of them ends.
+
+    When one ends, libvirt before 12.1 writes the AppArmor profile of the guest anew, which denies those that have not begun
+    (docs/apparmor.md).  What cannot be begun here says so when its turn comes.
+    """
+    if not handle.isActive():
+        return
+    below = []
+    for merge in work.merges:
+        found = None if merge.pull else _live_run(handle, merge)
+        if found is not None and not found.active:
+            below.append((merge, found))
+    if len(below) < 2:
+        return
+    journal.step("commits", disks=[merge.target for merge, _found in below])
+    for merge, found in below:
+        try:
+            block_jobs.begin_intermediate(handle, merge.target, found.base, found.top, bandwidth=work.bandwidth)
+        except block_jobs.NotBegun:
+            return
 
 
 def _allocated(paths: Sequence[str]) -> int:
@@ -145,25 +271,65 @@ def _allocated(paths: Sequence[str]) -> int:
 # --- the commit itself -----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _LiveRun:
+    """A run in the chain of a running guest, by the names that libvirt has for its layers."""
+
+    top: str
+    base: str
+    active: bool
+
+
+def _live_run(handle: Any, merge: Merge) -> _LiveRun | None:
+    """The run as the running guest has it; None where it does not run on it, or not on all of it any more."""
+    disk = read_domain(handle).disk(merge.target)
+    if disk is None or not handle.isActive():
+        return None
+    same = {canonical(layer.path): layer.path for layer in disk.chain if layer.path}
+    top, base = same.get(canonical(merge.top)), same.get(canonical(merge.base))
+    if top is None or base is None:
+        return None
+    return _LiveRun(top, base, canonical(disk.path or "") == canonical(merge.top))
+
+
 def _commit(handle: Any, merge: Merge, work: Work, seconds: float | None) -> None:
-    domain = read_domain(handle)
-    disk = domain.disk(merge.target)
-    if domain.state.active and disk is not None:
-        same = {canonical(layer.path): layer.path for layer in disk.chain if layer.path}
-        top, base = same.get(canonical(merge.top)), same.get(canonical(merge.base))
-        if top is not None and base is not None:
-            if canonical(disk.path or "") == canonical(merge.top):
-                block_jobs.commit_active(handle, merge.target, base, bandwidth=work.bandwidth, seconds=seconds)
-            else:
-                block_jobs.commit_intermediate(
-                    handle, merge.target, base, top, bandwidth=work.bandwidth, seconds=seconds
-                )
-            return
-        if base is not None:
-            return  # the top has left the chain: QEMU has done it
+    if merge.pull:
+        _pull(handle, merge, work, seconds)
+        return
+    found = _live_run(handle, merge)
+    if found is not None and found.active:
+        block_jobs.commit_active(handle, merge.target, found.base, bandwidth=work.bandwidth, seconds=seconds)
+        return
+    if found is not None:
+        block_jobs.commit_intermediate(
+            handle, merge.target, found.base, found.top, bandwidth=work.bandwidth, seconds=seconds
+        )
+        return
+    disk = read_domain(handle).disk(merge.target)
+    live = [] if disk is None or not handle.isActive() else [layer.path for layer in disk.chain if layer.path]
+    if canonical(merge.base) in map(canonical, live):
+        return  # the top has left the chain: QEMU has done it
     if not _still_refers(handle, disk, merge):
         return
     _commit_offline(merge, work)
+
+
+def _pull(handle: Any, merge: Merge, work: Work, seconds: float | None) -> None:
+    """Copy what the run holds into its top, which then stands on what its base stood on."""
+    if handle.isActive():
+        below = None
+        if merge.below is not None:
+            disk = read_domain(handle).disk(merge.target)
+            paths = [layer.path for layer in disk.chain if layer.path] if disk is not None else []
+            below = next((path for path in paths if canonical(path) == canonical(merge.below)), merge.below)
+        block_jobs.pull(handle, merge.target, merge.base, below, bandwidth=work.bandwidth, seconds=seconds)
+        return
+    # The guest ended meanwhile. The same offline: content seen through the top is equal at every instant.
+    if _backing_of(merge.top) == (canonical(merge.below) if merge.below else None):
+        return
+    _wait_for_qemu_img(merge.top)
+    onto = ["-b", merge.below, "-F", merge.below_format or "raw"] if merge.below else ["-b", ""]
+    qemu_img.run(["rebase", "-q", "-f", "qcow2", *onto, merge.top], doing=f"Copying {merge.base} into {merge.top}")
 
 
 def _still_refers(handle: Any, disk: Disk | None, merge: Merge) -> bool:
@@ -251,7 +417,7 @@ def _relink(handle: Any, merge: Merge) -> None:
         for layer in disk.chain
         if layer.path and handle.isActive()
     }
-    for path in merge.above:
+    for path in () if merge.pull else merge.above:
         if canonical(path) in live or not os.path.exists(path):
             continue  # QEMU writes the links of its own chain
         if _backing_of(path) == canonical(merge.top):
@@ -269,7 +435,7 @@ def _redefine(handle: Any, merge: Merge) -> None:
     A chain recorded there is believed by libvirt at the next start, whatever the headers say.
     """
     disk = read_domain(handle, inactive=True).disk(merge.target)
-    gone = {canonical(path) for path in merge.merged}
+    gone = {canonical(path) for path in merge.gone}
     if (
         disk is None
         or disk.active is None
@@ -277,7 +443,7 @@ def _redefine(handle: Any, merge: Merge) -> None:
     ):
         return
     on_run = canonical(disk.path or "") in gone
-    layer = layer_at(merge.base, merge.base_format) if on_run else disk.active
+    layer = merge.remains if on_run else disk.active
     put_definition_on(handle, {merge.target: layer})
 
 
@@ -298,7 +464,7 @@ def put_definition_on(handle: Any, layers: Mapping[str, Layer]) -> None:
 
 def _verify(handle: Any, merge: Merge) -> None:
     """Neither the running guest, nor its next start, nor any header may name what is about to go."""
-    gone = {canonical(path) for path in merge.merged}
+    gone = {canonical(path) for path in merge.gone}
     models = [read_domain(handle)]
     if models[0].persistent:
         models.append(read_domain(handle, inactive=True))
@@ -346,7 +512,8 @@ def _rebase_snapshot(handle: Any, rebased: Rebased) -> None:
         flags = constant("VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE") or 0
         if snapshot.isCurrent():
             flags |= constant("VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT") or 0
-        handle.snapshotCreateXML(with_base(xml, rebased.target, layer_at(rebased.path, rebased.format)), flags)
+        with set_aside(handle):
+            handle.snapshotCreateXML(with_base(xml, rebased.target, layer_at(rebased.path, rebased.format)), flags)
 
 
 def forget_snapshot(handle: Any, name: str) -> None:

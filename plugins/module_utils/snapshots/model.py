@@ -17,6 +17,7 @@ from ..hypervisor import chain
 from ..hypervisor.connection import constant, explaining
 from ..hypervisor.definition import with_layers
 from ..hypervisor.domain_model import Layer, parse_disk
+from ..safety.checkpoints_aside import set_aside
 
 #: Our element in the ``<metadata>`` of the domain definition that libvirt keeps inside each snapshot.  The metadata of
 #: the domain itself would die with its next define.
@@ -36,6 +37,8 @@ class Labels:
     tags: Mapping[str, str] = field(default_factory=dict)
     not_captured: tuple[Mapping[str, str], ...] = ()
     protected: bool = False
+    #: The copy of the UEFI variables of that moment, where it holds them.
+    nvram: str | None = None
     #: Its layers are being merged: what it held may be overwritten already, so nothing may go back to it.
     ending: bool = False
 
@@ -51,6 +54,7 @@ class Labels:
                 "tags": dict(self.tags),
                 "not_captured": [dict(part) for part in self.not_captured],
                 "protected": self.protected,
+                "nvram": self.nvram,
                 "ending": self.ending,
             },
             sort_keys=True,
@@ -69,6 +73,7 @@ class Labels:
                 tags=content.get("tags", {}),
                 not_captured=tuple(content.get("not_captured", ())),
                 protected=bool(content.get("protected", False)),
+                nvram=content.get("nvram"),
                 ending=bool(content.get("ending", False)),
             )
         except (ValueError, KeyError, TypeError):
@@ -113,6 +118,16 @@ class Snapshot:
         return tuple(disk for disk in self.disks if disk.mode in ("internal", "external", "manual"))
 
     @property
+    def nvram(self) -> str | None:
+        """The copy of the UEFI variables that it holds."""
+        return self.labels.nvram if self.labels is not None else None
+
+    @property
+    def side_files(self) -> tuple[str, ...]:
+        """What it holds beside layers: the memory and the UEFI variables."""
+        return tuple(path for path in (self.memory_file, self.nvram) if path)
+
+    @property
     def consistency(self) -> str:
         """The level that was recorded, else the most that libvirt's state allows to say."""
         if self.labels is not None:
@@ -149,6 +164,7 @@ class Snapshot:
             "memory": self.memory_file
             if self.memory_mode == "external"
             else (True if self.memory_mode == "internal" else None),
+            "nvram": self.nvram,
             "not_captured": [dict(part) for part in labels.not_captured] if labels else [],
             "parent": self.parent,
             "current": self.current,
@@ -288,7 +304,8 @@ def write_labels(
         flags = _flags("VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE")
         if snapshot.isCurrent():
             flags |= _flags("VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT")
-        domain.snapshotCreateXML(xml, flags)
+        with set_aside(domain):
+            domain.snapshotCreateXML(xml, flags)
 
 
 def by_name(snapshots: Sequence[Snapshot], name: str) -> Snapshot | None:

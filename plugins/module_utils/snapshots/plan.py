@@ -75,6 +75,14 @@ class OverlayPlan:
 
 
 @dataclass(frozen=True)
+class NvramCopy:
+    """UEFI variables to keep: ``source`` is the domain's file, ``path`` the copy."""
+
+    source: str
+    path: str
+
+
+@dataclass(frozen=True)
 class TakePlan:
     """Everything that will be done to one domain."""
 
@@ -89,6 +97,7 @@ class TakePlan:
     shutdown: bool
     overlays: tuple[OverlayPlan, ...]
     memory_file: str | None
+    nvram: NvramCopy | None
     capture: Capture
     description: str
     tags: Mapping[str, str]
@@ -115,6 +124,7 @@ class TakePlan:
             mode_reason=self.mode_reason,
             tags=self.tags,
             protected=self.protected,
+            nvram=self.nvram.path if self.nvram else None,
             not_captured=tuple(part.as_result() for part in self.capture.left_out),
         )
 
@@ -179,7 +189,8 @@ def plan_take(request: Request, facts: Facts, exists: Callable[[str], bool] = os
             f" ({domain.state.reason}); quiesce is required",
             advice="Start it and shut it down, or use quiesce: auto to accept a crash-consistent snapshot",
         )
-    capture = choose(domain, disks=request.disks, exclude=request.exclude, carries_nvram=False)
+    kept_nvram = _can_keep_nvram(request, domain, exists)
+    capture = choose(domain, disks=request.disks, exclude=request.exclude, carries_nvram=kept_nvram)
     if not capture.disks:
         raise Refused(
             f"Domain {domain.name!r} has no disk that a snapshot can hold",
@@ -211,10 +222,13 @@ def plan_take(request: Request, facts: Facts, exists: Callable[[str], bool] = os
     else:
         freeze = consistency.FreezeDecision(False)
     overlays = _overlays(request, facts, capture, exists) if mode == "external" else ()
-    memory_file = None
-    if memory and mode == "external":
-        directory = os.path.dirname(overlays[0].path)
-        memory_file = unused_path(directory, file_stem(domain.name, request.name), ".memory", exists)
+    memory_file, nvram = None, None
+    if mode == "external":
+        directory, stem = os.path.dirname(overlays[0].path), file_stem(domain.name, request.name)
+        if memory:
+            memory_file = unused_path(directory, stem, ".memory", exists)
+        if kept_nvram and domain.nvram is not None:
+            nvram = NvramCopy(domain.nvram.path, unused_path(directory, stem, ".nvram", exists))
     return TakePlan(
         domain=domain,
         name=request.name,
@@ -227,11 +241,23 @@ def plan_take(request: Request, facts: Facts, exists: Callable[[str], bool] = os
         shutdown=shutdown,
         overlays=overlays,
         memory_file=memory_file,
+        nvram=nvram,
         capture=capture,
         description=request.description or "",
         tags=request.tags or {},
         protected=bool(request.protected),
     )
+
+
+def _can_keep_nvram(request: Request, domain: Domain, exists: Callable[[str], bool]) -> bool:
+    """Raw UEFI variables are copied beside the overlays. Internal snapshots hold them themselves, or are refused.
+
+    In qcow2 they are metadata of a file that QEMU has open, and no copy of it would be sure to be whole.  A domain that was
+    never started has none.
+    """
+    if domain.nvram is None or request.mode == "internal":
+        return False
+    return domain.nvram.format == "raw" and exists(domain.nvram.path)
 
 
 def _refuse_other_disks(live: Domain, next_start: Domain, targets: Sequence[str]) -> None:
@@ -256,12 +282,6 @@ def choose_mode(request: Request, facts: Facts, capture: Capture, *, memory: boo
                 obstacles=obstacles,
             )
         return "internal", "asked for"
-    if facts.domain.checkpoints and offline:
-        raise Unsupported(
-            f"Domain {facts.domain.name!r} is shut off and has checkpoints, over which libvirt takes no external snapshot",
-            advice="Start it and take the snapshot live",
-            checkpoints=list(facts.domain.checkpoints),
-        )
     if request.mode == "external":
         return "external", "asked for"
     return (

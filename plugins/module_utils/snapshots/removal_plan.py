@@ -9,7 +9,7 @@ other snapshot, and of the present, stays what it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,16 +18,22 @@ from ..hypervisor.domain_model import Layer
 from ..safety.host_graph import Reader, canonical, unneeded
 from .ground import Ground, refuse_unsettled
 from .merge_plan import Merge, Work, follow_snapshots, plan_merge, refuse_protected, shared
+from .merge_way import choose_way, left_behind
 from .model import Snapshot, SnapshotDisk, by_name
 
 
 @dataclass(frozen=True)
 class RemovalPlan:
-    """What ``state: absent`` does to one domain. ``kept`` are layers that stay, and for whom."""
+    """What ``state: absent`` does to one domain. ``kept`` are layers that stay, and for whom.
+
+    ``methods`` and ``notes`` are as in :class:`~.commit_plan.CommitPlan`.
+    """
 
     snapshot: Snapshot
     work: Work
     kept: tuple[dict[str, Any], ...] = ()
+    methods: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -39,8 +45,11 @@ class _Choice:
     kept: list[dict[str, Any]] = field(default_factory=list)
 
 
-def plan_removal(name: str, ground: Ground) -> RemovalPlan | None:
-    """Decide; None where the domain has no such snapshot. Raises before anything is changed."""
+def plan_removal(name: str, ground: Ground, *, allow_restart: bool = False, bandwidth: int = 0) -> RemovalPlan | None:
+    """Decide; None where the domain has no such snapshot. Raises before anything is changed.
+
+    ``bandwidth`` in bytes per second, 0 for no limit.
+    """
     snapshot = by_name(ground.snapshots, name)
     if snapshot is None:
         return None
@@ -52,17 +61,24 @@ def plan_removal(name: str, ground: Ground) -> RemovalPlan | None:
     choice = _Choice()
     for disk in snapshot.captured:
         _decide(ground, snapshot, disk, choice)
-    if snapshot.memory_file:
-        choice.files.append(snapshot.memory_file)
+    way = choose_way(ground, choice.merges, allow_restart=allow_restart)
+    left = [path for merge in way.merges for path in left_behind(ground, merge)]
+    files = [*choice.files, *(path for merge in way.merges for path in merge.gone if path not in left)]
+    files += snapshot.side_files
     return RemovalPlan(
         snapshot=snapshot,
         work=Work(
-            merges=tuple(choice.merges),
-            rebased=follow_snapshots(ground, choice.merges, [name]),
+            merges=way.merges,
+            rebased=follow_snapshots(ground, way.merges, [name]),
             ended=(name,),
-            files=tuple(choice.files),
+            files=tuple(files),
+            bandwidth=bandwidth,
+            restart=way.restart,
+            checkpoints_ended=way.checkpoints_ended,
         ),
         kept=tuple(choice.kept),
+        methods={merge.target: way.method(ground, merge) for merge in way.merges},
+        notes=tuple(way.notes(ground)),
     )
 
 
@@ -87,9 +103,7 @@ def _decide(ground: Ground, snapshot: Snapshot, disk: SnapshotDisk, choice: _Cho
     base = Layer(disk.base, disk.base_format, "block" if disk.base.startswith("/dev/") else "file")
     top = Layer(children[0], "qcow2")
     target = next((one for one in ground.chains if children[0] in ground.in_use(one)), disk.target)
-    merge = plan_merge(ground, target, base, [top], [snapshot.name])
-    choice.merges.append(merge)
-    choice.files += merge.merged
+    choice.merges.append(plan_merge(ground, target, base, [top], [snapshot.name]))
 
 
 def _check_internal(ground: Ground, snapshot: Snapshot) -> None:

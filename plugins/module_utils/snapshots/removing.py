@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..safety import locks, settlement
+from ..hypervisor.connection import open_connection
+from ..safety import locks, settlement, worker
 from ..safety.journal import Journal
 from . import merging
 from .ground import Ground, read_ground
@@ -28,34 +29,66 @@ class Removed:
     warnings: list[str] = field(default_factory=list)
 
 
-def remove(uri: str, handles: Sequence[Any], name: str, *, check: bool = False) -> list[Removed]:
-    """See that no domain has the snapshot; every domain is checked before the first is changed."""
+@dataclass(frozen=True)
+class Request:
+    """The task's options, checked. ``bandwidth`` in bytes per second, 0 for no limit."""
+
+    name: str
+    allow_restart: bool = False
+    bandwidth: int = 0
+
+
+def remove(
+    uri: str, handles: Sequence[Any], request: Request, *, check: bool = False, seconds: float | None = None
+) -> list[Removed]:
+    """See that no domain has the snapshot; every domain is checked before the first is changed.
+
+    ``seconds`` limits the wait for each live job, which goes on all the same.
+    """
     named = [(handle.UUIDString(), handle.name()) for handle in handles]
     if check:
         settlement.settle_before_change(uri, handles, SETTLERS, check=True)
-        grounds = [read_ground(handle) for handle in handles]
-        return [_result(ground, plan_removal(name, ground), None) for ground in grounds]
-    with locks.hold(named, f"removal of snapshot {name!r}"):
+        return [_result(ground, _plan(request, ground), None) for ground in map(read_ground, handles)]
+    with locks.hold(named, f"removal of snapshot {request.name!r}"):
         settled = {one["domain"] for one in settlement.settle_before_change(uri, handles, SETTLERS)}
-        removed = remove_locked(handles, name)
+        grounds = [read_ground(handle) for handle in handles]
+        plans = [_plan(request, ground) for ground in grounds]
+        removed = [_run(handle, ground, plan, seconds) for handle, ground, plan in zip(handles, grounds, plans)]
     for one in removed:
         one.changed = one.changed or one.domain in settled
     return removed
 
 
-def remove_locked(handles: Sequence[Any], name: str) -> list[Removed]:
-    """:func:`remove` by a caller that holds the locks and has settled what was unfinished."""
-    grounds = [read_ground(handle) for handle in handles]
-    plans = [plan_removal(name, ground) for ground in grounds]
-    return [_run(handle, ground, plan) for handle, ground, plan in zip(handles, grounds, plans)]
+def _plan(request: Request, ground: Ground) -> RemovalPlan | None:
+    return plan_removal(request.name, ground, allow_restart=request.allow_restart, bandwidth=request.bandwidth)
 
 
-def _run(handle: Any, ground: Ground, plan: RemovalPlan | None) -> Removed:
+def _run(handle: Any, ground: Ground, plan: RemovalPlan | None, seconds: float | None) -> Removed:
     if plan is None:
         return _result(ground, None, None)
     domain = ground.domain
     journal = Journal.begin(REMOVAL, [(domain.uuid, domain.name)], {"work": plan.work.to_json()})
-    return _result(ground, plan, merging.run(handle, plan.work, journal))
+    return _result(ground, plan, merging.run(handle, plan.work, journal, seconds=seconds))
+
+
+def start(uri: str, handles: Sequence[Any], request: Request) -> worker.Job:
+    """Let a worker do it; what can be refused is refused now."""
+    remove(uri, handles, request, check=True)
+    domains = [(handle.UUIDString(), handle.name()) for handle in handles]
+    asked = {"domains": domains, "request": asdict(request)}
+    return worker.start(REMOVAL, uri, domains, "snapshots.removing", asked)
+
+
+def work(uri: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """What the worker does."""
+    connection = open_connection(uri)
+    handles = [connection.lookupByUUIDString(uuid) for uuid, _name in request["domains"]]
+    removed = remove(uri, handles, Request(**request["request"]))
+    return {
+        "changed": any(one.changed for one in removed),
+        "snapshots": [one.snapshot for one in removed if one.snapshot is not None],
+        "warnings": [warning for one in removed for warning in one.warnings],
+    }
 
 
 def _result(ground: Ground, plan: RemovalPlan | None, merged: Merged | None) -> Removed:
@@ -66,6 +99,7 @@ def _result(ground: Ground, plan: RemovalPlan | None, merged: Merged | None) -> 
         + ", ".join(f"{reader['kind']} {reader['name']}" for reader in layer["for"])
         for layer in plan.kept
     ]
+    warnings += plan.notes
     if merged is not None:
         warnings += [f"{path} was kept: it is needed by {reason}" for path, reason in merged.kept.items()]
     files = list(plan.work.files)
@@ -75,6 +109,10 @@ def _result(ground: Ground, plan: RemovalPlan | None, merged: Merged | None) -> 
         snapshot={
             **plan.snapshot.as_result(ground.domain.name),
             "layer_kept_for": list(plan.kept),
+            "merged": [
+                {"disk": merge.target, "method": plan.methods[merge.target], "why": merge.why}
+                for merge in plan.work.merges
+            ],
             "removed": files if merged is None else list(merged.removed),
         },
         warnings=warnings,

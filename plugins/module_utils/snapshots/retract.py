@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._errors import Refused
-from ..hypervisor import block_jobs, definition, qemu_img
+from ..hypervisor import apparmor, block_jobs, definition, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import code_of, constant, explaining
 from ..hypervisor.domain_model import Domain, Layer, read_domain
 from ..safety import places, processes
-from ..safety.host_graph import read_graph
+from ..safety.host_graph import canonical, read_graph
 from .model import read_snapshot
 
 #: Ends of the names of an overlay that is being removed, and of one that is being merged.
@@ -26,8 +26,16 @@ _ASIDE = ".removed"
 _MERGING = ".merging"
 
 
-def take_back(handle: Any, name: str, overlays: Sequence[Mapping[str, Any]], memory_file: str | None) -> None:
-    """``overlays`` are ``{target, path, base, base_format}`` as planned; ``name`` is the snapshot's."""
+class CannotTakeBack(Refused):
+    """The running guest may not write its bases: nothing was written, and the cut is as whole as it was."""
+
+
+def take_back(handle: Any, name: str, overlays: Sequence[Mapping[str, Any]], beside: Sequence[str]) -> None:
+    """``overlays`` are ``{target, path, base, base_format}`` as planned; ``name`` is the snapshot's.
+
+    ``beside`` are the other files that it made: memory and UEFI variables.  Raises :class:`CannotTakeBack` before anything is
+    written.
+    """
     domain = read_domain(handle)
     in_use = [overlay for overlay in overlays if _stands_on(domain.disk(overlay["target"]), overlay["path"])]
     if in_use and domain.managed_save:
@@ -40,12 +48,31 @@ def take_back(handle: Any, name: str, overlays: Sequence[Mapping[str, Any]], mem
     if in_use:
         _refuse_shared(handle, in_use)
         if domain.state.active:
-            for overlay in in_use:
-                block_jobs.commit_active(handle, overlay["target"], overlay["base"])
+            _commit_live(handle, in_use)
         else:
             _commit_offline(handle, in_use)
     _forget(handle, name)
-    remove_files(handle, [overlay["path"] for overlay in overlays] + ([memory_file] if memory_file else []))
+    remove_files(handle, [*(overlay["path"] for overlay in overlays), *beside])
+
+
+def _commit_live(handle: Any, overlays: Sequence[Mapping[str, Any]]) -> None:
+    denied = apparmor.read_denied(handle)
+    refused = next((overlay["base"] for overlay in overlays if canonical(overlay["base"]) in denied), None)
+    problem = f"AppArmor lets the running guest of domain {handle.name()!r} only read {refused}" if refused else None
+    for number, overlay in enumerate(overlays):
+        try:
+            if problem is None:
+                block_jobs.commit_active(handle, overlay["target"], overlay["base"])
+        except block_jobs.NotBegun as error:
+            if number:
+                raise
+            problem = error.problem
+        if problem is not None:
+            raise CannotTakeBack(
+                f"The layers of an interrupted snapshot cannot be merged back: {problem}",
+                state="The guest runs, and stands on its overlays.",
+                advice="Shut it down, then run this again",
+            )
 
 
 def _merge_strays(handle: Any, domain: Domain, strays: Sequence[Mapping[str, Any]]) -> None:

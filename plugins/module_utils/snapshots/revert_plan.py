@@ -55,7 +55,9 @@ class RevertPlan:
     """Everything that will be done to one domain.
 
     ``start``: ``resume`` (from memory), ``resume-paused``, ``boot`` or ``off``.  ``discarded``: files of the present that
-    nobody needs any more; ``left``: images of the present that are not ours to delete.
+    nobody needs any more; ``left``: images of the present that are not ours to delete.  ``nvram``: the snapshot's copy of the UEFI
+    variables, and the domain's file that becomes it.  ``alone``: no other domain goes back in the same task, so the mark of the kept
+    present goes with this one's journal.
     """
 
     snapshot: str
@@ -68,6 +70,8 @@ class RevertPlan:
     discarded: tuple[str, ...]
     left: tuple[str, ...]
     kept_as: str | None = None
+    alone: bool = True
+    nvram: tuple[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For the journal."""
@@ -83,6 +87,7 @@ class RevertPlan:
                 "checkpoints_ended": tuple(value["checkpoints_ended"]),
                 "discarded": tuple(value["discarded"]),
                 "left": tuple(value["left"]),
+                "nvram": tuple(value["nvram"]) if value.get("nvram") else None,
             }
         )
 
@@ -125,7 +130,16 @@ def plan_revert(request: Request, ground: Ground, exists: Callable[[str], bool] 
         discarded=discarded,
         left=left,
         kept_as=request.keep_present_as,
+        nvram=_nvram(ground, snapshot),
     )
+
+
+def _nvram(ground: Ground, snapshot: Snapshot) -> tuple[str, str] | None:
+    """The variables that come back; None where the snapshot holds none, or the domain has no place for them any more."""
+    present = ground.domain.nvram
+    if snapshot.nvram is None or present is None or present.format != "raw":
+        return None
+    return snapshot.nvram, present.path
 
 
 def _find(request: Request, ground: Ground) -> Snapshot:
@@ -171,6 +185,11 @@ def _check_external(ground: Ground, snapshot: Snapshot) -> None:
         raise Refused(
             f"The memory of snapshot {snapshot.name!r} of domain {name!r} is missing: {snapshot.memory_file}",
             advice="Restore it from a backup first",
+        )
+    if snapshot.nvram and not os.path.exists(snapshot.nvram):
+        raise Refused(
+            f"The UEFI variables of snapshot {snapshot.name!r} of domain {name!r} are missing: {snapshot.nvram}",
+            advice="Restore them from a backup first, or put a copy of the domain's present ones there",
         )
 
 

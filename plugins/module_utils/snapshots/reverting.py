@@ -6,16 +6,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .._errors import Busy, Conflict, LibvirtFailed
-from ..safety import locks, settlement, space
+from ..hypervisor.domain_model import read_domain
+from ..safety import journal, locks, settlement, space
+from ..safety.journal import Operation
 from . import taking, way_back
 from .ground import Ground, read_ground
 from .merging import Merged
-from .model import by_name
+from .model import Snapshot, by_name, read_snapshots
 from .plan import Request as TakeRequest
+from .removing import Request as Removal
 from .removing import remove
 from .revert_plan import Request, RevertPlan, plan_revert
 from .settlers import SETTLERS
@@ -42,18 +45,65 @@ def revert(
         grounds = [read_ground(handle) for handle in handles]
         _check_keeping(request, grounds)
         return [_result(ground, plan_revert(request, ground), None) for ground in grounds]
+    over = _over_already(uri, handles, named, request)
+    going = [handle for handle in handles if handle.UUIDString() not in over]
     if request.keep_present_as:
-        _keep_present(connection, uri, handles, request)
+        _keep_present(connection, uri, going, request)
+    done = {}
     with locks.hold(named, f"revert to snapshot {request.name!r}"):
         settlement.settle_before_change(uri, handles, SETTLERS)
-        grounds = [read_ground(handle) for handle in handles]
-        plans = [plan_revert(request, ground) for ground in grounds]
+        grounds = [read_ground(handle) for handle in going]
+        plans = [replace(plan_revert(request, ground), alone=len(handles) == 1) for ground in grounds]
         _check_kept(request, grounds)
         space.require([need for plan in plans for need in plan.needs()], f"Going back to snapshot {request.name!r}")
-        return [
-            _result(ground, plan, way_back.run(handle, ground, plan))
-            for handle, ground, plan in zip(handles, grounds, plans)
-        ]
+        for handle, ground, plan in zip(going, grounds, plans):
+            done[ground.domain.uuid] = _result(ground, plan, way_back.run(handle, ground, plan))
+        for handle in handles:
+            if request.keep_present_as:
+                way_back.unmark(handle, request.keep_present_as)
+    return [done.get(handle.UUIDString()) or _result_of_earlier(handle, request) for handle in handles]
+
+
+def _over_already(uri: str, handles: Sequence[Any], named: Sequence[tuple[str, str]], request: Request) -> set[str]:
+    """Settle what was interrupted; the domains (UUIDs) that an earlier try of this very task has brought back, or has now.
+
+    To go back once more would keep the snapshot's state under the name that keeps what was before it.  Without
+    ``keep_present_as`` a guest that ran on meanwhile goes back again: that is what was asked.
+    """
+    over = set()
+    with locks.hold(named, f"revert to snapshot {request.name!r}"):
+        same = {
+            uuid
+            for handle, (uuid, _name) in zip(handles, named)
+            if (operation := journal.peek(uuid)) is not None
+            and _is_same_task(operation, request)
+            and (request.keep_present_as or not operation.reached("start") or not handle.isActive())
+        }
+        findings = settlement.settle_before_change(uri, handles, SETTLERS)
+        finished = {one["domain"] for one in findings if one["action"] == way_back.FINISHED}
+        over = {uuid for uuid, name in named if uuid in same and name in finished}
+        for handle, (uuid, _name) in zip(handles, named):
+            if request.keep_present_as and _kept_and_gone_back(request, read_snapshots(handle)):
+                over.add(uuid)
+    return over
+
+
+def _is_same_task(operation: Operation, request: Request) -> bool:
+    return (
+        operation.kind == way_back.OPERATION
+        and operation.plan["snapshot"] == request.name
+        and operation.plan["kept_as"] == request.keep_present_as
+    )
+
+
+def _kept_and_gone_back(request: Request, snapshots: Sequence[Snapshot]) -> bool:
+    """Whether an earlier try of a group's task brought this one of its domains back before it was interrupted."""
+    name = str(request.keep_present_as)
+    return _is_pending(by_name(snapshots, name), request) and way_back.has_gone_back(snapshots, name)
+
+
+def _is_pending(kept: Snapshot | None, request: Request) -> bool:
+    return kept is not None and kept.labels is not None and kept.labels.tags.get(PENDING) == request.name
 
 
 # --- keeping the present ---------------------------------------------------------------------------------------------
@@ -64,7 +114,7 @@ def _check_keeping(request: Request, grounds: Sequence[Ground]) -> None:
     name = request.keep_present_as
     for ground in grounds:
         found = by_name(ground.snapshots, name) if name else None
-        if found is not None and not (found.labels and found.labels.tags.get(PENDING) == request.name):
+        if found is not None and not _is_pending(found, request):
             raise Conflict(
                 f"Domain {ground.domain.name!r} has a snapshot {name!r} already, so the present cannot be kept under that name",
                 advice="Choose another keep_present_as",
@@ -80,7 +130,7 @@ def _keep_present(connection: Any, uri: str, handles: Sequence[Any], request: Re
         plan = plan_revert(request, ground)  # what would be refused after the snapshot is refused before it
         if by_name(ground.snapshots, name) is not None:
             # An earlier try took it and went no further; the guest has moved on since.
-            remove(uri, [handle], name)
+            remove(uri, [handle], Removal(name))
         wanted = TakeRequest(
             name=name,
             mode="internal" if plan.internal else "external",
@@ -104,6 +154,37 @@ def _check_kept(request: Request, grounds: Sequence[Ground]) -> None:
 
 
 # --- the result ------------------------------------------------------------------------------------------------------
+
+
+def _result_of_earlier(handle: Any, request: Request) -> Reverted:
+    """Of a domain that was back already when this task began: what was thrown away then is no longer known."""
+    domain, snapshots = read_domain(handle), read_snapshots(handle)
+    snapshot = by_name(snapshots, request.name)
+    if snapshot is None:
+        raise LibvirtFailed(f"Snapshot {request.name!r} has gone", state="Somebody removed it.")
+    held = snapshot.memory_mode != "no"
+    guest = (
+        ("paused" if domain.state.name == "paused" else "resumed" if held else "booted")
+        if domain.state.active
+        else "shut off"
+    )
+    return Reverted(
+        domain=domain.name,
+        before=request.keep_present_as,
+        snapshot={
+            **snapshot.as_result(domain.name),
+            "current": True,
+            "discarded": [],
+            "removed": [],
+            "nvram_restored": snapshot.nvram is not None,
+            "kept_present_as": request.keep_present_as,
+            "checkpoints_ended": [],
+            "guest": guest,
+        },
+        warnings=[
+            f"{domain.name}: an interrupted revert to snapshot {request.name!r} was finished; nothing else was done"
+        ],
+    )
 
 
 def _result(ground: Ground, plan: RevertPlan, done: Merged | None) -> Reverted:
@@ -132,7 +213,7 @@ def _result(ground: Ground, plan: RevertPlan, done: Merged | None) -> Reverted:
             f"{ground.domain.name}: the snapshot does not hold {', '.join(others)}, which stays as it is today"
             + (", while the guest's memory is of the snapshot" if plan.start.startswith("resume") else "")
         )
-    if ground.domain.nvram is not None and not plan.internal:
+    if ground.domain.nvram is not None and plan.nvram is None and not plan.internal:
         warnings.append(f"{ground.domain.name}: the UEFI variables stay as they are today")
     return Reverted(
         domain=ground.domain.name,
@@ -146,6 +227,7 @@ def _result(ground: Ground, plan: RevertPlan, done: Merged | None) -> Reverted:
                 {"disk": target, "path": path, "since": current} for target, paths in before.items() for path in paths
             ],
             "removed": list(plan.discarded) if done is None else list(done.removed),
+            "nvram_restored": plan.nvram is not None,
             "kept_present_as": plan.kept_as,
             "checkpoints_ended": list(plan.checkpoints_ended),
             "guest": {"resume": "resumed", "resume-paused": "paused", "boot": "booted", "off": "shut off"}[plan.start],

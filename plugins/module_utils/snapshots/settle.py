@@ -36,6 +36,7 @@ def intention(plans: Sequence[TakePlan], quiesce: str) -> dict[str, Any]:
             plan.domain.uuid: {
                 "overlays": [asdict(overlay) for overlay in plan.overlays],
                 "memory_file": plan.memory_file,
+                "nvram": plan.nvram.path if plan.nvram else None,
                 "memory": plan.memory,
                 "freeze": plan.freeze or plan.standing,
                 "shutdown": plan.shutdown,
@@ -80,15 +81,19 @@ def settle(uri: str, pending: Journal) -> dict[str, str]:
             block_jobs.wait_idle(handle)
     phases = _phases(operation)
     found = {uuid: _found(connection, operation, uuid, phases) for uuid in operation.plan["domains"]}
-    keep = _keeps(operation, found.values())
-    if keep:
+    action = "taken back"
+    if _keeps(operation, found.values()):
         for uuid, plan in operation.plan["domains"].items():
             _finish(connection.lookupByUUIDString(uuid), operation, uuid, plan, phases, found[uuid].held)
         _start_again(connection, operation)
         pending.finish()
-    else:
-        undo(uri, pending)
-    return {"what": f"an interrupted snapshot {name!r}", "action": "finished" if keep else "taken back"}
+        action = "finished"
+    elif kept := undo(uri, pending):
+        action = (
+            f"kept as crash-consistent on {', '.join(kept)}, where the security profile of the running guest denies to"
+            " merge its layers back"
+        )
+    return {"what": f"an interrupted snapshot {name!r}", "action": action}
 
 
 def _keeps(operation: Operation, found: Iterable[Found]) -> bool:
@@ -150,11 +155,16 @@ def _finish(
     write_labels(handle, snapshot.name, kept, state="The snapshot exists, without its labels; run this again.")
 
 
-def undo(uri: str, pending: Journal) -> None:
-    """Take back whatever of the operation exists, on every domain of the group."""
+def undo(uri: str, pending: Journal) -> list[str]:
+    """Take back whatever of the operation exists, on every domain of the group.
+
+    Returns the names of the domains whose snapshot stays, because nothing may be written below its overlays: it is labelled
+    as crash-consistent, whatever it was meant to be.
+    """
     operation = pending.operation
     pending.step("undo")
     connection = open_connection(uri)  # the one that failed may be dead
+    kept: list[str] = []
     for uuid, plan in operation.plan["domains"].items():
         handle = _lookup(connection, uuid)
         if handle is None:
@@ -162,9 +172,26 @@ def undo(uri: str, pending: Journal) -> None:
         block_jobs.wait_idle(handle)
         foreign = {step["path"] for step in operation.steps if step["name"] == "not-ours"}
         overlays = [overlay for overlay in plan["overlays"] if overlay["path"] not in foreign]
-        retract.take_back(handle, operation.plan["name"], overlays, plan["memory_file"])
+        beside = [path for path in (plan["memory_file"], plan.get("nvram")) if path]
+        try:
+            retract.take_back(handle, operation.plan["name"], overlays, beside)
+        except retract.CannotTakeBack:
+            if not _keep_as_crash(handle, operation.plan["name"], plan):
+                raise
+            kept.append(handle.name())
     _start_again(connection, operation)
     pending.finish()
+    return kept
+
+
+def _keep_as_crash(handle: Any, name: str, plan: Mapping[str, Any]) -> bool:
+    """Label a cut that cannot be taken back with the least that it is; False where libvirt has no record of it."""
+    labels = Labels.from_text(plan["labels"])
+    if labels is None or by_name(read_snapshots(handle), name) is None:
+        return False
+    labels = replace(labels, consistency="crash", frozen_ms=None, paused_ms=None)
+    write_labels(handle, name, labels, state="The snapshot exists, without its labels; run this again.")
+    return True
 
 
 def _lookup(connection: Any, uuid: str) -> Any:

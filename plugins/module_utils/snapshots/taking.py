@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .._errors import Conflict, InvalidInput, LibvirtFailed, Refused, VmkeeperError
-from ..hypervisor import qemu_img
+from ..hypervisor import power, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import constant, explaining, message_of
 from ..hypervisor.domain_model import qemu_owner, read_domain
+from ..hypervisor.image_header import read_qcow2
 from ..safety import consistency, instant, locks, places, settlement, space
+from ..safety.checkpoints_aside import set_aside
 from ..safety.journal import Journal
 from . import facts as reading
-from . import settle
+from . import nvram, settle
 from .model import by_name, read_snapshots, write_labels
 from .plan import (
     Existing,
@@ -34,10 +35,6 @@ from .plan import (
     snapshot_xml,
 )
 from .settlers import SETTLERS
-
-#: How long a guest may take to shut down before the task gives up and leaves it running.
-SHUTDOWN_SECONDS = 300.0
-ASK_AGAIN_SECONDS = 15.0
 
 
 @dataclass
@@ -150,6 +147,7 @@ def _predict(plan: TakePlan, facts: Facts) -> Taken:
             for disk in plan.capture.disks
         ],
         "memory": plan.memory_file or (True if plan.memory else None),
+        "nvram": plan.nvram.path if plan.nvram else None,
         "not_captured": [part.as_result() for part in plan.capture.left_out],
         "parent": current,
         "current": True,
@@ -209,6 +207,9 @@ class _Taking:
                 for overlay in plan.overlays:
                     self._make_overlay(overlay, owner)
             self._shut_down()
+            for handle, plan in zip(self._handles, self._plans):
+                if not handle.isActive():
+                    _go_on_recording(plan)
             outcomes = instant.take(
                 self._uri,
                 self._members(),
@@ -246,26 +247,13 @@ class _Taking:
         if not going:
             return
         self._journal.step("shutdown")
-        for handle, plan in going:
-            with explaining(f"Shutting down domain {plan.domain.name!r}"):
-                handle.shutdown()
-        give_up = time.monotonic() + SHUTDOWN_SECONDS
-        ask_again = time.monotonic() + ASK_AGAIN_SECONDS
-        while going := [(handle, plan) for handle, plan in going if handle.isActive()]:
-            if time.monotonic() >= ask_again:
-                # A guest that was only just started does not hear the first press of its power button.
-                ask_again = time.monotonic() + ASK_AGAIN_SECONDS
-                for handle, _plan in going:
-                    with contextlib.suppress(libvirt.libvirtError):
-                        handle.shutdown()
-            if time.monotonic() > give_up:
-                still = [plan.domain.name for _handle, plan in going]
-                raise VmkeeperError(
-                    f"{', '.join(still)} did not shut down within {SHUTDOWN_SECONDS:.0f} s",
-                    state="No snapshot was taken; what had shut down is started again. A guest that is late may still go down.",
-                    advice="See that the guest reacts to the ACPI power button or has its agent running",
-                )
-            time.sleep(0.2)
+        still = power.shut_down([handle for handle, _plan in going])
+        if still:
+            raise VmkeeperError(
+                f"{', '.join(still)} did not shut down within {power.SHUTDOWN_SECONDS:.0f} s",
+                state="No snapshot was taken; what had shut down is started again. A guest that is late may still go down.",
+                advice="See that the guest reacts to the ACPI power button or has its agent running",
+            )
         self._journal.step("shut-off")
 
     def _members(self) -> list[instant.Member]:
@@ -315,7 +303,10 @@ class _Taking:
                 names.append("VIR_DOMAIN_SNAPSHOT_CREATE_LIVE")
         else:
             names = []
-        member.handle.snapshotCreateXML(snapshot_xml(plan), sum(constant(name) or 0 for name in names))
+        if plan.nvram is not None:
+            nvram.keep(plan.nvram.source, plan.nvram.path)  # before: a snapshot that exists has its copy
+        with set_aside(member.handle):
+            member.handle.snapshotCreateXML(snapshot_xml(plan), sum(constant(name) or 0 for name in names))
         _refuse_changed(member)  # what was started or saved meanwhile was not cut as planned
         return plan.name
 
@@ -363,6 +354,8 @@ class _Taking:
         return levels
 
     def _label(self, handle: Any, plan: TakePlan, outcome: instant.Outcome[str], level: str) -> None:
+        if plan.nvram is not None:
+            places.fsync_file(plan.nvram.path)
         paused_ms = outcome.paused_ms
         if plan.memory and plan.mode == "internal":
             paused_ms = outcome.cut_ms  # QEMU holds the guest for as long as it writes the memory
@@ -414,10 +407,17 @@ class _Taking:
     def _undo(self, error: BaseException) -> None:
         """Back to how it was; what cannot be undone now stays in the journal for the next run."""
         try:
-            settle.undo(self._uri, self._journal)
+            kept = settle.undo(self._uri, self._journal)
         except (VmkeeperError, libvirt.libvirtError) as trouble:
             if isinstance(error, VmkeeperError):
                 error.state = f"Undoing it failed ({trouble}); the next run, or recover_domain, goes on with that."
+                error.args = (str(error),)
+        else:
+            if kept and isinstance(error, VmkeeperError):
+                error.state = (
+                    f"The snapshot stays on {', '.join(kept)}, as a crash-consistent one: nothing may be written below its"
+                    " overlays while the guest runs. Every guest runs."
+                )
                 error.args = (str(error),)
 
 
@@ -429,6 +429,22 @@ def _refuse_changed(member: instant.Member) -> None:
         raise Refused(
             f"Domain {member.name!r} was started, stopped or saved meanwhile", state="", advice="Run this again"
         )
+
+
+def _go_on_recording(plan: TakePlan) -> None:
+    """Give the overlays of a domain that is off the bitmaps that record in its images: live, libvirt does that.
+
+    libvirt believes a chain of bitmaps only if every layer has it, recording.
+    """
+    for overlay in plan.overlays:
+        if overlay.base_format != "qcow2":
+            continue
+        for bitmap in read_qcow2(overlay.base).bitmaps:
+            if bitmap.name in plan.domain.checkpoints and bitmap.enabled and not bitmap.in_use:
+                qemu_img.run(
+                    ["bitmap", "--add", "-f", "qcow2", overlay.path, bitmap.name],
+                    doing=f"Adding the dirty bitmap {bitmap.name} to {overlay.path}",
+                )
 
 
 def _make_private(plan: TakePlan) -> None:

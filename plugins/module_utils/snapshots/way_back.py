@@ -10,22 +10,28 @@ removed; after it every step looks at what is true and can be run again.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from .._errors import VmkeeperError
-from ..hypervisor import definition, qemu_img
+from ..hypervisor import block_jobs, definition, qemu_img
 from ..hypervisor.connection import constant, explaining, open_connection
 from ..hypervisor.domain_model import qemu_owner, read_domain
 from ..safety import places
+from ..safety.checkpoints_aside import set_aside
 from ..safety.host_graph import canonical
 from ..safety.journal import Journal
+from . import nvram
 from .ground import Ground
 from .merging import Merged, layer_at, put_definition_on, remove_unneeded
-from .model import by_name, read_snapshots, write_labels
+from .model import Snapshot, by_name, read_snapshots, write_labels
 from .revert_plan import RevertPlan
 
 OPERATION = "revert"
+
+#: What :func:`settle` says of a revert that is done.
+FINISHED = "finished"
 
 #: A tag of the snapshot that keeps the present, while the revert that it is taken for is not done.
 PENDING = "vmkeeper.kept-before-reverting-to"
@@ -73,6 +79,11 @@ def _go_on(handle: Any, plan: RevertPlan, journal: Journal) -> Merged:
         journal.step("define")
         if not _on_new(handle, plan):
             put_definition_on(handle, {one.target: layer_at(one.path, "qcow2") for one in plan.overlays})
+        if plan.nvram is not None:
+            # Not before: a guest that somebody starts on its old disks after a crash has its old variables, too.
+            journal.step("nvram")
+            if not handle.isActive():
+                nvram.bring_back(*plan.nvram, owner=qemu_owner(handle.connect().getCapabilities()))
         journal.step("current")
         _make_current(handle, plan.snapshot)
         journal.step("checkpoints")
@@ -91,10 +102,21 @@ def _go_on(handle: Any, plan: RevertPlan, journal: Journal) -> Merged:
 
 
 def _finish(handle: Any, plan: RevertPlan, journal: Journal) -> None:
-    if plan.kept_as:
+    if plan.kept_as and plan.alone:
         journal.step("unmark")
-        _unmark(handle, plan.kept_as)
+        unmark(handle, plan.kept_as)
     journal.finish()
+
+
+def has_gone_back(snapshots: Sequence[Snapshot], kept_as: str) -> bool:
+    """Whether the present no longer descends from the snapshot that kept it: then the revert was done, else it was not."""
+    parents = {one.name: one.parent for one in snapshots}
+    name = next((one.name for one in snapshots if one.current), None)
+    for _generation in snapshots:
+        if name == kept_as:
+            return False
+        name = parents.get(name) if name is not None else None
+    return kept_as in parents
 
 
 def _on_new(handle: Any, plan: RevertPlan, *, live: bool = False) -> bool:
@@ -127,7 +149,8 @@ def _make_current(handle: Any, name: str) -> None:
         flags = (constant("VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE") or 0) | (
             constant("VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT") or 0
         )
-        handle.snapshotCreateXML(snapshot.getXMLDesc(constant("VIR_DOMAIN_SNAPSHOT_XML_SECURE") or 0), flags)
+        with set_aside(handle):
+            handle.snapshotCreateXML(snapshot.getXMLDesc(constant("VIR_DOMAIN_SNAPSHOT_XML_SECURE") or 0), flags)
 
 
 def _end_checkpoints(handle: Any, plan: RevertPlan) -> None:
@@ -180,7 +203,8 @@ def _revert_internal(handle: Any, plan: RevertPlan) -> None:
         handle.revertToSnapshot(handle.snapshotLookupByName(plan.snapshot), flags)
 
 
-def _unmark(handle: Any, name: str) -> None:
+def unmark(handle: Any, name: str) -> None:
+    """Take the mark of an unfinished revert from the snapshot that keeps what was before it; quiet when it is gone."""
     found = by_name(read_snapshots(handle), name)
     if found is not None and found.labels is not None and PENDING in found.labels.tags:
         tags = {key: value for key, value in found.labels.tags.items() if key != PENDING}
@@ -207,8 +231,12 @@ def settle(uri: str, pending: Journal) -> dict[str, str]:
     what = f"an interrupted revert to snapshot {plan.snapshot!r}"
     if plan.internal:
         # One call of libvirt's: it was made or it was not, and libvirt finishes it without us.
+        block_jobs.wait_idle(handle)
+        if plan.kept_as is None or not has_gone_back(read_snapshots(handle), plan.kept_as):
+            pending.finish()
+            return {"what": what, "action": "left as libvirt left it"}
         _finish(handle, plan, pending)
-        return {"what": what, "action": "left as libvirt left it"}
+        return {"what": what, "action": FINISHED}
     defined = _on_new(handle, plan) or _on_new(handle, plan, live=True)
     started_on_old = handle.isActive() and not defined
     if not operation.reached("stop") or (started_on_old and operation.reached("define")):
@@ -218,4 +246,4 @@ def settle(uri: str, pending: Journal) -> dict[str, str]:
         return {"what": what, "action": "taken back"}
     _make_overlays(handle, plan)
     _go_on(handle, plan, pending)
-    return {"what": what, "action": "finished"}
+    return {"what": what, "action": FINISHED}

@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,11 @@ def assert_nothing_left(guest: Guest, repository: Path) -> None:
                 assert guest.writer_errors(disk.target) == []
 
 
+def scratch_files() -> list[str]:
+    """What lies in the scratch directory that is used where none is given."""
+    return [str(path) for path in Path("/var/lib/vmkeeper.libvirt/scratch").glob("*")]
+
+
 def manifest(repository: Path, made: dict[str, Any]) -> dict[str, Any]:
     """A point's manifest as it lies."""
     found: dict[str, Any] = json.loads((directory_of(repository, made) / "manifest.json").read_text())
@@ -121,6 +128,23 @@ def manifest(repository: Path, made: dict[str, Any]) -> dict[str, Any]:
 def run(*words: str | Path) -> str:
     """Run a program of the host; its output."""
     return subprocess.run([str(word) for word in words], check=True, capture_output=True, text=True).stdout
+
+
+@contextlib.contextmanager
+def filesystem(directory: Path, size: int) -> Iterator[Path]:
+    """A small filesystem of its own: ext4 without extents, where fallocate is not supported."""
+    image = directory / "small.img"
+    with image.open("wb") as stream:
+        stream.truncate(size)
+    run("mkfs.ext4", "-q", "-F", "-O", "^extents,^64bit", image)
+    where = directory / "small"
+    where.mkdir()
+    run("mount", "-o", "loop", image, where)
+    try:
+        where.chmod(0o755)
+        yield where
+    finally:
+        run("umount", where)
 
 
 def killed_at(step: str, log: Path, how: str = "kill") -> dict[str, str]:

@@ -170,23 +170,8 @@ def test_qemu_killed_during_the_copy_and_the_next_point_is_a_full_that_says_so(
 @pytest.fixture
 def small(directory: Path) -> Iterator[Path]:
     """A repository on a filesystem of 160 MiB that cannot set blocks aside."""
-    yield from _filesystem(directory, 160 * MIB)
-
-
-def _filesystem(directory: Path, size: int) -> Iterator[Path]:
-    """ext4 without extents: fallocate is not supported there."""
-    image = directory / "small.img"
-    with image.open("wb") as stream:
-        stream.truncate(size)
-    points.run("mkfs.ext4", "-q", "-F", "-O", "^extents,^64bit", image)
-    where = directory / "small"
-    where.mkdir()
-    points.run("mount", "-o", "loop", image, where)
-    try:
-        where.chmod(0o755)
+    with points.filesystem(directory, 160 * MIB) as where:
         yield where
-    finally:
-        points.run("umount", where)
 
 
 def test_a_full_that_cannot_fit_is_refused_before_the_freeze(guest: Guest, small: Path) -> None:
@@ -240,7 +225,8 @@ def test_no_write_of_the_guest_fails_when_the_target_fills_up(
 @pytest.fixture
 def medium(directory: Path) -> Iterator[Path]:
     """Like ``small``, of 800 MiB."""
-    yield from _filesystem(directory, 800 * MIB)
+    with points.filesystem(directory, 800 * MIB) as where:
+        yield where
 
 
 @pytest.mark.skipif(points.SCALE == 1, reason="moves half a gigabyte; runs in make test-long")

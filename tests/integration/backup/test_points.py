@@ -290,18 +290,19 @@ def test_a_deleted_checkpoint_means_a_full_that_says_so(guest: Guest, repository
     assert "checkpoint" in made["reason"]
 
 
-def test_removal_goes_from_the_newest_and_respects_protection(guest: Guest, directory: Path) -> None:
+def test_removal_respects_protection_and_is_repeatable(guest: Guest, directory: Path) -> None:
     first = point(guest, directory, disks=["vdb"])
     second = point(guest, directory, disks=["vdb"], protected=True)
-    for made, word in ((first, second["id"]), (second, "protected")):
-        refused = task("backup", domain=guest.name, repository=str(directory), state="absent", id=made["id"])
-        assert refused["failed"]
-        assert word in refused["msg"], refused["msg"]
-    alone = point(guest, directory, type="full", disks=["vdc"])
+    arguments = {"domain": guest.name, "repository": str(directory), "state": "absent"}
+    refused = task("backup", id=second["id"], **arguments)
+    assert refused["failed"]
+    assert "protected" in refused["msg"], refused["msg"]
+    content = points.content(directory_of(directory, second) / "vdb.qcow2")
     for changed in (True, False):
-        gone = ok("backup", domain=guest.name, repository=str(directory), state="absent", id=alone["id"])
-        assert gone["changed"] is changed
-    assert not directory_of(directory, alone).exists()
+        assert ok("backup", id=first["id"], **arguments)["changed"] is changed
+    assert not directory_of(directory, first).exists()
+    assert points.content(directory_of(directory, second) / "vdb.qcow2") == content
+    assert points.manifest(directory, second)["type"] == "full"
 
 
 def test_bad_input_is_refused_before_anything_is_changed(guest: Guest, directory: Path, tmp_path: Path) -> None:

@@ -46,6 +46,12 @@ def test_backup_then_restore_by_playbook(module_guest_factory, directory: Path) 
     )
     assert unproved.rc != 0
     assert "lab-nobody has no restore point" in unproved.stdout + str(unproved.tasks)
+    pruned = run_playbook("vmkeeper.libvirt.backup", extra_vars={**variables, "consistent_backup_keep": {"last": 1}})
+    assert pruned.rc == 0, pruned.stdout
+    assert "removed" in str(pruned.tasks), pruned.tasks
+    left = ok("backup_info", repository=str(repository))["restore_points"]
+    assert len(left) == 1
+    assert left[0]["id"] != made[0]["id"]
     restored = run_playbook(
         "vmkeeper.libvirt.restore",
         extra_vars={

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import libvirt
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import tasks, ways
@@ -175,6 +176,74 @@ def test_an_offline_commit_killed_at_any_step_is_finished_by_the_same_task(stopp
             assert ways.read_stopped(ways.bases(stopped, "two").values()) == {"two"}, step
             tasks.ok("blockcommit", domain=stopped.name)
         ways.assert_whole(stopped)
+
+
+def back_up(guest: Guest, target: Path, *, since: str | None, checkpoint: str | None) -> Path:
+    """A push backup of vda by libvirt alone: a full, or what its bitmap says of the time since a checkpoint."""
+    incremental = f"<incremental>{since}</incremental>" if since else ""
+    xml = (
+        f"<domainbackup mode='push'>{incremental}<disks><disk name='vda' type='file'><driver type='qcow2'/>"
+        f"<target file='{target}'/></disk><disk name='vdb' backup='no'/></disks></domainbackup>"
+    )
+    point = f"<domaincheckpoint><name>{checkpoint}</name><disks><disk name='vda'/></disks></domaincheckpoint>"
+    guest.domain().backupBegin(xml, point if checkpoint else None, 1 if target.exists() else 0)
+    until(lambda: guest.domain().jobInfo()[0] == 0, "the backup")
+    return target
+
+
+def test_a_snapshot_and_a_commit_of_a_domain_that_is_off_keep_what_its_bitmaps_record(guest: Guest) -> None:
+    room = guest.directory.parent
+    full, increment = room / "full.qcow2", room / "increment.qcow2"
+    try:
+        guest.exec("dd if=/dev/urandom of=/disk/vda/old bs=1M count=6; sync", timeout=120)
+        back_up(guest, full, since=None, checkpoint="point")
+        ways.write(guest, "below")
+        guest.shutdown()
+        tasks.ok("snapshot", domain=guest.name, name="one", disks=["vda"], tags={"a": "b"})
+        tasks.ok("snapshot", domain=guest.name, name="one", tags={"a": "c"})
+        assert [one.getName() for one in guest.domain().listAllCheckpoints()] == ["point"]
+        guest.start()
+        guest.exec("dd if=/dev/urandom of=/disk/vda/above bs=64k count=20; sync", timeout=120)
+        ways.write(guest, "end")
+        guest.shutdown()
+        answer = tasks.ok("blockcommit", domain=guest.name)
+        assert {entry["disk"]: entry["method"] for entry in answer["disks"]} == {"vda": "offline", "vdb": None}
+        guest.domain().createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+        link = ["-f", "qcow2", "-F", "qcow2", "-b", str(full)]
+        subprocess.run(["qemu-img", "create", "-q", *link, str(increment)], check=True)
+        back_up(guest, increment, since="point", checkpoint=None)
+        guest.destroy()
+        images = [str(increment), str(guest.images["vda"])]
+        subprocess.run(["qemu-img", "compare", "-q", "-f", "qcow2", "-F", "qcow2", *images], check=True)
+        # Only that: an increment of everything would be no proof that anything was recorded.
+        assert increment.stat().st_blocks * 512 < guest.images["vda"].stat().st_blocks * 512 / 2
+    finally:
+        if not guest.is_running():
+            guest.domain().createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+        for one in guest.domain().listAllCheckpoints():
+            one.delete()
+        guest.destroy()
+        full.unlink(missing_ok=True)
+        increment.unlink(missing_ok=True)
+
+
+def test_checkpoints_that_a_killed_run_had_put_aside_are_defined_again(stopped: Guest) -> None:
+    stopped.domain().createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+    for name in ("parent", "child"):
+        xml = f"<domaincheckpoint><name>{name}</name><disks><disk name='vda'/></disks></domaincheckpoint>"
+        stopped.domain().checkpointCreateXML(xml)
+    stopped.destroy()
+    script = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[1]); import libvirt\n"
+        "from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.checkpoints_aside import set_aside\n"
+        "with set_aside(libvirt.open('qemu:///system').lookupByName(sys.argv[2])): os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    died = subprocess.run([tasks.PYTHON, "-c", script, str(tasks.COLLECTIONS), stopped.name], check=False)
+    assert died.returncode < 0
+    assert stopped.domain().listAllCheckpoints() == []
+    tasks.ok("recover_domain", domain=stopped.name)
+    assert {one.getName() for one in stopped.domain().listAllCheckpoints()} == {"parent", "child"}
+    assert stopped.domain().checkpointLookupByName("child").getParent().getName() == "parent"
 
 
 def test_a_libvirtd_restart_during_a_live_commit_costs_nothing(guest: Guest, host: TestHost) -> None:

@@ -12,6 +12,8 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import libvirt
@@ -309,56 +311,120 @@ def test_overlays_that_qemu_writes_and_libvirt_does_not_know_are_never_deleted(g
 # --- agents that misbehave ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["hang", "garbage", "huge"])
-def test_an_agent_that_never_makes_sense_costs_the_level_and_nothing_else(guest, mode):
-    with proof.agent(guest, mode):
-        required = tasks.run("snapshot", domains=[guest.name], name="never", quiesce="required", deadline="10s")
-        assert required.failed
-        assert "Nothing was changed" in required.message
-        automatic = tasks.ok("snapshot", domains=[guest.name], name=next(_names), quiesce="auto", deadline="10s")
-        assert automatic["snapshot"]["consistency"] == "crash"
-        assert automatic["snapshot"]["frozen_ms"] is None
-        assert any("crash-consistent" in warning for warning in automatic.warnings)
-        proof.alive(guest)
-    assert_quiet(guest)
+# What costs time here is waiting for limits to pass, and one guest's wait is nothing to another: each of two guests takes its
+# share of the agents, at the same time. A test below waits for the end of its own, and tells what became of it.
 
 
-@pytest.mark.parametrize("mode", ["late:3", "late-all:1", "thaw-fails:2"])
-def test_an_agent_that_is_slow_or_clumsy_still_gives_a_frozen_snapshot(guest, mode):
-    with proof.agent(guest, mode):
-        done = tasks.ok("snapshot", domains=[guest.name], name=next(_names), quiesce="required", deadline="30s")
-        assert_consistent(done["snapshot"])
-        proof.alive(guest)
-    assert_quiet(guest)
+def never_makes_sense(guest: Guest, mode: str) -> None:
+    required = tasks.run("snapshot", domains=[guest.name], name="never", quiesce="required", deadline="10s")
+    assert required.failed
+    assert "Nothing was changed" in required.message
+    automatic = tasks.ok("snapshot", domains=[guest.name], name=next(_names), quiesce="auto", deadline="10s")
+    assert automatic["snapshot"]["consistency"] == "crash"
+    assert automatic["snapshot"]["frozen_ms"] is None
+    assert any("crash-consistent" in warning for warning in automatic.warnings)
+    proof.alive(guest)
 
 
-@pytest.mark.parametrize("mode", ["hang-freeze", "freeze-fails", "freeze-no-reply", "late:12"])
-def test_a_freeze_that_fails_or_does_not_answer_is_thawed_all_the_same(guest, mode):
+def is_slow_or_clumsy(guest: Guest, mode: str) -> None:
+    done = tasks.ok("snapshot", domains=[guest.name], name=next(_names), quiesce="required", deadline="30s")
+    assert_consistent(done["snapshot"])
+    proof.alive(guest)
+
+
+def does_not_freeze_or_not_answer(guest: Guest, mode: str) -> None:
     """hang-freeze froze nothing, the others did; libvirt's limit of 6 s (of the 10) ends the call."""
-    with proof.agent(guest, mode):
-        began = time.monotonic()
-        outcome = tasks.run("snapshot", domains=[guest.name], name="never", quiesce="required", deadline="10s")
-        assert outcome.failed
-        assert outcome.seconds < 60
-        assert "frozen" in outcome.message
-        proof.alive(guest, timeout=max(1.0, began + 45 - time.monotonic()))
-        assert "never" not in snapshot_names(guest)
-    assert_quiet(guest)
+    began = time.monotonic()
+    outcome = tasks.run("snapshot", domains=[guest.name], name="never", quiesce="required", deadline="10s")
+    assert outcome.failed
+    assert outcome.seconds < 60
+    assert "frozen" in outcome.message
+    proof.alive(guest, timeout=max(1.0, began + 45 - time.monotonic()))
+    assert "never" not in snapshot_names(guest)
     shorten(guest)
 
 
-def test_an_agent_that_freezes_and_dies_is_thawed_by_the_guard_as_soon_as_one_answers(guest):
-    with proof.agent(guest, "freeze-then-dead"):
-        outcome = tasks.run("snapshot", domains=[guest.name], name="never", quiesce="required", deadline="8s")
-        assert outcome.failed
-        assert "the guard on this host goes on" in outcome.message
-        assert guest.frozen_filesystems()
-        # The guest's own watchdog, or its admin, restarts the agent; nobody thaws by hand.
-        guest.exec("killall -9 labagent")
-        until(lambda: not guest.agent_connected(), "the dead agent disconnecting")
-        guest.exec(f"setsid labagent {proof.PORT} normal >/dev/null 2>&1 </dev/null &")
-        proof.alive(guest, timeout=60)
+def freezes_and_dies(guest: Guest, mode: str) -> None:
+    outcome = tasks.run("snapshot", domains=[guest.name], name="never", quiesce="required", deadline="8s")
+    assert outcome.failed
+    assert "the guard on this host goes on" in outcome.message
+    assert guest.frozen_filesystems()
+    # The guest's own watchdog, or its admin, restarts the agent; nobody thaws by hand.
+    guest.exec("killall -9 labagent")
+    until(lambda: not guest.agent_connected(), "the dead agent disconnecting")
+    guest.exec(f"setsid labagent {proof.PORT} normal >/dev/null 2>&1 </dev/null &")
+    proof.alive(guest, timeout=60)
+
+
+#: Agent -> what is done with it. The order is that of each guest's share.
+FIRST_SHARE = {
+    "hang-freeze": does_not_freeze_or_not_answer,
+    "hang": never_makes_sense,
+    "late-all:1": is_slow_or_clumsy,
+    "late:3": is_slow_or_clumsy,
+    "freeze-fails": does_not_freeze_or_not_answer,
+}
+SECOND_SHARE = {
+    "freeze-then-dead": freezes_and_dies,
+    "late:12": does_not_freeze_or_not_answer,
+    "freeze-no-reply": does_not_freeze_or_not_answer,
+    "thaw-fails:2": is_slow_or_clumsy,
+    "garbage": never_makes_sense,
+    "huge": never_makes_sense,
+}
+
+
+def has_guard(guest: Guest) -> bool:
+    """Whether a guard still cares for this guest."""
+    uuid = guest.domain().UUIDString()
+    for ticket in GUARDS.glob("*.json"):
+        with contextlib.suppress(FileNotFoundError):
+            if uuid in ticket.read_text():
+                return True
+    return False
+
+
+@pytest.fixture(scope="module")
+def trials(guest, other) -> Iterator[dict[str, Future[None]]]:
+    """The trials of all agents, begun."""
+
+    def under(one: Guest, mode: str, trial: Callable[[Guest, str], None]) -> None:
+        with proof.agent(one, mode):
+            trial(one, mode)
+        until(lambda: not has_guard(one), f"the guard of {one.name} going home after {mode}", 60)
+
+    shares = ((guest, FIRST_SHARE), (other, SECOND_SHARE))
+    with contextlib.ExitStack() as stack:
+        begun = {}
+        for one, share in shares:
+            lane = stack.enter_context(ThreadPoolExecutor(1))
+            begun.update({mode: lane.submit(under, one, mode, trial) for mode, trial in share.items()})
+        yield begun
+
+
+@pytest.mark.parametrize("mode", ["hang", "garbage", "huge"])
+def test_an_agent_that_never_makes_sense_costs_the_level_and_nothing_else(trials, mode):
+    trials[mode].result()
+
+
+@pytest.mark.parametrize("mode", ["late:3", "late-all:1", "thaw-fails:2"])
+def test_an_agent_that_is_slow_or_clumsy_still_gives_a_frozen_snapshot(trials, mode):
+    trials[mode].result()
+
+
+@pytest.mark.parametrize("mode", ["hang-freeze", "freeze-fails", "freeze-no-reply", "late:12"])
+def test_a_freeze_that_fails_or_does_not_answer_is_thawed_all_the_same(trials, mode):
+    trials[mode].result()
+
+
+def test_an_agent_that_freezes_and_dies_is_thawed_by_the_guard_as_soon_as_one_answers(trials):
+    trials["freeze-then-dead"].result()
+
+
+def test_no_agent_has_left_a_guard_or_a_journal_behind(trials, guest, other):
+    wait(trials.values())
     assert_quiet(guest)
+    assert_quiet(other)
 
 
 # --- the guard itself --------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Random histories: after every step guest, snapshots, files and definitions are what a small model says.
 
-A step returns False where it would mean nothing now, and another one is chosen.
+A step returns False where it would mean nothing now, and another one is chosen.  Every second history is one of two guests,
+which are snapshotted, reverted and cleared together at times, and alone at others.
 
 ``VMK_HISTORY_SEED`` replays one sequence.
 """
@@ -135,21 +136,41 @@ class Model:
         return ended
 
 
-class History:
-    """One sequence on one guest."""
+@dataclass(eq=False)
+class Life:
+    """A guest, and what must be true of it."""
 
-    def __init__(self, guest: Guest, host: TestHost, seed: int) -> None:
-        self.guest = guest
+    guest: Guest
+    model: Model = field(default_factory=Model)
+
+
+class History:
+    """One sequence on one guest, or two."""
+
+    def __init__(self, guests: list[Guest], host: TestHost, seed: int) -> None:
+        self.lives = [Life(guest) for guest in guests]
+        self.now = self.lives[:1]
         self.host = host
         self.random = random.Random(seed)
-        self.model = Model()
         self.names = (f"s{number}" for number in itertools.count(1))
         self.told: list[str] = []
 
+    @property
+    def guest(self) -> Guest:
+        """The one that a step is about."""
+        return self.now[0].guest
+
+    @property
+    def model(self) -> Model:
+        """What must be true of it."""
+        return self.now[0].model
+
     def run(self, steps: int) -> None:
-        """Do the steps, checking after each."""
-        self.write()
-        self.check()
+        """Do the steps, checking after each what they were about, and all at the end."""
+        for life in self.lives:
+            self.now = [life]
+            self.write()
+            self.check()
         choices: dict[Callable[[], bool], int] = {
             self.snapshot: 6,
             self.write: 2,
@@ -163,22 +184,37 @@ class History:
             self.stop: 1,
             self.restart_libvirtd: 1,
         }
+        if len(self.lives) > 1:
+            choices |= {self.group_snapshot: 6, self.group_revert: 5, self.group_remove: 2}
         done = 0
         while done < steps:
+            self.now = [self.random.choice(self.lives)]
             step = self.random.choices(list(choices), list(choices.values()))[0]
             if step():
                 done += 1
-                self.check()
+                self.check_now()
+        self.now = self.lives
+        self.check_now()
+
+    def check_now(self) -> None:
+        """Compare each guest that the step was about with its model."""
+        for life in list(self.now):
+            self.now = [life]
+            self.check()
 
     def tell(self, text: str) -> bool:
         """Note what is done, for the failure's message."""
-        self.told.append(text)
-        print(f"{time.strftime('%T')} {text}", flush=True)
+        self.told.append(f"{'+'.join(life.guest.name for life in self.now)}: {text}")
+        print(f"{time.strftime('%T')} {self.told[-1]}", flush=True)
         return True
 
     def task(self, **arguments: object) -> tasks.Outcome:
         """The snapshot module on this guest."""
         return tasks.ok("snapshot", domain=self.guest.name, **arguments)
+
+    def group_task(self, **arguments: object) -> tasks.Outcome:
+        """The snapshot module on all guests at once."""
+        return tasks.ok("snapshot", domains=[life.guest.name for life in self.lives], **arguments)
 
     def up(self) -> None:
         """See that the guest runs and answers."""
@@ -292,6 +328,50 @@ class History:
         self.host.restart_libvirtd()
         return True
 
+    # --- steps of a group
+
+    def shared_names(self) -> list[str]:
+        """The snapshots that every guest has."""
+        first, *others = [life.model.points for life in self.lives]
+        return [name for name in first if all(name in points for points in others)]
+
+    def group_snapshot(self) -> bool:
+        self.now = self.lives
+        name = next(self.names)
+        self.tell(f"snapshot {name}")
+        self.group_task(name=name)
+        for life in self.lives:
+            life.model.take(name, False)
+        return True
+
+    def group_revert(self) -> bool:
+        names = self.shared_names()
+        if not names:
+            return False
+        self.now = self.lives
+        name = self.random.choice(names)
+        keep = next(self.names) if self.random.random() < 0.4 else None
+        self.tell(f"revert to {name}, keeping the present as {keep}")
+        self.group_task(name=name, state="reverted", keep_present_as=keep)
+        for life in self.lives:
+            if keep:
+                life.model.take(keep, False)
+            life.model.revert(name)
+            if life.model.running:
+                life.guest.wait_ready()
+        return True
+
+    def group_remove(self) -> bool:
+        names = self.shared_names()
+        if not names:
+            return False
+        self.now = self.lives
+        name = self.random.choice(names)
+        self.tell(f"remove {name}")
+        answers = self.group_task(name=name, state="absent")["snapshots"]
+        assert [bool(one["layer_kept_for"]) for one in answers] == [life.model.remove(name) for life in self.lives]
+        return True
+
     # --- what must be true
 
     def check(self) -> None:
@@ -312,8 +392,20 @@ class History:
 
     def check_contents(self) -> None:
         """Every snapshot holds what the guest had written then."""
-        for name, point in self.model.points.items():
-            assert ways.content_of(self.guest, name) == {point.content}, name
+        for life in self.lives:
+            for name, point in life.model.points.items():
+                assert ways.content_of(life.guest, name) == {point.content}, name
+
+    def end(self) -> None:
+        """Remove every snapshot: the guests are what they were, on the images that they began with."""
+        for life in self.lives:
+            self.now = [life]
+            for name in list(life.model.points):
+                self.task(name=name, state="absent")
+            tasks.ok("blockcommit", domain=life.guest.name)
+            assert ways.read(life.guest) == {life.model.content}
+            ways.assert_whole(life.guest)
+            assert ways.files(life.guest) == {path.name for path in life.guest.images.values()}
 
 
 @pytest.fixture(scope="module")
@@ -326,21 +418,27 @@ def guest(make_guest: Callable[..., Guest]) -> Guest:
     )
 
 
+@pytest.fixture(scope="module")
+def partner(make_guest: Callable[..., Guest]) -> Guest:
+    return make_guest(GuestSpec("partner", disks=(DiskSpec("vda", size=16 * MIB, writer=False),)))
+
+
 SEEDS = [int(os.environ["VMK_HISTORY_SEED"])] if "VMK_HISTORY_SEED" in os.environ else range(1, SEQUENCES + 1)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_random_history_is_what_the_model_says(guest: Guest, host: TestHost, seed: int) -> None:
-    history = History(guest, host, seed)
+def test_a_random_history_is_what_the_model_says(
+    guest: Guest, host: TestHost, seed: int, request: pytest.FixtureRequest
+) -> None:
+    guests = [guest] if seed % 2 else [guest, request.getfixturevalue("partner")]
+    for one in guests:
+        if not one.is_running():
+            one.start()
+    history = History(guests, host, seed)
     try:
         history.run(STEPS)
         history.check_contents()
-        for name in list(history.model.points):
-            history.task(name=name, state="absent")
-        tasks.ok("blockcommit", domain=guest.name)
-        assert ways.read(guest) == {history.model.content}
-        ways.assert_whole(guest)
-        assert ways.files(guest) == {path.name for path in guest.images.values()}
+        history.end()
     except BaseException:
         print(f"seed {seed}:", *history.told, sep="\n  ")
         raise

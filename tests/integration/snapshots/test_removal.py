@@ -13,6 +13,7 @@ import pytest
 from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import tasks, ways
 from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
 from ansible_collections.vmkeeper.libvirt.tests.lab.spec import MIB
+from ansible_collections.vmkeeper.libvirt.tests.lab.waiting import until
 
 KILLED_AT = ["begin", "mark", "commit", "relink", "verify", "snapshots", "remove"]
 
@@ -137,6 +138,29 @@ def test_an_offline_removal_killed_at_any_step_is_finished_by_the_same_task(stop
             assert ways.read_stopped(ways.bases(stopped, other).values()) == {other}, (step, name)
         assert ways.read_stopped(stopped.active_paths().values()) == {"end"}
         ways.assert_whole(stopped)
+
+
+def test_a_worker_removes_it_while_the_task_has_answered_and_can_be_cancelled(guest: Guest) -> None:
+    take(guest, "one")
+    guest.exec("dd if=/dev/urandom of=/disk/vda/load bs=1M count=12; sync", timeout=120)
+    ways.write(guest, "end")
+    before = guest.chain("vda")
+    asked = {"domain": guest.name, "name": "one", "state": "absent", "bandwidth": "1M"}
+    assert tasks.run("snapshot", domain=guest.name, name="two", wait=False).failed, "that would be ignored"
+    late = tasks.run("snapshot", **asked, wait_timeout="1s")
+    assert late.failed
+    assert late["job"]["type"] == "active-commit"
+    assert tasks.ok("domain_job", domain=guest.name, state="absent").changed
+    assert guest.chain("vda") == before
+    assert tasks.ok("snapshot", **asked, wait=False)["job"]["state"] == "pending"
+    until(lambda: tasks.ok("domain_job", domain=guest.name)["block_jobs"], "the job of the worker")
+    assert tasks.ok("domain_job", domain=guest.name, bandwidth="0").changed
+    done = tasks.ok("domain_job", domain=guest.name, state="finished")["job"]
+    assert done["state"] == "finished"
+    assert [one["name"] for one in done["result"]["snapshots"]] == ["one"]
+    assert guest.chain("vda") == [guest.images["vda"]]
+    assert ways.read(guest) == {"end"}
+    assert not tasks.ok("snapshot", **asked).changed
 
 
 def test_an_overlay_of_a_detached_disk_is_never_deleted(make_guest: Callable[..., Guest]) -> None:

@@ -15,8 +15,6 @@ from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import tas
 from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
 from ansible_collections.vmkeeper.libvirt.tests.lab.spec import MIB
 
-KILLED_AT = ["begin", "overlays", "stop", "define", "current", "checkpoints", "start", "discard"]
-
 
 @pytest.fixture(scope="module")
 def guest(make_guest: Callable[..., Guest]) -> Guest:
@@ -131,14 +129,12 @@ def test_a_stopped_domain_stays_off_and_keeps_todays_definition(guest: Guest) ->
         guest.connection().defineXML(text.replace("<on_crash>preserve</on_crash>", "<on_crash>destroy</on_crash>"))
 
 
-@pytest.mark.parametrize("memory", [False, True], ids=["booted", "resumed"])
-def test_a_revert_killed_at_any_step_is_finished_by_the_same_task(guest: Guest, tmp_path: Path, memory: bool) -> None:
+def test_a_revert_that_boots_is_finished_by_the_same_task_after_a_kill(guest: Guest, tmp_path: Path) -> None:
     log = tmp_path / "steps"
     ways.write(guest, "one")
-    tasks.ok("snapshot", domain=guest.name, name="one", memory=memory)
-    # A stopped domain takes the same steps; it is booted once, at the end.
-    steps = KILLED_AT if memory else [*KILLED_AT[:2], "stop", "start"]
-    for step in steps:
+    tasks.ok("snapshot", domain=guest.name, name="one")
+    # Every step is killed below, where the guest is resumed, which takes less time.
+    for step in ("begin", "stop", "start", "discard"):
         ways.write(guest, "two")
         options = {"domain": guest.name, "name": "one", "state": "reverted", "allow_restart": True}
         killed = tasks.finish(tasks.killed_at(step, "snapshot", log, **options))
@@ -149,6 +145,63 @@ def test_a_revert_killed_at_any_step_is_finished_by_the_same_task(guest: Guest, 
         guest.wait_ready()
         assert ways.read(guest) == {"one"}, step
         ways.assert_whole(guest)
+
+
+#: The first ``begin`` and ``overlays`` are of the snapshot that keeps the present.
+KEPT_AT = ["begin#2", "overlays#2", "stop", "define", "current", "checkpoints", "start", "discard", "unmark"]
+
+
+def test_the_kept_present_survives_a_kill_at_any_step_and_the_same_task_afterwards(
+    guest: Guest, tmp_path: Path
+) -> None:
+    log = tmp_path / "steps"
+    ways.write(guest, "one")
+    tasks.ok("snapshot", domain=guest.name, name="one", memory=True)
+    options = {"domain": guest.name, "name": "one", "state": "reverted", "keep_present_as": "kept"}
+    for step in KEPT_AT:
+        ways.write(guest, f"before {step}")
+        # At "discard" nothing is left to do but the mark: what is thrown away is kept.
+        killed = tasks.finish(tasks.killed_at(step, "snapshot", log, **options))
+        assert killed.killed, (step, tasks.steps_in(log))
+        answer = tasks.ok("snapshot", **options)
+        assert answer["snapshot"]["kept_present_as"] == "kept"
+        guest.wait_ready()
+        assert ways.read(guest) == {"one"}, step
+        assert ways.snapshots(guest) == {"one": None, "kept": "one"}, step
+        assert ways.content_of(guest, "kept") == {f"before {step}"}, step
+        assert tasks.ok("snapshot_info", domain=guest.name, name="kept")["snapshot"]["tags"] == {}, step
+        ways.assert_whole(guest)
+        tasks.ok("snapshot", domain=guest.name, name="kept", state="absent")
+
+
+def test_a_group_that_was_killed_between_its_domains_goes_back_whole_and_keeps_each_present(
+    make_guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    pair = [
+        make_guest(GuestSpec(name, disks=(DiskSpec("vda", size=8 * MIB, fs=None, writer=False),)), start="no")
+        for name in ("first", "second")
+    ]
+    names = [one.name for one in pair]
+    for one in pair:
+        ways.write_stopped(one, "one")
+    tasks.ok("snapshot", domains=names, name="one")
+    options = {"domains": names, "name": "one", "state": "reverted", "keep_present_as": "kept"}
+    # Both presents are kept first; then one domain goes back after the other.
+    for step in ("begin#2", "begin#3", "begin#4", "define", "define#2"):
+        for one in pair:
+            ways.write_stopped(one, f"before {step}")
+        killed = tasks.finish(tasks.killed_at(step, "snapshot", tmp_path / "steps", **options))
+        assert killed.killed, (step, tasks.steps_in(tmp_path / "steps"))
+        assert len(tasks.ok("snapshot", **options)["snapshots"]) == 2
+        for one in pair:
+            assert ways.read_stopped(one.active_paths().values()) == {"one"}, step
+            assert ways.read_stopped(ways.bases(one, "kept").values()) == {f"before {step}"}, step
+            shown = tasks.ok("snapshot_info", domain=one.name, name="kept")["snapshot"]
+            assert shown["tags"] == {}, step
+            ways.assert_whole(one)
+        tasks.ok("snapshot", domains=names, name="kept", state="absent")
+    for one in pair:
+        one.cleanup()
 
 
 def test_recover_domain_finishes_what_had_stopped_the_guest_and_takes_back_what_had_not(
@@ -193,6 +246,7 @@ def test_checkpoints_made_after_the_snapshot_end_and_earlier_ones_go_on(guest: G
 
     checkpoint("before")
     tasks.ok("snapshot", domain=guest.name, name="one", disks=["vda"])
+    tasks.ok("snapshot", domain=guest.name, name="two", disks=["vda"])
     checkpoint("after")
     answer = back(guest, "one", allow_restart=True)
     try:
@@ -206,7 +260,9 @@ def test_checkpoints_made_after_the_snapshot_end_and_earlier_ones_go_on(guest: G
             one.delete()
 
 
-def test_an_internal_snapshot_under_dirty_bitmaps_is_refused_and_qemu_lives(make_guest: Callable[..., Guest]) -> None:
+def test_an_internal_snapshot_is_gone_back_to_after_any_kill_and_refused_under_dirty_bitmaps(
+    make_guest: Callable[..., Guest], tmp_path: Path
+) -> None:
     inside = make_guest(GuestSpec("inside", disks=(DiskSpec("vda", size=24 * MIB, writer=False),)))
     ways.write(inside, "one")
     tasks.ok("snapshot", domain=inside.name, name="one", mode="internal", memory=True)
@@ -218,9 +274,22 @@ def test_an_internal_snapshot_under_dirty_bitmaps_is_refused_and_qemu_lives(make
     assert inside.is_running()
     assert ways.read(inside) == {"two"}
     inside.domain().checkpointLookupByName("c").delete()
-    tasks.ok("snapshot", domain=inside.name, name="one", state="reverted")
-    inside.wait_ready()
-    assert ways.read(inside) == {"one"}
+    options = {"domain": inside.name, "name": "one", "state": "reverted"}
+    for step in ("begin", "overlays", "revert", "begin#2", "unmark"):
+        keep = {"keep_present_as": "kept"} if step in ("begin#2", "unmark") else {}
+        ways.write(inside, "two")
+        killed = tasks.finish(tasks.killed_at(step, "snapshot", tmp_path / "steps", **options, **keep))
+        assert killed.killed, (step, tasks.steps_in(tmp_path / "steps"))
+        assert step == "unmark" or ways.read(inside) == {"two"}, step
+        tasks.ok("snapshot", **options, **keep)
+        inside.wait_ready()
+        assert ways.read(inside) == {"one"}, step
+        assert ways.snapshots(inside) == ({"one": None, "kept": "one"} if keep else {"one": None}), step
+        if keep:
+            tasks.ok("snapshot", domain=inside.name, name="kept", state="reverted")
+            inside.wait_ready()
+            assert ways.read(inside) == {"two"}, step
+            tasks.ok("snapshot", domain=inside.name, name="kept", state="absent")
     inside.cleanup()
 
 

@@ -124,7 +124,12 @@ def assert_whole(guest: Guest) -> None:
     for name in snapshots(guest):
         for path in bases(guest, name).values():
             needed |= {layer.name for layer in chain(path)}
-        memory = ElementTree.fromstring(guest.domain().snapshotLookupByName(name).getXMLDesc(0)).find("memory")
+        root = ElementTree.fromstring(guest.domain().snapshotLookupByName(name).getXMLDesc(0))
+        label = root.findtext("domain/metadata/{urn:vmkeeper:libvirt:snapshot:1}snapshot")
+        variables = json.loads(label).get("nvram") if label else None
+        if variables:
+            needed.add(Path(variables).name)
+        memory = root.find("memory")
         if memory is not None and memory.get("file"):
             needed.add(Path(str(memory.get("file"))).name)
     assert files(guest) == needed, sorted(files(guest) ^ needed)

@@ -4,6 +4,9 @@
 
 Production code knows nothing of it: the journal's two methods are wrapped when the journal is imported.
 
+On a host without AppArmor it can also show the module the rules of one: ``VMK_APPARMOR_RULES`` is a file as libvirt writes it
+for a guest. What it denies is then not tried; that it would really be denied is for ``make test-nested`` to show.
+
 - ``VMK_KILL_AT``: ``step`` or ``step#2`` (its second time). The process is killed when it has recorded the step and not
   yet begun it.
 - ``VMK_KILL_HOW``: ``kill`` (default) or ``stop`` (SIGSTOP, to hold the window open).
@@ -21,6 +24,7 @@ import sys
 from typing import Any
 
 _JOURNAL = ".plugins.module_utils.safety.journal"
+_APPARMOR = ".plugins.module_utils.hypervisor.apparmor"
 _counts: dict[str, int] = {}
 
 
@@ -36,7 +40,11 @@ def _reached(name: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP if os.environ.get("VMK_KILL_HOW") == "stop" else signal.SIGKILL)
 
 
-def _wrap(journal_class: Any) -> None:
+def _wrap(module: Any) -> None:
+    if module.__name__.endswith(_APPARMOR):
+        module.rules_file = lambda handle: os.environ["VMK_APPARMOR_RULES"]
+        return
+    journal_class = module.Journal
     step, moment = journal_class.step, journal_class.moment
 
     def step_then_die(self, name, **data):
@@ -59,12 +67,12 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module):
         self._loader.exec_module(module)
-        _wrap(module.Journal)
+        _wrap(module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path, target=None):
-        if not fullname.endswith(_JOURNAL):
+        if not fullname.endswith(tuple(_WANTED)):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
@@ -72,5 +80,10 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+_WANTED = []
 if os.environ.get("VMK_KILL_AT") or os.environ.get("VMK_KILL_LOG"):
+    _WANTED.append(_JOURNAL)
+if os.environ.get("VMK_APPARMOR_RULES"):
+    _WANTED.append(_APPARMOR)
+if _WANTED:
     sys.meta_path.insert(0, _Finder())

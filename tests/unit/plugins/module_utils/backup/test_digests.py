@@ -36,20 +36,20 @@ def test_chunks_are_put_together_from_layers_and_zeros(tmp_path: Path) -> None:
         Extent(131072, CHUNK - 131072, 1, None),
         Extent(CHUNK, 100, 0, None),
     ]
-    sums = digests.sums_of([str(top), str(base)], extents, size, complete=False)
+    sums = digests.sums_of(digests.Files([str(top), str(base)]), extents, size, complete=False)
     expected = b"B" * 65536 + b"T" * 65536 + bytes(CHUNK - 131072)
     assert sums.chunks == {0: hex_of(expected), 1: hex_of(bytes(100))}
-    full = digests.sums_of([str(top), str(base)], extents, size, complete=True)
+    full = digests.sums_of(digests.Files([str(top), str(base)]), extents, size, complete=True)
     assert full.chunks == {0: hex_of(expected)}
-    assert digests.differences(full, [str(top), str(base)], extents) == []
+    assert digests.differences(full, digests.Files([str(top), str(base)]), extents) == []
     base.write_bytes(b"X" + b"B" * (CHUNK - 1))
-    assert digests.differences(full, [str(top), str(base)], extents) == [0]
+    assert digests.differences(full, digests.Files([str(top), str(base)]), extents) == [0]
 
 
 def test_data_where_zeros_should_be_is_a_difference(tmp_path: Path) -> None:
     image = tmp_path / "i"
     image.write_bytes(b"x" * 65536)
-    assert digests.differences(Sums(CHUNK, True, {}), [str(image)], [Extent(0, 65536, 0, 0)]) == [0]
+    assert digests.differences(Sums(CHUNK, True, {}), digests.Files([str(image)]), [Extent(0, 65536, 0, 0)]) == [0]
 
 
 def test_a_sidecar_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -79,5 +79,5 @@ def test_every_byte_that_is_not_guest_data_counts_for_the_metadata(tmp_path: Pat
 def test_a_grown_disk_states_the_chunk_at_its_old_end(tmp_path: Path) -> None:
     image = tmp_path / "i"
     image.write_bytes(b"")
-    sums = digests.sums_of([str(image)], [], 2 * CHUNK, complete=False, grown_from=100)
+    sums = digests.sums_of(digests.Files([str(image)]), [], 2 * CHUNK, complete=False, grown_from=100)
     assert sums.chunks == {0: hex_of(bytes(CHUNK))}

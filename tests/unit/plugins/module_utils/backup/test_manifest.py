@@ -58,6 +58,8 @@ def test_a_newer_format_is_told_from_damage() -> None:
         {"created": "yesterday"},
         {"nvram": "../../x"},
         {"disks": (StoredDisk("../vda", "full", "first", None, 1, 1, 1),)},
+        {"disks": (StoredDisk("vda", "full", "first", None, 1, 1, 1, compression="lzma"),)},
+        {"disks": (StoredDisk("vda", "full", "first", None, 1, 1, 1, encryption={"format": "rot13"}),)},
         {"disks": (StoredDisk("vda", "incremental", "proved", "../..", 1, 1, 1),)},
         {"disks": (StoredDisk("vda", "incremental", "proved", None, 1, 1, 1),)},
     ],

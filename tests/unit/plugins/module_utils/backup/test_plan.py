@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import Busy, Refused, Unsupported
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import Busy, InvalidInput, Refused, Unsupported
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import plan as planning
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.checkpoints import Checkpoint, parse_checkpoint
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.manifest import Point, SourceLayer, StoredDisk
@@ -18,8 +18,10 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain
     Disk,
     Domain,
     DomainState,
+    Encryption,
     Layer,
 )
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.image_node import Passphrase
 
 CP = "vmk-01234567-20261120T201500Z-7f3a"
 ID = "20261120T201500Z-7f3a"
@@ -161,7 +163,7 @@ def test_busy_encrypted_and_unclean_are_refused() -> None:
     with pytest.raises(Busy):
         planning.plan_point(planning.Request(), replace(found, job="a save"))
     secret = replace(found.domain.disks[0], encrypted=True)
-    with pytest.raises(Unsupported, match="in the clear"):
+    with pytest.raises(Unsupported, match="not with LUKS"):
         planning.plan_point(planning.Request(), replace(found, domain=replace(found.domain, disks=(secret,))))
     off = replace(found, domain=replace(found.domain, state=DomainState("shutoff", "destroyed")))
     with pytest.raises(Refused, match="quiesce"):
@@ -195,3 +197,104 @@ def test_only_disks_with_a_counted_bitmap_are_whole() -> None:
         "<disk name='vdb' checkpoint='bitmap'/><disk name='vdc' checkpoint='no'/></disks></domaincheckpoint>"
     )
     assert found == Checkpoint("c", frozenset({"vda", "vdb"}), {"vda": 65536})
+
+
+# --- compression, encryption, and the way over a scratch directory ---------------------------------------
+
+KEY = Passphrase(b"a passphrase of somebody")
+
+
+def encrypted(found: planning.Facts, *, told: bool = True, kind: str = "luks") -> planning.Facts:
+    """The same domain with a disk that is encrypted, whose passphrase libvirt tells or not."""
+    known = found.disks["vda"]
+    disk = replace(known.disk, encrypted=True, encryption=Encryption(kind, UUID, None))
+    return replace(
+        found,
+        domain=replace(found.domain, disks=(disk,)),
+        disks={"vda": replace(known, disk=disk, passphrase=KEY if told else None)},
+    )
+
+
+def last_point_encrypted(found: planning.Facts) -> planning.Facts:
+    assert found.last is not None
+    disk = replace(found.last.disks[0], encryption={"format": "luks"})
+    last = replace(found.last, disks=(disk,))
+    return replace(found, last=last, history=History((last,)))
+
+
+def test_encryption_that_comes_or_goes_makes_a_full() -> None:
+    plain = facts((BASE,), recorded=(BASE,))
+    closed = last_point_encrypted(plain)
+    for found, passphrase, reason in (
+        (plain, None, "proved"),
+        (plain, KEY, "encryption changed"),
+        (closed, None, "encryption changed"),
+        (closed, KEY, "proved"),
+    ):
+        assert planning.plan_point(planning.Request(passphrase=passphrase), found).disks[0].reason == reason
+
+
+def test_compression_may_change_within_a_chain() -> None:
+    plan = planning.plan_point(planning.Request(compression="zstd"), facts((BASE,), recorded=(BASE,)))
+    assert (plan.disks[0].reason, plan.disks[0].compression) == ("proved", "zstd")
+
+
+def test_compression_and_encryption_exclude_each_other() -> None:
+    planning.refuse_impossible(planning.Request(compression="zstd"))
+    planning.refuse_impossible(planning.Request(passphrase=KEY))
+    with pytest.raises(InvalidInput, match="exclude each other"):
+        planning.refuse_impossible(planning.Request(compression="zstd", passphrase=KEY))
+
+
+@pytest.mark.parametrize(
+    ("request_", "local", "staged"),
+    [
+        (planning.Request(), True, False),
+        (planning.Request(), False, True),
+        (planning.Request(compression="zlib"), True, True),
+        (planning.Request(passphrase=KEY), True, True),
+        (planning.Request(scratch="/somewhere"), True, True),
+    ],
+)
+def test_qemu_writes_into_a_scratch_directory_where_it_must(request_, local: bool, staged: bool) -> None:
+    running = planning.plan_point(request_, facts((BASE,), recorded=(BASE,)))
+    stopped = planning.plan_point(request_, facts((BASE,), recorded=(BASE,), state=DomainState("shutoff", "shutdown")))
+    assert planning.must_stage(request_, [running], local=local) is staged
+    assert not planning.must_stage(request_, [stopped], local=local), "nobody waits for it"
+
+
+def test_an_encrypted_disk_stays_encrypted_by_its_own_passphrase_or_the_given_one() -> None:
+    found = encrypted(last_point_encrypted(facts((BASE,), recorded=(BASE,))))
+    own = planning.plan_point(planning.Request(compression="zstd"), found).disks[0]
+    assert (own.passphrase, own.compression, own.reason) == (KEY, None, "proved")
+    other = Passphrase(b"another passphrase")
+    assert planning.plan_point(planning.Request(passphrase=other), found).disks[0].passphrase == other
+    assert planning.must_stage(planning.Request(), [planning.plan_point(planning.Request(), found)], local=True)
+
+
+def test_an_encrypted_disk_that_nobody_could_keep_encrypted_is_refused() -> None:
+    running = facts((BASE,), recorded=(BASE,))
+    stopped = facts((BASE,), recorded=(BASE,), state=DomainState("shutoff", "shutdown"))
+    with pytest.raises(Refused, match=r"encryption\.passphrase"):
+        planning.plan_point(planning.Request(), encrypted(running, told=False))
+    planning.plan_point(planning.Request(passphrase=KEY), encrypted(running, told=False))
+    with pytest.raises(Refused, match="Start it"):
+        planning.plan_point(planning.Request(passphrase=KEY), encrypted(stopped, told=False))
+    with pytest.raises(Unsupported, match="not with LUKS"):
+        planning.plan_point(planning.Request(passphrase=KEY), encrypted(running, kind="qcow"))
+
+
+def test_no_text_of_a_plan_tells_a_passphrase() -> None:
+    plan = planning.plan_point(planning.Request(passphrase=KEY), encrypted(facts((BASE,), recorded=(BASE,))))
+    assert KEY.value.decode() not in repr(plan)
+    assert KEY.value.decode() not in planning.backup_xml(plan, "/scratch", UUID)
+
+
+def test_the_target_of_an_encrypted_disk_has_the_key_of_the_scratch() -> None:
+    found = facts((BASE,), recorded=(BASE,))
+    plan = planning.plan_point(planning.Request(passphrase=KEY), found)
+    assert f'<encryption format="luks"><secret type="passphrase" uuid="{UUID}" /></encryption>' in planning.backup_xml(
+        plan, "/scratch", UUID
+    )
+    plain = planning.plan_point(planning.Request(), found)
+    assert "encryption" not in planning.backup_xml(plain, "/scratch", UUID)

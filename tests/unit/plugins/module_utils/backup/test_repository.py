@@ -14,8 +14,9 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import (
     Refused,
     Unsupported,
 )
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import listing, manifest, removal, repository
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import listing, manifest, repository
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.manifest import Point, StoredDisk
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import image_header
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import places
 
 UUID = "8b2f4a3e-0000-4000-8000-000000000001"
@@ -106,12 +107,58 @@ def test_the_latest_is_by_sequence_whatever_the_clock_said(opened) -> None:
         listing.find_point(opened, source="nobody")
 
 
-def test_what_is_stood_on_or_protected_is_not_removed() -> None:
-    with pytest.raises(Refused, match="stands on"):
-        removal.refuse_removal(point(1), ["x"])
-    with pytest.raises(Refused, match="protected"):
-        removal.refuse_removal(point(1, protected=True), [])
-    removal.refuse_removal(point(1), [])
+def hide(opened: repository.Repository, one: Point) -> None:
+    path = Path(opened.point_directory(UUID, one.id))
+    (path / repository.MANIFEST).rename(path / repository.GOING)
+
+
+def test_a_point_that_goes_is_offered_no_more_and_still_carries_newer_ones(opened) -> None:
+    for one in (point(1), point(2, point(1).id)):
+        store(opened, one)
+    hide(opened, point(1))
+    history = opened.history(UUID)
+    assert [one.id for one in history.points] == [point(2).id]
+    assert [one.id for one in history.going] == [point(1).id]
+    assert history.broken == ()
+    assert [one.id for one in history.lineage(history.points[0], "vda")] == [point(2).id, point(1).id]
+    assert history.lagging == {point(2).id}
+    assert history.next_sequence == 3
+    with pytest.raises(NotFound):
+        listing.find_point(opened, identifier=point(1).id)
+
+
+@pytest.mark.parametrize(
+    ("backing", "parent"),
+    [
+        (f"../{point(2).id}/vda.qcow2", point(2).id),
+        (f"../{point(1).id}/vda.qcow2", point(1).id),
+        (None, point(2).id),
+        ("../../elsewhere/vda.qcow2", point(2).id),
+    ],
+)
+def test_a_half_done_removal_is_read_as_the_headers_say_and_no_further(
+    opened, monkeypatch, backing: str | None, parent: str
+) -> None:
+    """Point 3 stood on 2, which goes, and will stand on 1. A link to anywhere else is left for the checks to find."""
+    for one in (point(1), point(2, point(1).id), point(3, point(2).id)):
+        store(opened, one)
+    hide(opened, point(2))
+    header = image_header.Qcow2Header(3, 1 << 20, 1 << 16, backing, "qcow2", None, False, 0, 0, ())
+    monkeypatch.setattr(repository, "read_qcow2", lambda _path: header)
+    found = opened.history(UUID).points[-1]
+    assert found.parents == {parent}
+    assert found.parent == parent
+    assert found.disks[0].metadata is None
+
+
+def test_points_that_cannot_be_read_are_found_to_stand_on_others(opened, monkeypatch) -> None:
+    path = store(opened, point(2))
+    (path / repository.MANIFEST).write_text("{")
+    header = image_header.Qcow2Header(
+        3, 1 << 20, 1 << 16, f"../{point(1).id}/vda.qcow2", "qcow2", None, False, 0, 0, ()
+    )
+    monkeypatch.setattr(repository, "read_qcow2", lambda _path: header)
+    assert opened.grounds(UUID, opened.history(UUID).broken) == {point(1).id: [point(2).id]}
 
 
 def test_an_interrupted_removal_is_swept_and_new_ones_are_no_points(opened) -> None:
@@ -142,8 +189,8 @@ def test_a_directory_that_qemu_cannot_enter_is_named(opened, monkeypatch) -> Non
     monkeypatch.setattr(repository, "is_local", lambda _path: True)
     os.chmod(opened.path, 0o700)
     with pytest.raises(InvalidInput, match="let it through"):
-        repository.check_target(opened, (64055, 64055))
-    repository.check_target(opened, (0, 0))
+        repository.check_target(opened.path, (64055, 64055))
+    repository.check_target(opened.path, (0, 0))
 
 
 def test_a_gib_for_thirty_days_is_one_gib_month() -> None:

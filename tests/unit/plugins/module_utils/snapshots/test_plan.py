@@ -142,7 +142,6 @@ def test_the_level_that_is_promised(state, quiesce, level):
         (facts(), {"exclude": ("vda", "vdb")}, Refused, "no disk that a snapshot can hold"),
         (facts(frozen=True), {"memory": True}, Refused, "Thaw it first"),
         (facts(frozen=True), {"quiesce": "shutdown"}, Refused, "Thaw it first"),
-        (facts(domain(state=CLEAN, checkpoints=("c",))), {}, Unsupported, "has checkpoints"),
         (facts(domain(disk("vda", encrypted=True))), {}, Unsupported, "in the clear"),
         (Facts(domain(), agent=FREEZER), {}, Unsupported, "virtual size"),
     ],
@@ -178,6 +177,10 @@ def test_a_shutdown_is_refused_when_the_next_start_would_stand_on_other_disks():
 
 def test_checkpoints_are_no_obstacle_to_a_live_external_snapshot():
     assert take(domain(checkpoints=("c",))).mode == "external"
+
+
+def test_checkpoints_are_no_obstacle_to_an_external_snapshot_of_a_domain_that_is_off():
+    assert take(domain(checkpoints=("c",), state=CLEAN)).mode == "external"
 
 
 @pytest.mark.parametrize(

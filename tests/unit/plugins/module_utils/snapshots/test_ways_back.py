@@ -18,6 +18,7 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import (
     VmkeeperError,
 )
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain_model import (
+    BlockJob,
     Disk,
     Domain,
     DomainState,
@@ -209,3 +210,114 @@ def test_a_snapshot_that_is_being_removed_is_no_way_back() -> None:
         revert_plan.plan_revert(revert_plan.Request("one"), going)
     with pytest.raises(NotFound, match="'other'"):
         revert_plan.plan_revert(revert_plan.Request("other"), going)
+
+
+def confined(of: Ground, *denied: str, free: int = 1 << 40) -> Ground:
+    """The same, with a profile that denies these layers to be written."""
+    images = {path: replace(image, allocated=1 << 20, free=free) for path, image in of.images.items()}
+    return replace(of, denied=frozenset(denied), images=images)
+
+
+def test_a_denied_run_that_reaches_the_active_layer_is_pulled_and_the_disks_own_image_is_left() -> None:
+    plan = plan_commit(Request(), confined(TWO, "/a", "/b"))
+    (merge,) = plan.work.merges
+    assert (merge.pull, merge.top, merge.gone, merge.below) == (True, "/c", ("/b", "/a"), None)
+    assert plan.after("vda") == ("/c",)
+    assert plan.work.files == ("/b",)
+    assert plan.methods == {"vda": "pull"}
+    assert "/a" in plan.notes[0]
+    assert "AppArmor" in merge.why
+    assert Work.from_json(plan.work.to_json()) == plan.work
+
+
+def test_an_overlay_of_ours_that_a_pull_made_stand_on_nothing_goes_with_the_next() -> None:
+    plan = plan_commit(Request(), confined(ground("/c", "/web.vda.one.qcow2"), "/web.vda.one.qcow2"))
+    assert plan.work.files == ("/web.vda.one.qcow2",)
+    plan = plan_commit(Request(), confined(ground("/c", "/web.vda.qcow2"), "/web.vda.qcow2"))
+    assert plan.work.files == (), "that is a name for a disk's own image"
+
+
+def test_removing_the_newest_pulls_its_layer_alone() -> None:
+    plan = plan_removal("two", confined(TWO, "/a", "/b"))
+    assert plan is not None
+    (merge,) = plan.work.merges
+    assert (merge.pull, merge.gone, merge.below) == (True, ("/b",), "/a")
+    assert plan.work.files == ("/b",)
+    assert plan.notes == ()
+
+
+def test_what_the_profile_does_not_deny_is_committed_and_so_is_what_is_off() -> None:
+    assert not plan_commit(Request(), confined(TWO, "/elsewhere")).work.merges[0].pull
+    off = ground("/c", "/b", "/a", snapshots=TWO.snapshots, active=False)
+    plan = plan_commit(Request(), confined(off, "/a"))
+    assert not plan.work.merges[0].pull
+    assert plan.methods == {"vda": "offline"}
+
+
+@pytest.mark.parametrize(
+    ("found", "request_", "reason"),
+    [
+        (confined(TWO, "/a"), Request(keep=2), "snapshot 'two' holds"),
+        (confined(TWO, "/a", free=1 << 20), Request(), "are free"),
+        (
+            replace(confined(TWO, "/a"), domain=replace(TWO.domain, checkpoints=("virtnbdbackup.0",))),
+            Request(),
+            "virtnbdbackup.0",
+        ),
+    ],
+    ids=["below the active layer", "no room", "checkpoints of others"],
+)
+def test_what_cannot_be_pulled_is_refused_or_merged_offline(found: Ground, request_: Request, reason: str) -> None:
+    with pytest.raises(Refused, match=reason) as refused:
+        plan_commit(request_, found)
+    assert "allow_restart" in refused.value.advice
+    plan = plan_commit(replace(request_, allow_restart=True), found)
+    assert plan.work.restart
+    assert plan.methods == {"vda": "offline"}
+    assert reason in plan.work.merges[0].why
+    transient = replace(found, domain=replace(found.domain, persistent=False))
+    with pytest.raises(Refused, match=reason):
+        plan_commit(replace(request_, allow_restart=True), transient)
+
+
+def test_a_layer_above_a_commit_that_would_get_another_backing_file_counts_too() -> None:
+    four = ground("/d", "/c", "/b", "/a")
+    with pytest.raises(Refused, match="/c"):
+        plan_commit(Request(disks=("vda",), top="/b", base="/a"), confined(four, "/c"))
+
+
+def test_our_checkpoints_end_with_a_pull() -> None:
+    found = replace(confined(TWO, "/a"), domain=replace(TWO.domain, checkpoints=("vmk-12345678-x",)))
+    plan = plan_commit(Request(), found)
+    assert plan.work.checkpoints_ended == ("vmk-12345678-x",)
+    assert "vmk-12345678-x" in plan.notes[-1]
+
+
+def test_a_run_whose_commit_runs_already_goes_on() -> None:
+    disk = replace(TWO.domain.disks[0], job=BlockJob("active-commit", False, "/a"))
+    found = replace(confined(TWO, "/a", "/b"), domain=replace(TWO.domain, disks=(disk,)))
+    assert not plan_commit(Request(), found).work.merges[0].pull
+
+
+def test_active_commits_begin_before_those_below_and_pulls_come_last() -> None:
+    def disk(target: str, *paths: str) -> tuple[Disk, tuple[Layer, ...]]:
+        layers = tuple(Layer(path, "qcow2") for path in paths)
+        return Disk(target, "disk", "file", "virtio", layers), layers
+
+    first, second, third = disk("vda", "/a2", "/a1"), disk("vdb", "/b3", "/b2", "/b1"), disk("vdc", "/c2", "/c1")
+    held = snapshot("held", "/b2", "/b3")
+    held = replace(held, disks=(replace(held.disks[0], target="vdb"),))
+    domain = replace(TWO.domain, disks=(first[0], second[0], third[0]))
+    named = {"/a2": (WEB,), "/b3": (WEB,), "/c2": (WEB,)}
+    below = {"/a2": "/a1", "/b3": "/b2", "/b2": "/b1", "/c2": "/c1"}
+    found = Ground(
+        domain=domain,
+        graph=HostGraph(named, below),
+        chains={"vda": first[1], "vdb": second[1], "vdc": third[1]},
+        images={path: Image(1 << 20, free=1 << 40) for path in (*below, *below.values())},
+        denied=frozenset({"/a1"}),
+    )
+    one = plan_commit(Request(), found).work.merges
+    assert [merge.target for merge in one] == ["vdb", "vdc", "vda"]
+    two = plan_commit(Request(keep=2), found).work.merges
+    assert [merge.target for merge in two] == ["vdb"]

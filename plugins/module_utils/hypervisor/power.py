@@ -1,0 +1,40 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Ask guests to shut down, and wait for them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from .binding import libvirt
+from .connection import explaining
+
+#: How long a guest may take to shut down before a task gives up and leaves it running.
+SHUTDOWN_SECONDS = 300.0
+_ASK_AGAIN_SECONDS = 15.0
+_POLL_SECONDS = 0.2
+
+
+def shut_down(handles: Sequence[Any], *, seconds: float = SHUTDOWN_SECONDS) -> list[str]:
+    """Shut guests down cleanly, all at once; the names of those that still run after ``seconds``."""
+    going = [handle for handle in handles if handle.isActive()]
+    for handle in going:
+        with explaining(f"Shutting down domain {handle.name()!r}"):
+            handle.shutdown()
+    give_up = time.monotonic() + seconds
+    ask_again = time.monotonic() + _ASK_AGAIN_SECONDS
+    while going := [handle for handle in going if handle.isActive()]:
+        if time.monotonic() >= ask_again:
+            # A guest that was only just started does not hear the first press of its power button.
+            ask_again = time.monotonic() + _ASK_AGAIN_SECONDS
+            for handle in going:
+                with contextlib.suppress(libvirt.libvirtError):
+                    handle.shutdown()
+        if time.monotonic() > give_up:
+            return [handle.name() for handle in going]
+        time.sleep(_POLL_SECONDS)
+    return []

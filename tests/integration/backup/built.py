@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Copyright: vmkeeper.libvirt contributors
+"""Points made without a guest: images written by qemu-io, whose content the test knows from a model in its memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import digests, manifest, verifying
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.listing import Found
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.manifest import Point, StoredDisk
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.repository import Repository, open_repository
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.image_node import Image
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import places
+
+UUID = "8b2f4a3e-0000-4000-8000-00000000f01d"
+NAME = "lab-built"
+BLOCK = 65536
+
+
+@dataclasses.dataclass
+class Built:
+    """A repository of one domain. ``contents``: id -> target -> what a guest would see."""
+
+    path: Path
+    contents: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)
+    points: list[Point] = dataclasses.field(default_factory=list)
+
+    @property
+    def repository(self) -> Repository:
+        return open_repository(str(self.path), create=not self.contents)
+
+    def image(self, identifier: str, target: str) -> Path:
+        return self.path / UUID / identifier / f"{target}.qcow2"
+
+    def add(
+        self,
+        rng: random.Random,
+        parents: dict[str, str | None],
+        *,
+        grow: int = 0,
+        blocks: int = 6,
+        noise: bool = False,
+        **changes: object,
+    ) -> str:
+        """A point with a disk for each of ``parents``, changed in up to ``blocks`` places of up to four blocks."""
+        number = len(self.points) + 1
+        identifier = f"202601{1 + number // 24:02d}T{number % 24:02d}0000Z-{number:04x}"
+        directory = Path(self.repository.point_directory(UUID, identifier))
+        directory.mkdir(parents=True)
+        self.contents[identifier] = {}
+        disks = [self._disk(rng, identifier, target, parent, grow, blocks, noise) for target, parent in parents.items()]
+        increments = [disk for disk in disks if disk.parent]
+        definition = _definition(parents)
+        (directory / "domain.xml").write_text(definition)
+        point = Point(
+            id=identifier,
+            sequence=number,
+            domain=NAME,
+            domain_uuid=UUID,
+            created=f"2026-01-{1 + number // 24:02d}T{number % 24:02d}:00:00+00:00",
+            type="incremental" if increments else "full",
+            reason="made by hand",
+            parent=increments[0].parent if increments else None,
+            consistency="offline",
+            disks=tuple(disks),
+            files={"domain.xml": hashlib.sha256(definition.encode()).hexdigest()},
+            stored_bytes=sum(disk.stored_bytes for disk in disks),
+            changed_bytes=sum(disk.changed_bytes for disk in disks),
+        )
+        point = dataclasses.replace(point, **changes)  # type: ignore[arg-type]
+        places.write_json(str(directory / "manifest.json"), manifest.to_json(point))
+        self.points.append(point)
+        return identifier
+
+    def _disk(
+        self, rng: random.Random, identifier: str, target: str, parent: str | None, grow: int, blocks: int, noise: bool
+    ) -> StoredDisk:
+        path = self.image(identifier, target)
+        before = self.contents[parent][target] if parent else bytes(64 * BLOCK)
+        content = bytearray(before + bytes(grow * BLOCK))
+        run = ["qemu-img", "create", "-q", "-f", "qcow2"]
+        if parent:
+            run += ["-u", "-F", "qcow2", "-b", f"../{parent}/{target}.qcow2"]
+        subprocess.run([*run, path, str(len(content))], check=True)
+        commands = []
+        for number in range(blocks if parent else 3 * blocks):
+            length = rng.randint(1, 4) * BLOCK
+            start = rng.randrange(0, len(content) - length, 4096)
+            if noise:
+                data = rng.randbytes(BLOCK)
+                one = path.with_name(f"{number}.noise")
+                one.write_bytes(data)
+                commands += ["-c", f"write -s {one} {start} {length}"]
+                content[start : start + length] = data * (length // BLOCK)
+            elif rng.random() < 0.2:
+                commands += ["-c", f"write -z {start} {length}"]
+                content[start : start + length] = bytes(length)
+            else:
+                value = rng.randint(1, 255)
+                commands += ["-c", f"write -P {value} {start} {length}"]
+                content[start : start + length] = bytes([value]) * length
+        subprocess.run(["qemu-io", "-f", "qcow2", *commands, path], check=True, stdout=subprocess.DEVNULL)
+        for one in path.parent.glob("*.noise*"):
+            one.unlink()
+        os.chmod(path, 0o600)
+        self.contents[identifier][target] = bytes(content)
+        return self._described(identifier, target, parent, len(content))
+
+    def _described(self, identifier: str, target: str, parent: str | None, size: int) -> StoredDisk:
+        path = self.image(identifier, target)
+        files = [path]
+        below = parent
+        grown_from = None
+        while below:
+            if grown_from is None:
+                grown_from = len(self.contents[below][target])
+            files.append(self.image(below, target))
+            holder = next(point for point in self.points if point.id == below).disk(target)
+            below = holder.parent if holder else None
+        extents = digests.extents_of([Image(str(one)) for one in files])
+        if grown_from == size:
+            grown_from = None
+        with digests.content_of([Image(str(one)) for one in files], extents) as content:
+            sums = digests.sums_of(content, extents, size, complete=not parent, grown_from=grown_from)
+        digests.write_sums(str(path.with_suffix(".sums")), sums)
+        own = [extent for extent in extents if extent.depth == 0]
+        return StoredDisk(
+            target,
+            "incremental" if parent else "full",
+            "made by hand",
+            parent,
+            size,
+            path.stat().st_blocks * 512,
+            sum(extent.length for extent in own if extent.offset is not None or parent),
+            digests.metadata_digest(str(path), extents),
+            "qcow2",
+        )
+
+    def copy(self, where: Path) -> Built:
+        """The same repository elsewhere."""
+        shutil.rmtree(where, ignore_errors=True)
+        subprocess.run(["cp", "-a", "--sparse=always", self.path, where], check=True)
+        return Built(where, self.contents, self.points)
+
+    # --- what is there, never through the product -------------------------------------------------
+
+    def ids(self) -> list[str]:
+        """The points that exist."""
+        return sorted(path.parent.name for path in self.path.glob(f"{UUID}/*/manifest.json"))
+
+    def assert_exact(self, story: object) -> None:
+        """Every point whose manifest exists holds its instant's content, read by qemu-img alone."""
+        for identifier in self.ids():
+            for target, expected in self.contents[identifier].items():
+                raw = self.path / "content.raw"
+                run = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", self.image(identifier, target), raw]
+                subprocess.run(run, check=True)
+                found = hashlib.sha256(raw.read_bytes()).digest()
+                raw.unlink()
+                assert found == hashlib.sha256(expected).digest(), (identifier, target, story)
+
+    def findings(self) -> list[str]:
+        """What backup_verify would find, at its level structure."""
+        history = self.repository.history(UUID)
+        assert not history.broken
+        return [
+            finding.problem
+            for point in history.points
+            for finding in verifying.verify(self.repository, Found(history, point), "structure")
+        ]
+
+    def assert_settled(self, expected: list[str]) -> None:
+        """Exactly these points, nothing half done, and manifests that say what lies there."""
+        assert self.ids() == sorted(expected)
+        directory = self.path / UUID
+        assert sorted(path.name for path in directory.iterdir()) == sorted(expected)
+        history = self.repository.history(UUID)
+        for point in history.points:
+            names = sorted(path.name for path in (directory / point.id).iterdir())
+            files = [name for disk in point.disks for name in (disk.file, disk.sums)]
+            assert names == sorted(["manifest.json", "domain.xml", *files])
+            assert point.type == ("incremental" if point.parents else "full")
+            assert point.parent is None or point.parent in point.parents
+            for disk in point.disks:
+                assert disk.parent is None or disk.parent in expected
+                if disk.metadata is None:
+                    assert disk.stored_bytes == self.image(point.id, disk.target).stat().st_blocks * 512
+            assert point.stored_bytes == sum(disk.stored_bytes for disk in point.disks)
+
+
+def _definition(targets: Iterable[str]) -> str:
+    disks = "".join(
+        f"<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/nowhere/{target}'/>"
+        f"<target dev='{target}' bus='virtio'/></disk>"
+        for target in targets
+    )
+    return (
+        f"<domain type='qemu'><name>{NAME}</name><uuid>{UUID}</uuid><memory>65536</memory>"
+        f"<os><type arch='x86_64'>hvm</type></os><devices>{disks}</devices></domain>"
+    )

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Copyright: vmkeeper.libvirt contributors
+"""Passphrases as options, and which layers of a chain need one."""
+
+from __future__ import annotations
+
+import pytest
+
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import stored
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.manifest import LUKS, Point, StoredDisk
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.repository import Repository
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.image_node import Passphrase
+
+UUID = "8b2f4a3e-0000-4000-8000-000000000001"
+KEY = Passphrase(b"correct horse")
+REPOSITORY = Repository("/srv", UUID)
+
+
+def point(encryption: dict | None) -> Point:
+    disk = StoredDisk("vda", "full", "first", None, 1, 1, 1, encryption=encryption)
+    identifier = "20261120T201500Z-7f3a"
+    return Point(identifier, 1, "web", UUID, "2026-11-20T20:15:00+00:00", "full", "first", None, "crash", (disk,))
+
+
+def test_a_passphrase_is_taken_as_it_is() -> None:
+    assert stored.passphrase_option(None, "passphrase") is None
+    assert stored.passphrase_option(" pässword ", "passphrase") == Passphrase(" pässword ".encode())
+
+
+@pytest.mark.parametrize("value", ["", "1234567", "12345678\n", "12345678\r", "1234\x005678"])
+def test_a_passphrase_that_would_not_be_typed_again_is_refused_without_telling_it(value: str) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        stored.passphrase_option(value, "encryption.passphrase")
+    assert not value or value not in str(refused.value)
+
+
+def test_only_encrypted_layers_get_the_passphrase() -> None:
+    closed, plain = point(dict(LUKS)), point(None)
+    layers = stored.images_of(REPOSITORY, [closed, plain], "vda", KEY)
+    assert [layer.passphrase for layer in layers] == [KEY, None]
+    assert stored.is_encrypted([plain, closed], "vda")
+    assert not stored.is_encrypted([plain], "vda")
+    with pytest.raises(InvalidInput, match="encrypted"):
+        stored.images_of(REPOSITORY, [plain, closed], "vda", None)
