@@ -79,7 +79,7 @@ def _refuse_encrypted(path: str, identifier: str) -> None:
     if encrypted:
         raise Unsupported(
             f"Point {identifier} is encrypted, and a guest cannot stand on it as it lies",
-            advice="Restore it with mode: copy",
+            advice="Restore it with mode: copy; prove it with level: structure and its passphrase",
         )
 
 

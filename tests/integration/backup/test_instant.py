@@ -157,6 +157,10 @@ def test_the_guest_answers_at_once_and_what_it_writes_meanwhile_is_kept(
     lent.assert_untouched()
     for point_directory in lent.directory.parent.iterdir():
         assert "domain 'lab-lent'" in readers(restored, point_directory / "vdb.qcow2")
+    refused = task("backup", domain="lab-lender", repository=str(lent.repository), state="absent", id=lent.id)
+    assert refused["failed"]
+    assert "lab-lent'" in refused["msg"], refused["msg"]
+    lent.assert_untouched()
     busy = task("snapshot", domain="lab-lent", name="s", check=True)
     assert not busy["failed"] or busy["error"]["kind"] in ("busy", "unfinished"), busy["msg"]
     joined = run_module_process("restore", **arguments(lent, directory, wait=True, bandwidth="1M"))
