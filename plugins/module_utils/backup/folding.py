@@ -124,16 +124,14 @@ class _Merging:
                 self._run("check", "-r", "leaks", name, keys=keys)
         fsync(written.path)
 
-    def _run(self, *arguments: str, keys: Keys | None = None) -> None:
-        qemu_img.run([arguments[0], "-q", *arguments[1:]], doing=self._doing, keys=keys, with_caller=True)
+    def _run(self, *arguments: str, keys: Keys | None = None, pass_fds: Sequence[int] = ()) -> None:
+        words = [arguments[0], "-q", *arguments[1:]]
+        qemu_img.run(words, doing=self._doing, keys=keys, pass_fds=pass_fds, with_caller=True)
 
     def _pour(self, ground: Image) -> None:
         """From the bottom up, each layer into the lowest: what is written there lies below the layer that says the same."""
         size = self._disk.virtual_size
-        if read_qcow2(ground.path).virtual_size < size:
-            with Keys() as keys:
-                described = image_node.as_options(image_node.node([ground], keys))
-                self._run("resize", "--image-opts", described, str(size), keys=keys)
+        self._grow(ground, size)
         for identifier in (*reversed(self._merge.through[:-1]), self._merge.point):
             compression = self._stored(identifier).compression
             layer = self._image(identifier)
@@ -148,6 +146,18 @@ class _Merging:
                 doing=self._doing,
                 with_caller=True,
             )
+
+    def _grow(self, image: Image, size: int) -> None:
+        before = read_qcow2(image.path).virtual_size
+        if before >= size:
+            return
+        blank = image_node.blank_descriptor(before)
+        try:
+            with Keys() as keys:
+                node = image_node.node([image], keys, below=image_node.blank_node(blank))
+                self._run("resize", "--image-opts", image_node.as_options(node), str(size), keys=keys, pass_fds=[blank])
+        finally:
+            os.close(blank)
 
     def _merge_sums(self) -> None:
         """The digests of a run of layers laid over each other are right before, while and after they are merged."""

@@ -78,8 +78,9 @@ def plan_removal(staying: Sequence[Point], leaving: Sequence[Point]) -> RemovalP
     """
     points = {point.id: point for point in (*staying, *leaving)}
     going = {point.id for point in leaving}
-    rebases: list[Merge] = []
-    merges: list[Merge] = []
+    rebased: list[Merge] = []
+    copies: list[Merge] = []
+    replaced: list[Merge] = []
     heads: dict[tuple[str, str], list[Merge]] = {}
     for point in staying:
         for disk in point.disks:
@@ -101,19 +102,19 @@ def plan_removal(staying: Sequence[Point], leaving: Sequence[Point]) -> RemovalP
         if len(found) > 1 and any(merge.how == POUR for merge in found):
             raise _forked(ground, target, [merge.point for merge in found])
         if found[0].how == REBASE:
-            rebases += found
+            rebased += found
             continue
         # All but the cheapest get copies first: what is written into the full is right for one of them only.
         *copied, last = sorted(found, key=lambda merge: (-merge.needed, merge.point))
         for merge in copied:
             disk = _stored(points, merge.point, target)
-            merges.insert(0, Merge(COPY, merge.point, target, merge.through, None, disk.virtual_size + _TABLES))
-        merges.append(last)
+            copies.append(Merge(COPY, merge.point, target, merge.through, None, disk.virtual_size + _TABLES))
+        replaced.append(last)
         kept_files += _stored(points, ground, target).stored_bytes
         kept_files -= _stored(points, last.point, target).stored_bytes
     return RemovalPlan(
         tuple(sorted(leaving, key=lambda point: point.sequence)),
-        (*rebases, *merges),
+        (*rebased, *copies, *replaced),
         max(0, sum(point.stored_bytes for point in leaving) - kept_files),
     )
 

@@ -2,6 +2,8 @@
 # Copyright: vmkeeper.libvirt contributors
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import Refused
@@ -96,6 +98,26 @@ def test_of_a_fork_on_a_full_one_is_folded_after_the_others_have_copies() -> Non
 def test_of_a_fork_in_the_middle_each_takes_over_what_it_needs() -> None:
     points = [*CHAIN[:2], point("x", vda="b"), point("y", vda="b")]
     assert told(plan(points, "b")) == [("rebase", "x", "vda", ("b",), "a"), ("rebase", "y", "vda", ("b",), "a")]
+
+
+def coded(one: Point, **changes) -> Point:
+    return replace(one, disks=tuple(replace(disk, **changes) for disk in one.disks))
+
+
+@pytest.mark.parametrize("changes", [{"compression": "zstd"}, {"encryption": {"format": "luks"}}])
+def test_compressed_and_encrypted_layers_are_copied_as_they_are_stored(changes) -> None:
+    for number in range(3):
+        points = [coded(one, **changes) if at == number else one for at, one in enumerate(CHAIN)]
+        how = ["pour" if number >= 1 else "rebase"]
+        assert [merge.how for merge in plan(points, "b").merges] == how, "b is merged into c, a stays as it is"
+        assert [merge.how for merge in plan(points, "a", "b").merges] == ["pour"]
+    assert told(plan([coded(one, **changes) for one in CHAIN], "b", "c")) == [("pour", "d", "vda", ("c", "b"), "a")]
+
+
+def test_a_fork_of_compressed_layers_is_refused() -> None:
+    points = [point("a", vda=None), coded(point("b", vda="a"), compression="zstd"), point("c", vda="a")]
+    with pytest.raises(Refused, match="b, c"):
+        plan(points, "a")
 
 
 def test_nothing_is_merged_into_a_chain_that_is_not_whole() -> None:
