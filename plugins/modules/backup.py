@@ -82,7 +82,7 @@ options:
       - The manifest, the definition, the UEFI variables and the digests of the disks' content are not encrypted.
       - All points of a chain have one passphrase. An increment is refused if its passphrase does not open what it would stand on;
         O(type=full) begins a new chain with a new one. Where O(encryption) comes or goes, the disks get a full.
-      - An encrypted point that others stand on cannot be removed, since encrypted images are not merged.
+      - With O(state=absent) it is needed where encrypted points that stay must be merged with the one that goes.
       - A disk whose own image is encrypted is always stored encrypted, and not compressed. Without this option its passphrase is that
         of its libvirt secret, which must not be private.
       - Without the passphrase the data is lost. It is kept nowhere.

@@ -210,23 +210,13 @@ def fsync(path: str) -> None:
 
 
 def require_whole(repository: Repository, history: History, plan: RemovalPlan) -> None:
-    """Refuse where an image that would be merged is missing, damaged, encrypted, or stands on something else than it should.
+    """Refuse where an image that would be merged is missing, damaged, or stands on something else than it should.
 
-    What an interruption leaves is finished by whatever changes the domain next, which has no passphrase. The headers
-    are read by our own parser before any tool follows what they say.
+    The headers are read by our own parser before any tool follows what they say.
     """
     for merge in plan.merges:
         for identifier in (merge.point, *merge.through, *([merge.onto] if merge.onto else ())):
             point = history.holder(identifier)
-            disk = point.disk(merge.target) if point is not None else None
-            if disk is not None and disk.encryption is not None:
-                raise Refused(
-                    f"Point {merge.point} stands on what would go, and disk {merge.target!r} is encrypted: encrypted images are"
-                    " not merged",
-                    advice="Let whole chains go (backup_retention with fold: never, and a full now and then), or remove points"
-                    " from the newest",
-                    point=merge.point,
-                )
             findings = verifying.check_link(repository, point, merge.target) if point is not None else []
             if findings:
                 raise Refused(

@@ -78,6 +78,7 @@ def plan_removal(staying: Sequence[Point], leaving: Sequence[Point]) -> RemovalP
     """
     points = {point.id: point for point in (*staying, *leaving)}
     going = {point.id for point in leaving}
+    rebases: list[Merge] = []
     merges: list[Merge] = []
     heads: dict[tuple[str, str], list[Merge]] = {}
     for point in staying:
@@ -100,7 +101,7 @@ def plan_removal(staying: Sequence[Point], leaving: Sequence[Point]) -> RemovalP
         if len(found) > 1 and any(merge.how == POUR for merge in found):
             raise _forked(ground, target, [merge.point for merge in found])
         if found[0].how == REBASE:
-            merges = [*found, *merges]
+            rebases += found
             continue
         # All but the cheapest get copies first: what is written into the full is right for one of them only.
         *copied, last = sorted(found, key=lambda merge: (-merge.needed, merge.point))
@@ -112,7 +113,7 @@ def plan_removal(staying: Sequence[Point], leaving: Sequence[Point]) -> RemovalP
         kept_files -= _stored(points, last.point, target).stored_bytes
     return RemovalPlan(
         tuple(sorted(leaving, key=lambda point: point.sequence)),
-        tuple(merges),
+        (*rebases, *merges),
         max(0, sum(point.stored_bytes for point in leaving) - kept_files),
     )
 

@@ -237,7 +237,7 @@ class Built:
         return [
             finding.problem
             for point in history.points
-            for finding in verifying.verify(self.repository, Found(history, point), "structure", self.passphrase)[0]
+            for finding in verifying.verify(self.repository, Found(history, point), "structure", self.passphrase)
         ]
 
     def assert_settled(self, expected: list[str]) -> None:
