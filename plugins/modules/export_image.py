@@ -70,6 +70,20 @@ options:
       - By default QEMU copies straight to O(dest) if that is a local directory that its user can reach, else to
         C(/var/lib/libvirt/images).
     type: path
+  seal:
+    description:
+      - Take this out of the image, never out of the domain, so that machines launched from it do not share it and nobody else
+        reads it.
+      - V(machine-id) empties the machine-id and removes the seeds of random numbers. V(ssh-hostkeys), V(dhcp-leases), V(logs),
+        V(histories) of shells and other programs, and V(cloud-init) with its user data, are removed. V(passwords) makes every
+        password in C(/etc/shadow) one that nobody can give, and leaves keys alone.
+      - It is done by libguestfs in the image's own copy of the disks, so the hypervisor needs C(guestfish), and looked at again
+        afterwards. What is removed does not stay in the free space of the filesystems either.
+      - The disks must hold one Linux that is not encrypted.
+    type: list
+    elements: str
+    choices: [machine-id, ssh-hostkeys, dhcp-leases, logs, histories, cloud-init, passwords]
+    default: []
   tags:
     description: Dictionary of texts to keep with the image. A JSON object in a string is accepted.
     type: raw
@@ -90,7 +104,12 @@ attributes:
       - An image of a stopped domain or of a snapshot is left alone if its content is still the same. It is never overwritten.
       - A running domain changes all the time, so a second export under the same name fails and changes nothing.
 notes:
-  - An image holds whatever is on the disks, also secrets such as SSH host keys. It is readable by root only.
+  - An image holds whatever is on the disks and was not taken out by O(seal), also secrets such as users' keys. It is readable by
+    root only.
+  - A machine without SSH host keys needs something that makes new ones at its first boot, as cloud-init does and most
+    distributions but Debian do by themselves.
+  - libguestfs is used with what the task's environment says in C(LIBGUESTFS_*) and C(SUPERMIN_*), such as
+    C(LIBGUESTFS_BACKEND_SETTINGS=force_tcg) where C(/dev/kvm) does not work.
   - Encrypted disks are refused, since an image would hold their data in the clear.
   - UEFI variables are part of an image, except of a snapshot's. TPM state is not.
   - While a stopped domain is exported it cannot be started, since its images are locked.
@@ -110,6 +129,13 @@ EXAMPLES = r"""
     name: web01-golden
     quiesce: required
     compression: zstd
+
+- name: Export a template, without what makes it this machine
+  vmkeeper.libvirt.export_image:
+    domain: web01
+    dest: /srv/images
+    name: web-template
+    seal: [machine-id, ssh-hostkeys, dhcp-leases, logs, histories, cloud-init, passwords]
 
 - name: Export what a machine was before the upgrade
   vmkeeper.libvirt.export_image:
@@ -168,6 +194,10 @@ image:
     tags:
       description: Its tags.
       type: dict
+    sealed:
+      description: What was taken out of it.
+      type: list
+      elements: str
 """
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
@@ -175,6 +205,7 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import In
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domain
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.export_plan import Request
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.exporting import export
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.sealing import OPERATIONS
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
 
 SHORTEST_DEADLINE = 2.0
@@ -200,6 +231,7 @@ def request_of(call: _module.Call) -> Request:
         scratch=names.check_directory(params["scratch"], "scratch") if params["scratch"] else None,
         tags=names.check_tags(params["tags"]) or {},
         deadline=deadline,
+        seal=tuple(name for name in OPERATIONS if name in params["seal"]),
     )
 
 
@@ -231,6 +263,7 @@ def main() -> None:
             "compression": {"type": "str", "choices": ["none", "zlib", "zstd"], "default": "none"},
             "quiesce": {"type": "str", "choices": ["auto", "required", "never"], "default": "auto"},
             "scratch": {"type": "path"},
+            "seal": {"type": "list", "elements": "str", "choices": list(OPERATIONS), "default": []},
             "tags": {"type": "raw"},
             "deadline": {"type": "str", "default": "60s"},
         },

@@ -49,7 +49,7 @@ options:
       size:
         description:
           - Virtual size, such as V(40G). Left out to grow only what lies on the disk.
-          - A disk is never made smaller. A size below the present one is refused.
+          - A size below the present one needs O(allow_shrink).
         type: str
       grow_filesystem:
         description:
@@ -68,6 +68,18 @@ options:
     default: auto
   allow_restart:
     description: Shut the guest down cleanly and start it again for what cannot be changed live.
+    type: bool
+    default: false
+  allow_shrink:
+    description:
+      - Make disks smaller. It needs O(allow_restart) and O(rollback), since the domain is shut down for it, or started for a moment
+        if it is off, and C(guestfish) on the hypervisor.
+      - The last filesystem of the disk has to be an ext2, ext3 or ext4, on the whole disk or on its last partition, primary or GPT.
+        It says itself whether it fits. If not, nothing is changed and the domain runs on. XFS cannot be made smaller.
+      - A copy is shrunk inside libguestfs, checked, and put in the image's place. The image itself stays beside it, as
+        C(<image>.vmk-<id>.original), until the domain was well with the copy, and comes back if it was not.
+      - A disk with overlays, snapshots, foreign checkpoints, or images that stand on it, is refused. Checkpoints of this collection
+        end, so the next backup is a full one.
     type: bool
     default: false
   overcommit:
@@ -132,6 +144,15 @@ EXAMPLES = r"""
     disks:
       - target: vdb
         size: 200G
+
+- name: A data disk that was made too large
+  vmkeeper.libvirt.resize_domain:
+    domain: db01
+    disks:
+      - target: vdb
+        size: 80G
+    allow_shrink: true
+    allow_restart: true
 
 - name: Make room for more at the next restart
   vmkeeper.libvirt.resize_domain:
@@ -242,6 +263,7 @@ def main() -> None:
             },
             "apply": {"type": "str", "choices": ["auto", "live", "next_boot"], "default": "auto"},
             "allow_restart": {"type": "bool", "default": False},
+            "allow_shrink": {"type": "bool", "default": False},
             "overcommit": {"type": "bool", "default": False},
             "rollback": {"type": "bool", "default": True},
             "health_command": {"type": "list", "elements": "str"},

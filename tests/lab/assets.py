@@ -115,7 +115,7 @@ def guest_assets() -> Assets:
     """
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / "lock"):
+    with locked(cache / "lock"):
         packages = _fetched_packages(cache / "debs")
         digest = _digest(packages)
         directory = cache / f"guest-{digest}"
@@ -133,7 +133,8 @@ def _forget_old(cache: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file of the cache."""
     fd = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -179,6 +180,12 @@ def _fetched_packages(directory: Path) -> list[Path]:
             present = sorted(directory.glob(f"{name}_*.deb"))
         found.append(present[-1])
     return found
+
+
+def kernel_package(cache: Path) -> Path:
+    """The .deb file of the lab's kernel, with all of its modules."""
+    with locked(cache / "lock"):
+        return _fetched_packages(cache / "debs")[0]
 
 
 def _kernel_package(directory: Path) -> str:

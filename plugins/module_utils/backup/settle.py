@@ -19,6 +19,7 @@ from ..hypervisor import block_jobs, definition, libvirt_secret
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import code_of, constant, explaining, open_connection
 from ..hypervisor.domain_model import read_domain
+from ..hypervisor.image_node import Passphrase
 from ..safety import places, processes, settlement
 from ..safety import ticket as tickets
 from ..safety.journal import Journal
@@ -168,13 +169,15 @@ def settle_removal(uri: str, pending: Journal) -> dict[str, str]:
     return {"what": what, "action": "finished"}
 
 
-def carry_out_removal(handle: Any | None, repository: Repository, uuid: str, journal: Journal) -> None:
-    """What the journal intends, from wherever it was interrupted."""
+def carry_out_removal(
+    handle: Any | None, repository: Repository, uuid: str, journal: Journal, passphrase: Passphrase | None = None
+) -> None:
+    """What the journal intends, from wherever it was interrupted. No passphrase is kept in it."""
     journal.step("checkpoint")
     if handle is not None:
         # First, so that no increment can begin at a point that is gone.
         checkpoints.remove(handle, journal.operation.plan["checkpoints"])
-    folding.finish(repository, uuid, journal.operation.plan["points"], journal)
+    folding.finish(repository, uuid, journal.operation.plan["points"], journal, passphrase)
     journal.finish()
 
 
@@ -218,7 +221,7 @@ def finish_restore(uri: str, pending: Journal) -> None:
     connection = open_connection(uri)
     try:
         for piece in plan["pieces"]:
-            _place(piece)
+            place(piece)
         pending.step("define")
         handle = _define_restored(connection, plan)
         if plan["attach"] and handle is not None:
@@ -275,7 +278,8 @@ def _take_back(connection: Any, plan: Mapping[str, Any]) -> None:
         places.unlink_quietly(piece["part"])
 
 
-def _place(piece: Mapping[str, Any]) -> None:
+def place(piece: Mapping[str, Any]) -> None:
+    """Put one complete file of a restore where it belongs. Done before: nothing to do."""
     path, part, aside = piece["path"], piece["part"], piece["aside"]
     if not os.path.lexists(part):
         return  # in place already
@@ -328,7 +332,7 @@ def _attach(handle: Any, plan: Mapping[str, Any]) -> None:
             handle.attachDeviceFlags(ElementTree.tostring(element, encoding="unicode"), flags)
 
 
-#: For :func:`..safety.settlement.settle_before_change` and ``recover_domain``.
+#: Part of :data:`.settlers.SETTLERS`.
 SETTLERS: dict[str, settlement.Settler] = {
     BACKUP: settle_backup,
     RESTORE: settle_restore,

@@ -19,6 +19,9 @@ from xml.etree import ElementTree
 from .binding import libvirt
 from .connection import explaining
 
+#: The name of the channel that the guest agent listens on.
+AGENT_CHANNEL = "org.qemu.guest_agent.0"
+
 #: virDomainState; the numbers are libvirt's ABI.
 STATE_NAMES = {
     0: "nostate",
@@ -372,7 +375,7 @@ def parse_domain(xml: str, state: DomainState, *, persistent: bool = True, **con
         (
             element
             for element in root.iterfind("devices/channel/target")
-            if element.get("type") == "virtio" and element.get("name") == "org.qemu.guest_agent.0"
+            if element.get("type") == "virtio" and element.get("name") == AGENT_CHANNEL
         ),
         None,
     )

@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
+from collections.abc import Iterator
 
 from .._errors import VmkeeperError
 from ..hypervisor import qemu_img
@@ -45,6 +49,53 @@ def content_size(path: str, image_format: str) -> int:
         ["measure", "--output=json", "-f", image_format, "-O", "qcow2", path], doing=f"Measuring {path}"
     )
     return int(json.loads(said)["required"])
+
+
+_CHUNK = 1 << 20
+
+
+def content_digest(path: str) -> str:
+    """sha256 in hex of what a raw file holds: of every MiB that is not all zeroes, with its offset. Holes cost nothing."""
+    value = hashlib.sha256()
+    with open(path, "rb", buffering=0) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        value.update(size.to_bytes(8, "big"))
+        for offset in _data_chunks(stream.fileno(), size):
+            chunk = os.pread(stream.fileno(), _CHUNK, offset)
+            if chunk.count(0) != len(chunk):
+                value.update(offset.to_bytes(8, "big"))
+                value.update(chunk)
+    return value.hexdigest()
+
+
+def _data_chunks(descriptor: int, size: int) -> Iterator[int]:
+    """The offsets of the chunks in which a file has data."""
+    offset = 0
+    while offset < size:
+        try:
+            found = os.lseek(descriptor, offset, os.SEEK_DATA)
+        except OSError:
+            return  # ENXIO: only a hole is left
+        offset = found - found % _CHUNK
+        yield offset
+        offset += _CHUNK
+
+
+def digest_as_raw(source: str, source_format: str, directory: str) -> str:
+    """The :func:`content_digest` that ``source`` would have as a raw file; the copy has no name and is gone afterwards."""
+    descriptor = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    with contextlib.closing(os.fdopen(descriptor, "r+b")):
+        said = json.loads(
+            qemu_img.run(["info", "--output=json", "-f", source_format, source], doing=f"Reading the size of {source}")
+        )
+        os.ftruncate(descriptor, int(said["virtual-size"]))
+        copy = f"/proc/self/fd/{descriptor}"
+        qemu_img.run(
+            ["convert", "-q", "-n", "--target-is-zero", "-f", source_format, "-O", "raw", source, copy],
+            doing=f"Reading {source}",
+            pass_fds=(descriptor,),
+        )
+        return content_digest(copy)
 
 
 def same_content(one: str, one_format: str, other: str, other_format: str) -> bool:

@@ -49,6 +49,7 @@ class Request:
     scratch: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     deadline: float = 60.0
+    seal: tuple[str, ...] = ()
 
     @property
     def path(self) -> str:
@@ -238,6 +239,7 @@ class ExportPlan:
     expected_level: str
     converts: bool
     copy_directory: str | None
+    seals: bool
     nvram: str | None
     not_captured: tuple[Mapping[str, str], ...]
 
@@ -248,6 +250,8 @@ class ExportPlan:
         if self.live and self.copy_directory is not None:
             needs.append((self.copy_directory, total))
         elif self.live and self.converts:
+            needs.append((dest, total))
+        if self.seals:
             needs.append((dest, total))
         return needs
 
@@ -342,7 +346,8 @@ def plan_export(request: Request, facts: Facts, *, direct: bool, scratch: str) -
     level = facts.level or consistency.level(
         domain.state, frozen_over_cut=facts.frozen or freeze.freeze, managed_save=domain.managed_save
     )
-    converts = not facts.live or request.format != "qcow2" or request.compression != "none" or not direct
+    plain = request.format == "qcow2" and request.compression == "none"
+    converts = not facts.live or not plain or not direct or bool(request.seal)
     not_captured = [part.as_result() for part in capture.left_out]
     if facts.direct_kernel:
         not_captured.append(
@@ -372,6 +377,7 @@ def plan_export(request: Request, facts: Facts, *, direct: bool, scratch: str) -
         expected_level=level,
         converts=converts,
         copy_directory=None if direct or not facts.live else scratch,
+        seals=bool(request.seal),
         nvram=facts.nvram,
         not_captured=tuple(not_captured),
     )

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._errors import Conflict, LibvirtFailed, VmkeeperError
-from ..hypervisor import qemu_img
+from ..hypervisor import appliance, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import message_of
-from ..hypervisor.domain_model import qemu_owner, read_domain
+from ..hypervisor.domain_model import Layer, qemu_owner, read_domain
 from ..safety import consistency, instant, locks, settlement, space
 from ..safety.journal import Journal
-from . import bundle, conversion, export_plan, foreign_header, live_copy, settle
+from . import bundle, conversion, export_plan, foreign_header, live_copy, sealing, settle
 from .bundle import lock_key
-from .export_plan import ExportPlan, Facts, Request
+from .export_plan import DiskPlan, ExportPlan, Facts, Request
 from .manifest import LARGEST_NVRAM, NVRAM_FILE, ImageDisk, Manifest, Nvram, Source
 
 
@@ -44,6 +44,8 @@ def export(connection: Any, uri: str, handle: Any, request: Request, *, check: b
         if any(one.get("finished") == request.path for one in settled):
             # The interrupted run had got so far that its image is whole; it is what this task wants.
             return _existing(request.path, changed=True)
+        if request.seal:
+            appliance.require("Sealing an image")
         facts = export_plan.read_facts(handle, request)
         owner = qemu_owner(connection.getCapabilities())
         scratch = request.scratch or export_plan.SCRATCH
@@ -86,6 +88,8 @@ def _compare_existing(request: Request, facts: Facts, plan: ExportPlan) -> Expor
             differences.append("the choice of disks")
         if any(disk.format != request.format or disk.compression != request.compression for disk in manifest.disks):
             differences.append("the format or the compression")
+        if manifest.sealed != request.seal:
+            differences.append("what is sealed")
         if dict(manifest.tags) != dict(request.tags):
             differences.append("the tags")
         if (manifest.nvram.sha256 if manifest.nvram else None) != (
@@ -100,9 +104,7 @@ def _compare_existing(request: Request, facts: Facts, plan: ExportPlan) -> Expor
                     differences.append(f"the size of disk {disk.target}")
                 elif opened.digest(disk.file, disk.stored_size) != disk.sha256:
                     differences.append(f"the file {disk.file}, which is damaged")
-                elif not conversion.same_content(
-                    source.path or "", source.format or "raw", os.path.join(request.path, disk.file), disk.format
-                ):
+                elif not _holds_content_of(source, disk, request):
                     differences.append(f"the content of disk {disk.target}")
     if differences:
         raise Conflict(
@@ -110,6 +112,14 @@ def _compare_existing(request: Request, facts: Facts, plan: ExportPlan) -> Expor
             advice=advice,
         )
     return Exported(as_result(request.path, manifest, digest), changed=False)
+
+
+def _holds_content_of(source: Layer, disk: ImageDisk, request: Request) -> bool:
+    """Whether a stopped domain's disk is still what the image was made of."""
+    path, image_format = source.path or "", source.format or "raw"
+    if disk.unsealed_sha256 is not None:
+        return conversion.digest_as_raw(path, image_format, request.dest) == disk.unsealed_sha256
+    return conversion.same_content(path, image_format, os.path.join(request.path, disk.file), disk.format)
 
 
 def _predict(request: Request, plan: ExportPlan) -> Exported:
@@ -133,14 +143,16 @@ def _predict(request: Request, plan: ExportPlan) -> Exported:
                 "content_size": None,
                 "sha256": None,
                 "serial": disk.serial,
+                "unsealed_sha256": None,
             }
             for disk in plan.disks
         ],
         "machine": plan.machine.as_json(),
         "not_captured": [dict(part) for part in plan.not_captured],
         "tags": dict(request.tags),
+        "sealed": list(request.seal),
     }
-    return Exported(image, changed=True, warnings=_warnings(plan, plan.expected_level, plan.why_not_frozen))
+    return Exported(image, changed=True, warnings=_warnings(request, plan, plan.expected_level, plan.why_not_frozen))
 
 
 def as_result(path: str, manifest: Manifest, digest: str) -> dict[str, Any]:
@@ -157,14 +169,16 @@ def as_result(path: str, manifest: Manifest, digest: str) -> dict[str, Any]:
         "machine": manifest.machine.as_json(),
         "not_captured": [dict(part) for part in manifest.not_captured],
         "tags": dict(manifest.tags),
+        "sealed": list(manifest.sealed),
     }
 
 
-def _warnings(plan: ExportPlan, level: str, why_not_frozen: str | None) -> list[str]:
+def _warnings(request: Request, plan: ExportPlan, level: str, why_not_frozen: str | None) -> list[str]:
     name = plan.domain.name
-    warnings = [
-        f"{name}: the image is not sealed: host keys, machine-id, passwords, logs and whatever else is on its disks travel with it"
-    ]
+    warnings = []
+    if set(request.seal) != set(sealing.OPERATIONS):
+        how = f"sealed only by {', '.join(request.seal)}" if request.seal else "not sealed"
+        warnings.append(f"{name}: the image is {how}; with it may travel {sealing.unsealed(request.seal)}")
     left = [
         f"{part['name']} ({part['reason']})" for part in plan.not_captured if part["reason"] not in ("cdrom", "floppy")
     ]
@@ -221,7 +235,7 @@ class _Export:
             return Exported(
                 as_result(self._request.path, manifest, digest),
                 changed=True,
-                warnings=_warnings(self._plan, level, why_not),
+                warnings=_warnings(self._request, self._plan, level, why_not),
             )
         except BaseException as error:
             self._undo(journal, error)
@@ -287,15 +301,47 @@ class _Export:
             return os.path.join(self._staging, f"{target}.qcow2")
         return os.path.join(self._copies, f"{target}.copy")
 
+    def _source_of(self, disk: DiskPlan) -> tuple[str, str]:
+        """Path and format of what a disk of the image is made of."""
+        if self._plan.seals:
+            return self._sealed_of(disk.target), "raw"
+        if self._plan.live:
+            return self._copy_of(disk.target), "qcow2"
+        return disk.source.path or "", disk.source.format or "raw"
+
+    def _seal(self, journal: Journal) -> dict[str, str]:
+        """Seal copies of the disks; returns the digests of what a stopped domain's held before, by target."""
+        plan, digests = self._plan, {}
+        doing = f"Sealing the image of domain {plan.domain.name!r}"
+        for disk in plan.disks:
+            journal.step("copy-to-seal", target=disk.target)
+            copy = self._sealed_of(disk.target)
+            if plan.live:
+                conversion.convert(self._copy_of(disk.target), "qcow2", copy, "raw", doing=doing)
+                os.unlink(self._copy_of(disk.target))
+            else:
+                conversion.convert(disk.source.path or "", disk.source.format or "raw", copy, "raw", doing=doing)
+                digests[disk.target] = conversion.content_digest(copy)
+        journal.step("clean", operations=list(self._request.seal))
+        sealing.seal(
+            [self._sealed_of(disk.target) for disk in plan.disks],
+            self._request.seal,
+            doing=doing,
+            scratch=self._staging,
+            discards=not export_plan.is_remote(self._staging),
+        )
+        return digests
+
+    def _sealed_of(self, target: str) -> str:
+        return os.path.join(self._staging, f"{target}.to-seal")
+
     def _write(self, journal: Journal) -> list[ImageDisk]:
         """The disks in the image's format, each looked at as an importer will."""
         written = []
+        digests = self._seal(journal) if self._plan.seals else {}
         for disk in self._plan.disks:
             path = os.path.join(self._staging, disk.file)
-            if self._plan.live:
-                source, source_format = self._copy_of(disk.target), "qcow2"
-            else:
-                source, source_format = disk.source.path or "", disk.source.format or "raw"
+            source, source_format = self._source_of(disk)
             journal.step("write", target=disk.target)
             content_size = conversion.content_size(source, source_format)
             if self._plan.converts:
@@ -307,7 +353,7 @@ class _Export:
                     self._request.compression,
                     doing=f"Exporting disk {disk.target!r} of domain {self._plan.domain.name!r}",
                 )
-                if self._plan.live:
+                if self._plan.live or self._plan.seals:
                     os.unlink(source)
             foreign_header.check(path, self._request.format, disk.size, disk.file)
             written.append(
@@ -322,6 +368,7 @@ class _Export:
                     content_size=content_size,
                     sha256=bundle.digest_of(path),
                     serial=disk.serial,
+                    unsealed_sha256=digests.get(disk.target),
                 )
             )
         return written
@@ -348,6 +395,7 @@ class _Export:
             nvram=nvram,
             not_captured=self._plan.not_captured,
             tags=self._request.tags,
+            sealed=self._request.seal,
         )
 
     def _undo(self, journal: Journal, error: BaseException) -> None:

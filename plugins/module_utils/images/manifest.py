@@ -54,7 +54,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 class ImageDisk:
     """One disk of an image. Sizes in bytes: ``virtual_size`` as the guest sees it, ``stored_size`` of ``file``,
     ``content_size`` of the same content as a plain qcow2 (what a launch will need at least).  ``serial`` is what the guest
-    may know the disk by (``/dev/disk/by-id``)."""
+    may know the disk by (``/dev/disk/by-id``).  ``unsealed_sha256`` is that of the content before it was sealed (see
+    :func:`.conversion.content_digest`): it tells whether a stopped domain is still the one that was exported."""
 
     target: str
     bus: str
@@ -66,6 +67,7 @@ class ImageDisk:
     content_size: int
     sha256: str
     serial: str | None = None
+    unsealed_sha256: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """As stored."""
@@ -128,6 +130,7 @@ class Manifest:
     nvram: Nvram | None
     not_captured: tuple[Mapping[str, str], ...]
     tags: Mapping[str, str]
+    sealed: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
         """As stored: the digest of these bytes is the image's identity."""
@@ -144,6 +147,7 @@ class Manifest:
             "nvram": self.nvram.as_json() if self.nvram else None,
             "not_captured": [dict(part) for part in self.not_captured],
             "tags": dict(self.tags),
+            "sealed": list(self.sealed),
         }
         return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
@@ -244,6 +248,7 @@ def parse(content: bytes) -> Manifest:
         nvram=_nvram(reader.take("nvram", lambda found: True, "")),
         not_captured=tuple(_left_out(item) for item in reader.items("not_captured", 1024)),
         tags=_tags(reader.take("tags", lambda found: isinstance(found, dict) and len(found) <= 256, "a dictionary")),
+        sealed=tuple(_sealed(item) for item in reader.items("sealed", 64)),
     )
     reader.done()
     return manifest
@@ -262,6 +267,7 @@ def _disk(value: Any) -> ImageDisk:
         content_size=reader.number("content_size", 0, LARGEST_DISK * 2),
         sha256=reader.text("sha256", _SHA256),
         serial=reader.take("serial", lambda found: found is None or is_serial(found), "a serial number"),
+        unsealed_sha256=reader.take("unsealed_sha256", lambda found: found is None or _is_sha256(found), "a digest"),
     )
     reader.done()
     if disk.file != f"{disk.target}.{FORMATS[disk.format]}":
@@ -316,6 +322,17 @@ def _left_out(value: Any) -> Mapping[str, str]:
     }
     reader.done()
     return part
+
+
+def _sealed(value: Any) -> str:
+    """The name of an operation. A newer version may know more of them, and none of them decides anything here."""
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise refuse("the name of an operation that sealed it is not a name")
+    return value
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and bool(_SHA256.fullmatch(value))
 
 
 def _tags(value: Mapping[str, Any]) -> Mapping[str, str]:

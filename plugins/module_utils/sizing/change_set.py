@@ -69,6 +69,16 @@ class DiskGrowth:
 
 
 @dataclass(frozen=True)
+class DiskShrink:
+    """A disk's smaller virtual size in bytes; ``path`` and ``format`` of its only image."""
+
+    target: str
+    size: int
+    path: str
+    format: str
+
+
+@dataclass(frozen=True)
 class Change:
     """One thing: ``how`` is live, offline (now, on the stopped domain), restart, next_boot or none (``why`` says why)."""
 
@@ -111,6 +121,11 @@ class ChangeSet:
     def due(self) -> tuple[Change, ...]:
         """The changes of which something will be done."""
         return tuple(change for change in self.changes if change.due)
+
+    @property
+    def shrinks(self) -> tuple[DiskShrink, ...]:
+        """The disks that get smaller."""
+        return tuple(change.action for change in self.changes if isinstance(change.action, DiskShrink))
 
     @property
     def restart(self) -> bool:
@@ -474,11 +489,7 @@ def _disk(request: Request, wanted: DiskRequest, facts: Facts) -> list[Change]:
         if wanted.size > size:
             changes.append(_growth(request, wanted.size, known, size, facts))
         elif wanted.size < size:
-            raise Refused(
-                f"Disk {wanted.target!r} of domain {facts.name!r} has {human(size)} and would be cut to {human(wanted.size)}:"
-                " what lies behind that would be lost",
-                advice="Give the present size or more; for less, copy the data to a new disk inside the guest",
-            )
+            return [_shrink(request, wanted.size, known, size, facts)]
         size = wanted.size
     if wanted.grow_filesystem and size is not None:
         changes += _filesystem(wanted.target, size, facts)
@@ -559,6 +570,53 @@ def _growth(request: Request, wanted: int, known: DiskFacts, size: int, facts: F
     return Change(what, size, wanted, OFFLINE, "the domain is shut off", action)
 
 
+def _shrink(request: Request, wanted: int, known: DiskFacts, size: int, facts: Facts) -> Change:
+    """Only at a stop, only when something tells whether it went well, and only for an image that nobody else needs."""
+    disk = known.disk
+    doing = f"Disk {disk.target!r} of domain {facts.name!r} has {human(size)} and would be cut to {human(wanted)}"
+    if not request.allow_shrink:
+        raise Refused(
+            f"{doing}: what lies behind that would be lost",
+            advice="Give the present size or more, or allow_shrink: true if its last filesystem is an ext4 with room to spare",
+        )
+    if request.apply != "auto" or not request.allow_restart or not request.rollback:
+        raise Refused(
+            f"{doing}: that is done while the domain is off, and kept only if the domain is well with it",
+            advice="Use apply: auto, allow_restart: true and rollback: true",
+        )
+    reason = None
+    if disk.kind != "file" or disk.path is None or disk.format not in ("raw", "qcow2"):
+        reason = "it is not a raw or qcow2 file"
+    elif disk.encrypted:
+        reason = "it is encrypted"
+    elif not facts.configured.persistent:
+        reason = "the domain is transient"
+    elif len(known.layers) > 1:
+        reason = "it has overlays; end them with blockcommit, or remove its snapshots"
+    elif known.readers:
+        reason = f"{', '.join(known.readers)} would see it cut, too"
+    elif known.internal_snapshots:
+        reason = "its image holds internal snapshots; remove them first"
+    elif known.checkpoints and facts.live is None:
+        reason = f"checkpoints {', '.join(known.checkpoints)} can be ended only while the domain runs; start it first"
+    foreign = [name for name in known.checkpoints if not name.startswith(OUR_CHECKPOINTS)]
+    if foreign and reason is None:
+        reason = (
+            f"checkpoints {', '.join(foreign)} of another tool would no longer be right; remove them with that tool"
+        )
+    if reason is not None or disk.path is None or disk.format is None:
+        raise Refused(f"{doing}, and cannot be: {reason}", advice="Or copy the data to a new disk inside the guest")
+    return Change(
+        f"disk {disk.target}",
+        size,
+        wanted,
+        RESTART,
+        "a disk gets smaller while the domain is off, as a copy, if its filesystem fits",
+        DiskShrink(disk.target, wanted, os.path.realpath(disk.path), disk.format),
+        known.checkpoints,
+    )
+
+
 def _check_room(request: Request, wanted: int, known: DiskFacts, size: int, facts: Facts) -> None:
     path = known.disk.path
     if known.device_size is not None:
@@ -630,6 +688,15 @@ def _check_host(request: Request, facts: Facts, changes: Iterable[Change]) -> No
 
 def _check_restart(request: Request, facts: Facts) -> None:
     """Before a restart there must be a way to tell whether it went well."""
+    if facts.live is None:
+        # Only a shrink starts a domain that is off. What its agent allows is known when it answers.
+        if not facts.configured.agent_configured:
+            raise AgentSilent(
+                f"Domain {facts.name!r} must be started, and nothing would tell whether it is well then:"
+                " it has no guest agent channel",
+                advice="Give it one, and qemu-guest-agent in the guest",
+            )
+        return
     if request.health_command is not None:
         if facts.agent is None or not facts.agent.can_execute:
             raise AgentSilent(

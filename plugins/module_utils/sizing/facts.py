@@ -20,6 +20,7 @@ from ..hypervisor.block_jobs import running_job
 from ..hypervisor.connection import explaining
 from ..hypervisor.domain_model import Disk, Domain, Layer, read_domain
 from ..hypervisor.image_header import BadHeader, read_qcow2
+from ..safety import host_graph
 from . import guest_filesystem
 from .guest_filesystem import Filesystem
 
@@ -56,6 +57,7 @@ class DiskFacts:
     device_size: int | None = None  #: of the block device below, None for files
     internal_snapshots: int = 0
     problem: str | None = None
+    readers: tuple[str, ...] = ()  #: who else has its content, where that was asked for
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,11 @@ class Facts:
         return self.agent is not None and set(commands) <= self.agent.commands
 
 
-def read_facts(handle: Any, targets: Sequence[str] = (), *, grow: Sequence[str] = ()) -> Facts:
-    """The facts of one domain; ``targets`` are the disks that matter, ``grow`` those whose filesystems do."""
+def read_facts(handle: Any, targets: Sequence[str] = (), *, grow: Sequence[str] = (), readers: bool = False) -> Facts:
+    """The facts of one domain; ``targets`` are the disks that matter, ``grow`` those whose filesystems do.
+
+    ``readers``: whoever else names an image is looked for, too.
+    """
     now = read_domain(handle)
     configured = read_domain(handle, inactive=True) if now.persistent else now
     live = now if now.state.active else None
@@ -111,6 +116,7 @@ def read_facts(handle: Any, targets: Sequence[str] = (), *, grow: Sequence[str] 
                 filesystems = guest_filesystem.read_filesystems(handle, grow)
             except AgentSilent as error:
                 filesystems_problem = error.problem
+    graph = host_graph.read_graph(handle.connect()) if readers else None
     return Facts(
         configured=configured,
         live=live,
@@ -119,7 +125,11 @@ def read_facts(handle: Any, targets: Sequence[str] = (), *, grow: Sequence[str] 
         cpus=guest_cpus(handle, info),
         memory=guest_memory(handle, info),
         balloon=balloon(handle, now) if live is not None else None,
-        disks={disk.target: _disk(handle, now, disk, now.checkpoints) for disk in now.disks if disk.target in targets},
+        disks={
+            disk.target: _disk(handle, now, disk, now.checkpoints, graph)
+            for disk in now.disks
+            if disk.target in targets
+        },
         filesystems=filesystems,
         filesystems_problem=filesystems_problem,
         host=read_host(handle.connect()),
@@ -224,7 +234,9 @@ def balloon(handle: Any, domain: Domain) -> int:
     return domain.memory_max - sum(device.size for device in domain.memory_devices if device.model == "virtio-mem")
 
 
-def _disk(handle: Any, domain: Domain, disk: Disk, checkpoints: Sequence[str]) -> DiskFacts:
+def _disk(
+    handle: Any, domain: Domain, disk: Disk, checkpoints: Sequence[str], graph: host_graph.HostGraph | None
+) -> DiskFacts:
     size = None
     problem = None
     layers: tuple[Layer, ...] = disk.chain
@@ -254,7 +266,13 @@ def _disk(handle: Any, domain: Domain, disk: Disk, checkpoints: Sequence[str]) -
         device_size,
         snapshots,
         problem,
+        _readers(graph, disk.path, domain.uuid) if graph is not None and disk.path else (),
     )
+
+
+def _readers(graph: host_graph.HostGraph, path: str, uuid: str) -> tuple[str, ...]:
+    """Whoever but the domain itself would see another content in its image."""
+    return tuple(str(one) for one in graph.readers(path) if not (one.kind == "domain" and one.uuid == uuid))
 
 
 def _tracks(handle: Any, checkpoint: str, target: str) -> bool:

@@ -40,6 +40,7 @@ class Request:
     disks: tuple[DiskRequest, ...] = ()
     apply: str = "auto"
     allow_restart: bool = False
+    allow_shrink: bool = False
     overcommit: bool = False
     rollback: bool = True
     health_command: tuple[str, ...] | None = None
@@ -57,6 +58,7 @@ def check_request(params: Mapping[str, Any]) -> Request:
         disks=_disks(params["disks"] or ()),
         apply=params["apply"],
         allow_restart=params["allow_restart"],
+        allow_shrink=params["allow_shrink"],
         overcommit=params["overcommit"],
         rollback=params["rollback"],
         health_command=_command(params["health_command"]),

@@ -9,12 +9,13 @@ import time
 from typing import Any
 
 from .._errors import Refused, VmkeeperError
+from ..hypervisor import health
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import explaining, find_domain, message_of
 from ..hypervisor.definition import define
 from ..hypervisor.domain_model import read_domain
 from ..safety.journal import Journal
-from . import health
+from . import shrinking
 from .outcome import wait_for
 
 #: The old size is known to boot: it gets time whatever the task allowed the new one.
@@ -44,6 +45,7 @@ def restart(connection: Any, handle: Any, journal: Journal, new_xml: str) -> int
             state="Its definition is as it was; it is saved, not running.",
         )
     problem = None
+    _shrink(handle, journal)
     journal.step("define")
     try:
         define(
@@ -56,10 +58,12 @@ def restart(connection: Any, handle: Any, journal: Journal, new_xml: str) -> int
     if problem is None:
         journal.step("health")
         if not plan["judge"]:
-            return round((time.monotonic() - began) * 1000)
+            return _milliseconds_since(began)
         problem = health.wait_until_well(handle, plan["health_command"], plan["health_timeout"])
     if problem is None:
-        return round((time.monotonic() - began) * 1000)
+        downtime = _milliseconds_since(began)
+        keep(handle, journal)
+        return downtime
     if not plan["rollback"]:
         raise VmkeeperError(
             f"Domain {handle.name()!r} is not well with its new size: {problem}",
@@ -69,6 +73,45 @@ def restart(connection: Any, handle: Any, journal: Journal, new_xml: str) -> int
             rolled_back=False,
         )
     raise _rolled_back(connection, handle, journal, problem, began)
+
+
+def _milliseconds_since(began: float) -> int:
+    return round((time.monotonic() - began) * 1000)
+
+
+def _shrink(handle: Any, journal: Journal) -> None:
+    """Smaller copies of disks in the originals' places; the domain is off. Where it cannot be, the domain runs as before."""
+    shrinks = journal.operation.plan.get("shrinks", ())
+    try:
+        for shrink in shrinks:
+            journal.step("shrink", target=shrink["target"])
+            shrinking.make_copy(shrink, doing=shrink["doing"])
+        for shrink in shrinks:
+            journal.step("swap", target=shrink["target"])
+            shrinking.swap(shrink)
+    except (VmkeeperError, OSError) as error:
+        shrinking.put_back(shrinks)
+        state = "It is off, with its disks as they were."
+        if journal.operation.plan["was_running"]:
+            handle.create()
+            state = "It was started again, with its disks as they were."
+        journal.finish()
+        if isinstance(error, VmkeeperError):
+            error.state = state
+            error.args = (str(error),)
+        raise
+
+
+def keep(handle: Any, journal: Journal) -> None:
+    """The domain is well: what was kept for the way back goes, and one that was off is shut down again."""
+    plan = journal.operation.plan
+    if not plan.get("shrinks"):
+        return
+    journal.step("drop")
+    shrinking.drop_originals(plan["shrinks"])
+    if not plan["was_running"]:
+        journal.step("stop")
+        shut_down(handle, plan["shutdown_timeout"])
 
 
 def shut_down(handle: Any, seconds: float) -> None:
@@ -87,9 +130,12 @@ def shut_down(handle: Any, seconds: float) -> None:
 def _rolled_back(connection: Any, handle: Any, journal: Journal, problem: str, began: float) -> RolledBack:
     again = roll_back(connection, journal)
     name = handle.name()
+    running = journal.operation.plan.get("was_running", True)
+    started = "it was started again" if running else "it is off again"
     return RolledBack(
         f"Domain {name!r} is not well with its new size: {problem}",
-        state=f"Its old definition is back and it was started again{'' if again is None else f', but {again}'}.",
+        state=f"Its old definition is back{', its old disks are,' if journal.operation.plan.get('shrinks') else ''}"
+        f" and {started}{'' if again is None else f', but {again}'}.",
         advice="Choose another size; its serial console may say what it lacked",
         restarted=True,
         rolled_back=True,
@@ -104,7 +150,7 @@ def roll_back(connection: Any, journal: Journal) -> str | None:
     handle = find_domain(connection, domain["uuid"])
     if not (journal.operation.reached("start-old") and handle.isActive()):
         _return(connection, handle, journal, plan["old_xml"])
-    if not plan["judge"]:
+    if not plan["judge"] or not plan.get("was_running", True):
         return None
     # The agent alone is asked: health_command may speak of what only the new size would have made true.
     return health.wait_until_well(handle, None, max(plan["health_timeout"], _OLD_SIZE_SECONDS))
@@ -116,12 +162,15 @@ def _return(connection: Any, handle: Any, journal: Journal, old_xml: str) -> Non
         # It is not well, so it is not asked to shut down.
         with explaining(f"Stopping domain {handle.name()!r}", state="It has its new definition."):
             handle.destroy()
+    shrinking.put_back(journal.operation.plan.get("shrinks", ()))
     define(
         connection,
         old_xml,
         doing=f"Defining domain {handle.name()!r} with its old size",
         state="It is shut off and has its new definition.",
     )
+    if not journal.operation.plan.get("was_running", True):
+        return
     journal.step("start-old")
     with explaining(f"Starting domain {handle.name()!r} again", state="It is shut off, with its old definition."):
         handle.create()

@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .._errors import VmkeeperError
-from ..hypervisor import checkpoints
+from ..hypervisor import appliance, checkpoints
 from ..hypervisor.definition import define, persistent_xml
 from ..safety import locks, settlement
 from ..safety.journal import Journal
-from . import disks, guest_filesystem, memory, vcpus
+from . import disks, guest_filesystem, memory, shrinking, vcpus
 from .change_set import (
     LIVE,
     NEXT_BOOT,
@@ -25,6 +26,7 @@ from .change_set import (
     Change,
     ChangeSet,
     DiskGrowth,
+    DiskShrink,
     MemoryAction,
     VcpuAction,
     compute,
@@ -63,7 +65,12 @@ def resize(
         planned = []
         for handle in handles:
             facts = _facts(handle, request)
-            planned.append((handle, facts, compute(request, facts)))
+            change_set = compute(request, facts)
+            if change_set.shrinks:
+                appliance.require("Making a disk smaller")
+            planned.append((handle, facts, change_set))
+        for _handle, facts, change_set in planned:
+            _check_shrinks(facts, change_set)
         results = []
         for handle, facts, change_set in planned:
             run = _Run(connection, handle, request, facts, change_set)
@@ -75,11 +82,22 @@ def resize(
         return results
 
 
+def _check_shrinks(facts: Facts, change_set: ChangeSet) -> None:
+    """Of a domain that is off, the filesystems can say now whether they fit; of others when they are."""
+    for shrink in change_set.shrinks if facts.live is None else ():
+        shrinking.check_fits(shrink.path, shrink.format, shrink.size, doing=_shrinking(facts.name, shrink.target))
+
+
+def _shrinking(domain: str, target: str) -> str:
+    return f"Making disk {target!r} of domain {domain!r} smaller"
+
+
 def _facts(handle: Any, request: Request) -> Facts:
     return read_facts(
         handle,
         [disk.target for disk in request.disks],
         grow=[disk.target for disk in request.disks if disk.grow_filesystem],
+        readers=request.allow_shrink,
     )
 
 
@@ -161,10 +179,28 @@ class _Run:
             ],
             "old_xml": old_xml,
             "rollback": self._request.rollback,
-            "judge": self._facts.agent is not None or self._request.health_command is not None,
+            "judge": self._facts.agent is not None
+            or self._request.health_command is not None
+            or bool(self._set.shrinks),
+            "was_running": self._facts.live is not None,
+            "shrinks": [self._shrink(one) for one in self._set.shrinks],
             "health_command": list(self._request.health_command) if self._request.health_command else None,
             "health_timeout": self._request.health_timeout,
             "shutdown_timeout": self._request.shutdown_timeout,
+        }
+
+    def _shrink(self, shrink: DiskShrink) -> dict[str, Any]:
+        """What the journal says of a disk that gets smaller; the names are new ones beside its image."""
+        stem = f"{shrink.path}.vmk-{secrets.token_hex(4)}"
+        return {
+            "target": shrink.target,
+            "path": shrink.path,
+            "format": shrink.format,
+            "size": shrink.size,
+            "doing": _shrinking(self._facts.name, shrink.target),
+            "work": f"{stem}.work",
+            "copy": f"{stem}.smaller",
+            "kept": f"{stem}.original",
         }
 
     def _give_up(self, error: BaseException) -> None:
@@ -246,6 +282,14 @@ class _Run:
             self._set = replace(self._set, pending=(*self._set.pending, f"{change.what}: {outcome.note}"))
 
     def _restart(self, new_xml: str) -> None:
+        for change in self._set.due:
+            if change.how == RESTART and change.ends_checkpoints:
+                self._journal.step(f"checkpoints {change.what}")
+                checkpoints.end(
+                    self._handle,
+                    change.ends_checkpoints,
+                    state="The disk has its old size; the next backup may have to be a full one.",
+                )
         self._downtime = restart(self._connection, self._handle, self._journal, new_xml)
         facts = _facts(self._handle, self._request)
         for change in self._set.due:
@@ -253,6 +297,9 @@ class _Run:
                 continue
             self._applied[change.what] = RESTART
             seen = None
+            if isinstance(change.action, DiskShrink):
+                self._outcomes[change.what] = Outcome(None, note="its filesystem was checked before and after")
+                continue
             if change.what == "vcpus":
                 seen = len(facts.cpus.online) if facts.cpus else None
             elif change.what == "memory":
@@ -274,7 +321,7 @@ class _Run:
                 warnings.append(f"{self._facts.name}: {change.what}: {outcome.note}")
             if change.ends_checkpoints:
                 warnings.append(
-                    f"{self._facts.name}: resizing {change.what} under its overlays ends the checkpoints"
+                    f"{self._facts.name}: resizing {change.what} ends the checkpoints"
                     f" {', '.join(change.ends_checkpoints)}; the next backup is a full one"
                 )
             if change.how == NONE and any(one.what == f"disk {change.what.partition(' ')[2]}" for one in self._set.due):
@@ -287,7 +334,7 @@ class _Run:
                 "domain": self._facts.name,
                 "changes": entries,
                 "restarted": restarted,
-                "downtime_ms": self._downtime if restarted else 0,
+                "downtime_ms": self._downtime if restarted and self._facts.live is not None else 0,
                 "restart_required": bool(waiting) and self._facts.live is not None,
                 "restart_reasons": waiting if self._facts.live is not None else [],
                 "rolled_back": False,

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from .._errors import VmkeeperError
+from ..hypervisor import health
 from ..hypervisor.connection import explaining, find_domain, open_connection
 from ..hypervisor.domain_model import read_domain
 from ..safety.journal import Journal
-from . import health, restart
+from . import restart, shrinking
 from .outcome import wait_for
 
 OPERATION = "resize"
@@ -40,6 +42,16 @@ def _settle(connection: Any, pending: Journal) -> str:
     if not operation.reached("shutdown"):
         return "left as far as it had got"
     handle = find_domain(connection, operation.domains[0]["uuid"])
+    shrinks = operation.plan.get("shrinks", ())
+    if operation.reached("drop"):
+        restart.keep(handle, pending)
+        return "finished: it was well with its new size"
+    if shrinks and not operation.reached("start"):
+        if handle.isActive() and any(shrinking.swapped(shrink) for shrink in shrinks):
+            return _started_by_somebody(handle, pending)
+        shrinking.put_back(shrinks)  # also of a guest that still shuts down: nothing has taken its image's name
+        if not operation.plan["was_running"] and not operation.reached("define"):
+            return "taken back: it is off, with its disks as they were"
     if not operation.reached("define"):
         wait_for(lambda: not handle.isActive(), min(_SHUTDOWN_SECONDS, operation.plan["shutdown_timeout"]))
         if handle.isActive():
@@ -52,9 +64,25 @@ def _settle(connection: Any, pending: Journal) -> str:
     if operation.reached("start") and not operation.reached("rollback") and handle.isActive():
         plan = operation.plan
         if not plan["judge"] or health.wait_until_well(handle, plan["health_command"], plan["health_timeout"]) is None:
+            restart.keep(handle, pending)
             return "found well with its new size"
     restart.roll_back(connection, pending)
     return "taken back: it runs with its old definition"
+
+
+def _started_by_somebody(handle: Any, pending: Journal) -> str:
+    """It runs on smaller copies that no run has started it on; what it has written is on them."""
+    plan = pending.operation.plan
+    problem = health.wait_until_well(handle, plan["health_command"], plan["health_timeout"])
+    if problem is None:
+        shrinking.drop_originals(plan["shrinks"])
+        return "found well with its smaller disks"
+    kept = ", ".join(shrink["kept"] for shrink in plan["shrinks"])
+    raise VmkeeperError(
+        f"Domain {handle.name()!r} was started on its smaller disks and is not well: {problem}",
+        state=f"Its disks as they were before are kept as {kept}.",
+        advice="See that it becomes well, or shut it down, and run this again",
+    )
 
 
 #: For :func:`..safety.settlement.settle_before_change` and ``recover_domain``.

@@ -29,6 +29,7 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain
 )
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.change_set import (
     DiskGrowth,
+    DiskShrink,
     MemoryAction,
     VcpuAction,
     compute,
@@ -334,6 +335,59 @@ def test_a_disk_with_a_job_is_busy_and_an_unknown_one_is_named():
 def test_a_smaller_disk_is_refused():
     with pytest.raises(Refused, match="lost"):
         compute(Request(disks=(DiskRequest("vda", GIB // 2),)), facts())
+
+
+def shrunk(**values) -> Request:
+    return Request(
+        disks=(DiskRequest("vda", GIB // 2),),
+        **{"allow_shrink": True, "allow_restart": True, "rollback": True, **values},
+    )
+
+
+def test_a_smaller_disk_that_is_asked_for_is_a_restart_with_the_rest_carried_along():
+    planned = compute(shrunk(vcpus=3), facts())
+    assert {change.what: change.how for change in planned.due} == {"vcpus": "restart", "disk vda": "restart"}
+    assert planned.shrinks == (DiskShrink("vda", GIB // 2, "/nowhere/vda.qcow2", "qcow2"),)
+    assert not compute(shrunk(), disk_facts(size=GIB // 2)).shrinks
+
+
+@pytest.mark.parametrize("option", [{"allow_restart": False}, {"rollback": False}, {"apply": "next_boot"}])
+def test_a_smaller_disk_needs_a_restart_and_a_way_back(option):
+    with pytest.raises(Refused, match="kept only if the domain is well"):
+        compute(shrunk(**option), facts())
+
+
+@pytest.mark.parametrize(
+    ("trait", "says"),
+    [
+        ({"layers": (*DISK.chain, Layer("/nowhere/base", "qcow2"))}, "overlays"),
+        ({"readers": ("the image /nowhere/clone",)}, "/nowhere/clone would see it cut"),
+        ({"internal_snapshots": 1}, "internal snapshots"),
+        ({"checkpoints": ("theirs",)}, "theirs of another tool"),
+        (
+            {"disk": replace(DISK, chain=(Layer("/dev/vg/lv", "raw", "block"),), kind="block")},
+            "not a raw or qcow2 file",
+        ),
+    ],
+)
+def test_a_disk_that_others_need_is_not_made_smaller(trait, says):
+    with pytest.raises(Refused, match=says):
+        compute(shrunk(), disk_facts(**trait))
+
+
+def test_our_checkpoints_end_with_a_smaller_disk_and_only_while_the_domain_runs():
+    known = disk_facts(checkpoints=("vmk-1-2",))
+    (change,) = compute(shrunk(), known).due
+    assert change.ends_checkpoints == ("vmk-1-2",)
+    off = replace(known, live=None, configured=domain(agent_configured=True), agent=None)
+    with pytest.raises(Refused, match="start it first"):
+        compute(shrunk(), off)
+
+
+def test_a_stopped_domain_that_nobody_could_judge_is_not_started_for_a_smaller_disk():
+    off = replace(facts(), live=None, configured=domain(agent_configured=False), agent=None)
+    with pytest.raises(AgentSilent, match="no guest agent channel"):
+        compute(shrunk(), off)
 
 
 def test_a_device_below_must_have_the_room():

@@ -20,6 +20,7 @@ DEFAULTS: dict[str, Any] = {
     "disks": None,
     "apply": "auto",
     "allow_restart": False,
+    "allow_shrink": False,
     "overcommit": False,
     "rollback": True,
     "health_command": None,

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Copyright: vmkeeper.libvirt contributors
+"""Disks get smaller only when their filesystem fits, as a checked copy, and the original comes back when it has to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lab import appliance
+from lab.guest import DiskSpec, Guest, GuestSpec
+from lab.images import run
+
+from ansible_collections.vmkeeper.libvirt.tests.integration.conftest import GuestFactory
+from ansible_collections.vmkeeper.libvirt.tests.integration.sizing.resizing import (
+    MIB,
+    change,
+    refused,
+    resize,
+    start,
+    unfinished,
+)
+
+#: One boot of libguestfs takes tens of seconds in emulation: all but one shrink are for `make test-long`.
+LONG = int(os.environ.get("VMK_SCALE", "1")) > 1
+FREELY = {"allow_shrink": True, "allow_restart": True}
+
+
+@pytest.fixture(scope="module")
+def roomy(module_guest_factory: GuestFactory) -> Guest:
+    """A plain disk, a partitioned raw one and an XFS, with much room."""
+    disks = (
+        DiskSpec("vda", size=128 * MIB),
+        DiskSpec("vdb", size=128 * MIB, format="raw", partitioned=True),
+        DiskSpec("vdc", size=320 * MIB, fs="xfs", writer=False),
+    )
+    return module_guest_factory(GuestSpec("roomy", memory=160, disks=disks))
+
+
+@pytest.fixture(autouse=True)
+def libguestfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the modules' libguestfs needs here."""
+    why = appliance.missing()
+    if why:
+        pytest.skip(f"disks are made smaller in libguestfs: {why}")
+    for name, value in appliance.environment().items():
+        monkeypatch.setenv(name, value)
+
+
+@contextlib.contextmanager
+def hidden(program: str) -> Iterator[None]:
+    """The program is not installed for a while, on this private test host."""
+    path = shutil.which(program, path="/usr/bin:/bin")
+    assert path
+    run("mount", "--bind", "/dev/null", path)
+    try:
+        yield
+    finally:
+        run("umount", path)
+
+
+def beside(guest: Guest) -> set[str]:
+    """Files in the places of the guest's images that are not its images."""
+    images = {path.name for path in guest.images.values()}
+    return {path.name for path in guest.images["vda"].parent.iterdir() if ".vmk-" in path.name} - images
+
+
+def fill(guest: Guest, directory: str) -> str:
+    """Files that lie behind much that is gone again, so that they have to move; returns their sums."""
+    guest.exec(
+        f"cd {directory} && mkdir -p kept && dd if=/dev/zero of=drop bs=1M count=90 2>/dev/null &&"
+        " for n in $(seq 10); do head -c 40000 /dev/urandom > kept/$n; done; rm drop; sync",
+        timeout=300,
+    )
+    return sums(guest, directory)
+
+
+def sums(guest: Guest, directory: str) -> str:
+    text = guest.exec(f"cd {directory}/kept && sha256sum *", timeout=300).text
+    assert len(text.splitlines()) == 10
+    return text
+
+
+def test_a_disk_is_made_smaller_only_on_all_of_its_conditions(roomy: Guest) -> None:
+    smaller = {"disks": [{"target": "vda", "size": "96M"}]}
+    assert "would be lost" in refused(roomy, **smaller)["msg"]
+    assert "allow_restart: true" in refused(roomy, allow_shrink=True, **smaller)["msg"]
+    assert "rollback: true" in refused(roomy, rollback=False, **FREELY, **smaller)["msg"]
+    with hidden("guestfish"):
+        assert "needs libguestfs" in refused(roomy, **FREELY, **smaller)["msg"]
+    assert roomy.is_running()
+    assert not unfinished(roomy)
+
+
+def test_a_disk_that_others_need_is_not_made_smaller(roomy: Guest) -> None:
+    clone = roomy.images["vda"].with_name("clone.qcow2")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-u", "-F", "qcow2", "-b", roomy.images["vda"], clone, "128M")
+    try:
+        result = refused(roomy, disks=[{"target": "vda", "size": "96M"}], **FREELY)
+        assert clone.name in result["msg"]
+    finally:
+        clone.unlink()
+
+
+def test_a_disk_that_fits_gets_smaller_and_keeps_every_file(roomy: Guest) -> None:
+    before = fill(roomy, "/disk/vda")
+    wanted = {"disks": [{"target": "vda", "size": "96M"}], **FREELY}
+    foreseen = resize(roomy, check=True, **wanted)
+    assert change(foreseen, "disk vda")["applied"] == "restart"
+    made = resize(roomy, **wanted)
+    assert made["restarted"]
+    assert made["downtime_ms"] > 0
+    assert roomy.domain().blockInfo("vda")[0] == 96 * MIB
+    assert int(roomy.exec("cat /sys/block/vda/size").text) * 512 == 96 * MIB
+    assert sums(roomy, "/disk/vda") == before
+    assert roomy.writer_log("vda").is_intact
+    assert not beside(roomy)
+    assert not resize(roomy, **wanted)["changed"]
+    assert not unfinished(roomy)
+
+
+def test_a_shrink_that_does_not_fit_is_refused_and_the_guest_runs_on(roomy: Guest) -> None:
+    roomy.exec("head -c 40000000 /dev/urandom > /disk/vda/much; sync")
+    result = start(roomy, disks=[{"target": "vda", "size": "32M"}], **FREELY).result()
+    assert result["failed"]
+    assert "needs at least" in result["msg"]
+    assert "started again" in result["msg"]
+    roomy.wait_ready()
+    assert roomy.domain().blockInfo("vda")[0] == 96 * MIB
+    assert not beside(roomy)
+    assert not unfinished(roomy)
+    roomy.exec("rm /disk/vda/much; sync")
+
+
+@pytest.mark.skipif(not LONG, reason="make test-long")
+def test_a_partition_gets_smaller_with_its_disk(roomy: Guest) -> None:
+    before = fill(roomy, "/disk/vdb")
+    identity = roomy.exec("blkid /dev/vdb1").text
+    resize(roomy, disks=[{"target": "vdb", "size": "100M"}], **FREELY)
+    assert roomy.domain().blockInfo("vdb")[0] == 100 * MIB
+    assert roomy.exec("blkid /dev/vdb1").text == identity
+    assert "GPT" not in roomy.exec("dmesg | grep -i gpt || true").text, "the kernel complains of the table"
+    assert sums(roomy, "/disk/vdb") == before
+    assert roomy.writer_log("vdb").is_intact
+    assert not beside(roomy)
+
+
+@pytest.mark.skipif(not LONG, reason="make test-long")
+def test_xfs_is_refused_with_the_reason(roomy: Guest) -> None:
+    result = start(roomy, disks=[{"target": "vdc", "size": "310M"}], **FREELY).result()
+    assert result["failed"]
+    assert "XFS cannot be made smaller" in result["msg"]
+    roomy.wait_ready()
+    assert not beside(roomy)
+
+
+@pytest.mark.skipif(not LONG, reason="make test-long")
+def test_a_stopped_domain_is_started_to_prove_it_and_gets_its_disk_back_if_it_is_not_well(roomy: Guest) -> None:
+    before = sums(roomy, "/disk/vda")
+    roomy.shutdown()
+    inode = roomy.images["vda"].stat().st_ino
+    smaller = {"disks": [{"target": "vda", "size": "80M"}], **FREELY}
+    assert "needs at least" in refused(roomy, disks=[{"target": "vda", "size": "1M"}], **FREELY)["msg"]
+    result = start(roomy, health_command=["false"], health_timeout="5s", **smaller).result()
+    assert result["failed"]
+    assert result["rolled_back"]
+    assert "off again" in result["msg"]
+    assert not roomy.is_running()
+    assert roomy.images["vda"].stat().st_ino == inode
+    assert not beside(roomy)
+    resize(roomy, **smaller)
+    assert not roomy.is_running()
+    assert not beside(roomy)
+    roomy.start()
+    assert sums(roomy, "/disk/vda") == before
+
+
+@pytest.mark.skipif(not LONG, reason="make test-long")
+def test_a_kill_at_any_step_of_a_shrink_is_repaired(roomy: Guest, tmp_path: Path) -> None:
+    before = sums(roomy, "/disk/vda")
+    for number, step in enumerate(["begin", "shutdown", "shrink", "swap", "define", "start", "health", "drop"]):
+        wanted = {"disks": [{"target": "vda", "size": f"{79 - number}M"}], **FREELY}
+        log = tmp_path / str(number)
+        assert start(roomy, kill_at=step, log=log, **wanted).wait() < 0, step
+        assert log.read_text().splitlines()[-1] == f"!{step}"
+        resize(roomy, **wanted)
+        roomy.wait_ready()
+        assert roomy.domain().blockInfo("vda")[0] == (79 - number) * MIB, step
+        assert not beside(roomy), step
+        assert sums(roomy, "/disk/vda") == before, step
+    assert roomy.writer_log("vda").is_intact
+    assert not unfinished(roomy)
