@@ -87,8 +87,9 @@ not_checked:
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import listing, stored, verifying
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import listing, verifying
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.repository import open_repository
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import image_node
 
 
 def handle(call: _module.Call) -> _module.Answer:
@@ -98,7 +99,7 @@ def handle(call: _module.Call) -> _module.Answer:
         raise InvalidInput("Neither id nor source_domain is given", advice="Give one of them")
     repository = open_repository(params["repository"])
     found = listing.find_point(repository, identifier=params["id"], source=params["source_domain"])
-    passphrase = stored.passphrase_option(params["passphrase"], "passphrase")
+    passphrase = image_node.passphrase_option(params["passphrase"], "passphrase")
     not_checked = verifying.prove(repository, found, params["level"], passphrase, check=call.check)
     result = {"verified": True, "id": found.point.id, "level": params["level"], "findings": []}
     return _module.Answer(changed=False, result={**result, "not_checked": not_checked}, warnings=not_checked)

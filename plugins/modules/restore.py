@@ -160,8 +160,8 @@ id:
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import stored
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.restoring import Request, restore
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import image_node
 
 
 def request_of(call: _module.Call) -> Request:
@@ -183,7 +183,7 @@ def request_of(call: _module.Call) -> Request:
         confirm=params["confirm"],
         attach_to=params["attach_to"],
         running=params["state"] == "running",
-        passphrase=stored.passphrase_option(params["passphrase"], "passphrase"),
+        passphrase=image_node.passphrase_option(params["passphrase"], "passphrase"),
     )
 
 
