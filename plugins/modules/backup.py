@@ -31,6 +31,7 @@ options:
     description:
       - V(present) makes a restore point, always, unless O(min_age) finds one that is young enough.
       - V(absent) removes the point O(id), whichever others stand on it. What those need of it is merged into them.
+        Where they are encrypted, that needs O(encryption.passphrase).
     type: str
     choices: [present, absent]
     default: present
@@ -81,7 +82,7 @@ options:
       - The manifest, the definition, the UEFI variables and the digests of the disks' content are not encrypted.
       - All points of a chain have one passphrase. An increment is refused if its passphrase does not open what it would stand on;
         O(type=full) begins a new chain with a new one. Where O(encryption) comes or goes, the disks get a full.
-      - An encrypted point that others stand on cannot be removed, since encrypted images are not merged.
+      - With O(state=absent) it is needed where encrypted points that stay must be merged with the one that goes.
       - A disk whose own image is encrypted is always stored encrypted, and not compressed. Without this option its passphrase is that
         of its libvirt secret, which must not be private.
       - Without the passphrase the data is lost. It is kept nowhere.
@@ -328,7 +329,13 @@ def _remove(call: _module.Call) -> _module.Answer:
     if params["id"] is None or len(params["domains"]) != 1:
         raise InvalidInput("state: absent needs one domain and an id", advice="Give both")
     removed = removal.remove_by_id(
-        call.connection, call.uri, params["repository"], params["domains"][0], params["id"], check=call.check
+        call.connection,
+        call.uri,
+        params["repository"],
+        params["domains"][0],
+        params["id"],
+        passphrase=stored.passphrase_option((params["encryption"] or {}).get("passphrase"), "encryption.passphrase"),
+        check=call.check,
     )
     return _module.Answer(
         changed=removed is not None,

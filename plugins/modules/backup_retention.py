@@ -57,6 +57,11 @@ options:
     type: str
     choices: [commit, never]
     default: commit
+  passphrase:
+    description:
+      - Opens encrypted points where some that stay must be merged with some that go. It is written nowhere.
+      - Not needed with O(fold=never), nor where nothing is merged.
+    type: str
 extends_documentation_fragment:
   - vmkeeper.libvirt.hypervisor
   - vmkeeper.libvirt.hypervisor.changing
@@ -127,6 +132,7 @@ freed_bytes:
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import stored
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.retention import prune
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.retention_plan import Keep
 
@@ -152,6 +158,7 @@ def handle(call: _module.Call) -> _module.Answer:
         params["domains"],
         keep_of(call),
         fold=params["fold"] == "commit",
+        passphrase=stored.passphrase_option(params["passphrase"], "passphrase"),
         check=call.check,
     )
     staying = [one.point.id for one in pruned.kept]
@@ -174,6 +181,7 @@ def main() -> None:
             "domains": dict(_module.DOMAINS_OPTION),
             **{f"keep_{period}": {"type": "int"} for period in PERIODS},
             "fold": {"type": "str", "choices": ["commit", "never"], "default": "commit"},
+            "passphrase": {"type": "str", "no_log": True},
         },
         handle,
     )

@@ -16,19 +16,28 @@ from dataclasses import replace
 from typing import Any
 
 from .._errors import Refused
-from ..hypervisor import chain, qemu_img
-from ..hypervisor.domain_model import Layer
-from ..hypervisor.image_node import Image
+from ..hypervisor import image_node, qemu_img
+from ..hypervisor.image_header import read_qcow2
+from ..hypervisor.image_node import Image, Keys, Passphrase
 from ..safety import host_graph, places, processes, space
 from ..safety.journal import Journal
-from . import digests, manifest, verifying
-from .folding_plan import COPY, FOLD, Merge, RemovalPlan, plan_removal
+from . import digests, manifest, stored, verifying
+from .folding_plan import COPY, FOLD, POUR, REPLACING, Merge, RemovalPlan, plan_removal
 from .manifest import Point, StoredDisk
 from .repository import GOING, GONE, MANIFEST, History, Repository, put_away, sweep
 
 
-def finish(repository: Repository, domain_uuid: str, identifiers: Iterable[str], journal: Journal) -> None:
-    """Remove points, and whatever an earlier run left half removed. Call it with the lock of the points held alone."""
+def finish(
+    repository: Repository,
+    domain_uuid: str,
+    identifiers: Iterable[str],
+    journal: Journal,
+    passphrase: Passphrase | None = None,
+) -> None:
+    """Remove points, and whatever an earlier run left half removed. Call it with the lock of the points held alone.
+
+    ``passphrase`` opens encrypted images that must be merged; raises :class:`InvalidInput` without it.
+    """
     directory = repository.domain_directory(domain_uuid)
     again = bool(repository.history(domain_uuid).going)
     journal.step("hide")
@@ -37,17 +46,18 @@ def finish(repository: Repository, domain_uuid: str, identifiers: Iterable[str],
     history = repository.history(domain_uuid)
     plan = plan_removal(history.points, history.going)
     require_whole(repository, history, plan)
+    require_opening(repository, history, plan, passphrase)
     for merge in plan.merges:
         journal.step("merge", point=merge.point, target=merge.target, how=merge.how)
-        _Merging(directory, history, merge).run(again=again)
-        if merge.how == FOLD:
+        _Merging(repository, domain_uuid, history, merge, passphrase).run(again=again)
+        if merge.how in REPLACING:
             journal.step("replace", point=merge.point, target=merge.target)
             _replace(directory, merge)
     history = repository.history(domain_uuid)
     for point in history.points:
         if point.id in history.lagging:
             journal.step("describe", point=point.id)
-            _describe(directory, point)
+            _describe(repository, history, point, passphrase)
     for point in sorted(history.going, key=lambda one: -one.sequence):
         journal.step("discard", point=point.id)
         put_away(repository, domain_uuid, point.id)
@@ -64,42 +74,80 @@ def _hide(directory: str) -> None:
 class _Merging:
     """One image that stays takes over what it needs of those that go."""
 
-    def __init__(self, directory: str, history: History, merge: Merge) -> None:
-        self._directory = directory
+    def __init__(
+        self,
+        repository: Repository,
+        domain_uuid: str,
+        history: History,
+        merge: Merge,
+        passphrase: Passphrase | None,
+    ) -> None:
+        self._repository = repository
+        self._directory = repository.domain_directory(domain_uuid)
         self._history = history
         self._merge = merge
-        point = history.holder(merge.point)
-        disk = point.disk(merge.target) if point is not None else None
+        self._passphrase = passphrase
+        self._disk = self._stored(merge.point)
+        self._top = self._image(merge.point)
+        self._doing = f"Merging disk {merge.target!r} of point {merge.point} with the points below it"
+
+    def _stored(self, identifier: str) -> StoredDisk:
+        point = self._history.holder(identifier)
+        disk = point.disk(self._merge.target) if point is not None else None
         if disk is None:
-            raise Refused(f"Point {merge.point} does not hold disk {merge.target!r}")
-        self._disk: StoredDisk = disk
-        self._image = os.path.join(directory, merge.point, disk.file)
+            raise Refused(f"Point {identifier} does not hold disk {self._merge.target!r}")
+        return disk
+
+    def _image(self, identifier: str) -> Image:
+        encrypted = self._stored(identifier).encryption is not None
+        path = os.path.join(self._directory, identifier, self._disk.file)
+        return Image(path, "qcow2", self._passphrase if encrypted else None)
 
     def run(self, *, again: bool) -> None:
         """``again``: an earlier run may have been killed while it wrote, which leaks clusters and loses nothing."""
         self._merge_sums()
         merge, disk = self._merge, self._disk
-        if merge.how == FOLD:
-            base = disk.link(merge.ground)
-            written = os.path.join(self._directory, merge.ground, disk.file)
+        written = self._image(merge.ground) if merge.how in REPLACING else self._top
+        processes.wait_released([written.path, self._top.path])
+        if merge.how == POUR:
+            self._pour(written)
+        elif merge.how == FOLD:
             # -d: the top keeps its content until the other file takes its place.
-            arguments = ["commit", "-q", "-d", "-f", "qcow2", "-b", str(base)]
+            self._run("commit", "-d", "-f", "qcow2", "-b", str(disk.link(merge.ground)), self._top.path)
         else:
             # Safe rebase (no -u): it compares old and new ground and takes over what differs, then changes the link.
-            written = self._image
             onto = [] if merge.how == COPY else ["-F", "qcow2"]
-            arguments = ["rebase", "-q", "-f", "qcow2", *onto, "-b", disk.link(merge.onto) or ""]
-        processes.wait_released([written, self._image])
-        qemu_img.run(
-            [*arguments, self._image],
-            doing=f"Merging disk {merge.target!r} of point {merge.point} with the points below it",
-            with_caller=True,
-        )
+            self._run("rebase", "-f", "qcow2", *onto, "-b", disk.link(merge.onto) or "", self._top.path)
         if again:
-            qemu_img.run(
-                ["check", "-q", "-r", "leaks", "-f", "qcow2", written], doing=f"Checking {written}", with_caller=True
+            with Keys() as keys:
+                name = image_node.as_name(image_node.node([written], keys))
+                self._run("check", "-r", "leaks", name, keys=keys)
+        fsync(written.path)
+
+    def _run(self, *arguments: str, keys: Keys | None = None) -> None:
+        qemu_img.run([arguments[0], "-q", *arguments[1:]], doing=self._doing, keys=keys, with_caller=True)
+
+    def _pour(self, ground: Image) -> None:
+        """From the bottom up, each layer into the lowest: what is written there lies below the layer that says the same."""
+        size = self._disk.virtual_size
+        if read_qcow2(ground.path).virtual_size < size:
+            with Keys() as keys:
+                described = image_node.as_options(image_node.node([ground], keys))
+                self._run("resize", "--image-opts", described, str(size), keys=keys)
+        for identifier in (*reversed(self._merge.through[:-1]), self._merge.point):
+            compression = self._stored(identifier).compression
+            layer = self._image(identifier)
+            if compression is not None:
+                qemu_img.discard(ground.path, qemu_img.held_ranges(layer), doing=self._doing)
+            qemu_img.copy_layer(
+                layer,
+                ground,
+                size,
+                backing=str(self._disk.link(self._merge.ground)),
+                compression=compression,
+                doing=self._doing,
+                with_caller=True,
             )
-        fsync(written)
 
     def _merge_sums(self) -> None:
         """The digests of a run of layers laid over each other are right before, while and after they are merged."""
@@ -126,21 +174,25 @@ def _replace(directory: str, merge: Merge) -> None:
     places.fsync_directory(os.path.join(directory, merge.ground))
 
 
-def _describe(directory: str, point: Point) -> None:
+def _describe(repository: Repository, history: History, point: Point, passphrase: Passphrase | None) -> None:
     """The manifest says what lies there now. A proof of the images as they were is none of what they are."""
-    where = os.path.join(directory, point.id)
+    where = repository.point_directory(point.domain_uuid, point.id)
     if places.unlink_quietly(os.path.join(where, "verify.json")):
         places.fsync_directory(where)
-    disks = [_measured(os.path.join(where, disk.file), disk) if disk.metadata is None else disk for disk in point.disks]
+    disks = []
+    for disk in point.disks:
+        if disk.metadata is None:
+            lineage = history.lineage(point, disk.target)
+            disk = _measured(disk, stored.images_of(repository, lineage, disk.target, passphrase))
+        disks.append(disk)
     places.write_json(os.path.join(where, MANIFEST), manifest.to_json(point.with_disks(disks)))
 
 
-def _measured(path: str, disk: StoredDisk) -> StoredDisk:
-    layers = [Image(layer.path or "", layer.format or "raw") for layer in chain.follow(Layer(path, "qcow2"))]
+def _measured(disk: StoredDisk, layers: Sequence[Image]) -> StoredDisk:
     own = [extent for extent in digests.extents_of(layers) if extent.depth == 0]
     return replace(
         disk,
-        stored_bytes=os.stat(path).st_blocks * 512,
+        stored_bytes=os.stat(layers[0].path).st_blocks * 512,
         changed_bytes=sum(extent.length for extent in own if extent.data or disk.parent is not None),
     )
 
@@ -158,23 +210,13 @@ def fsync(path: str) -> None:
 
 
 def require_whole(repository: Repository, history: History, plan: RemovalPlan) -> None:
-    """Refuse where an image that would be merged is missing, damaged, encrypted, or stands on something else than it should.
+    """Refuse where an image that would be merged is missing, damaged, or stands on something else than it should.
 
-    What an interruption leaves is finished by whatever changes the domain next, which has no passphrase. The headers
-    are read by our own parser before any tool follows what they say.
+    The headers are read by our own parser before any tool follows what they say.
     """
     for merge in plan.merges:
         for identifier in (merge.point, *merge.through, *([merge.onto] if merge.onto else ())):
             point = history.holder(identifier)
-            disk = point.disk(merge.target) if point is not None else None
-            if disk is not None and disk.encryption is not None:
-                raise Refused(
-                    f"Point {merge.point} stands on what would go, and disk {merge.target!r} is encrypted: encrypted images are"
-                    " not merged",
-                    advice="Let whole chains go (backup_retention with fold: never, and a full now and then), or remove points"
-                    " from the newest",
-                    point=merge.point,
-                )
             findings = verifying.check_link(repository, point, merge.target) if point is not None else []
             if findings:
                 raise Refused(
@@ -182,6 +224,21 @@ def require_whole(repository: Repository, history: History, plan: RemovalPlan) -
                     advice=f"Look at it; where point {merge.point} is lost anyway, remove it first",
                     point=merge.point,
                 )
+
+
+def require_opening(repository: Repository, history: History, plan: RemovalPlan, passphrase: Passphrase | None) -> None:
+    """Raise :class:`InvalidInput` unless the passphrase opens every encrypted image that must be merged."""
+    for merge in plan.merges:
+        point = history.holder(merge.point)
+        disk = point.disk(merge.target) if point is not None else None
+        if point is not None and disk is not None and disk.encryption is not None:
+            stored.require_opening(
+                repository,
+                point,
+                [merge.target],
+                passphrase,
+                advice="Give the passphrase that it was backed up with, so that it can be merged with what it stands on",
+            )
 
 
 def require_room(repository: Repository, plan: RemovalPlan) -> None:

@@ -10,6 +10,9 @@ images that go, one of three things is done to it:
 - *fold*: there is none below; what it holds, and what lies between, is written into the oldest image that goes, which then
   takes its place. Cost: what it holds, however large the full and long the chain is.
 - *copy*: a second one with the same full below (a fork) takes over everything. Rare, and as large as the full.
+- *pour*: where any of them is compressed or encrypted, which the tools behind the others would undo or cannot open. Layer
+  by layer, what each holds is copied into the lowest image that goes, as it is stored, and that takes its place. Cost: as
+  of a fold, also in the middle.
 """
 
 from __future__ import annotations
@@ -23,6 +26,10 @@ from .manifest import Point, StoredDisk
 REBASE = "rebase"
 FOLD = "fold"
 COPY = "copy"
+POUR = "pour"
+
+#: How the lowest image that goes becomes the one that stays.
+REPLACING = (FOLD, POUR)
 
 #: qcow2's own tables, for each image that is written.
 _TABLES = 1 << 20
@@ -60,8 +67,8 @@ class RemovalPlan:
     @property
     def needed(self) -> int:
         """Most bytes that are needed at any time before anything is freed."""
-        folds = [merge.needed for merge in self.merges if merge.how == FOLD]
-        return sum(merge.needed for merge in self.merges if merge.how != FOLD) + max(folds, default=0)
+        folds = [merge.needed for merge in self.merges if merge.how in REPLACING]
+        return sum(merge.needed for merge in self.merges if merge.how not in REPLACING) + max(folds, default=0)
 
 
 def plan_removal(staying: Sequence[Point], leaving: Sequence[Point]) -> RemovalPlan:
@@ -71,8 +78,9 @@ def plan_removal(staying: Sequence[Point], leaving: Sequence[Point]) -> RemovalP
     """
     points = {point.id: point for point in (*staying, *leaving)}
     going = {point.id for point in leaving}
+    rebases: list[Merge] = []
     merges: list[Merge] = []
-    folds: dict[tuple[str, str], list[Merge]] = {}
+    heads: dict[tuple[str, str], list[Merge]] = {}
     for point in staying:
         for disk in point.disks:
             if disk.parent not in going:
@@ -80,27 +88,32 @@ def plan_removal(staying: Sequence[Point], leaving: Sequence[Point]) -> RemovalP
             through, onto = _way_down(points, going, point, disk)
             layers = [_stored(points, identifier, disk) for identifier in through]
             held = sum(layer.stored_bytes for layer in layers)
-            if onto is not None:
-                needed = min(held, disk.virtual_size) + _TABLES
-                merges.append(Merge(REBASE, point.id, disk.target, through, onto, needed))
-            else:
-                written = disk.stored_bytes + held - layers[-1].stored_bytes
-                needed = min(written, disk.virtual_size) + _TABLES
-                merge = Merge(FOLD, point.id, disk.target, through, None, needed)
-                folds.setdefault((disk.target, through[-1]), []).append(merge)
+            written = disk.stored_bytes + held - layers[-1].stored_bytes
+            how = REBASE if onto is not None else FOLD
+            if any(layer.coded for layer in (disk, *layers)):
+                how = POUR
+            needed = min(held if how == REBASE else written, disk.virtual_size) + _TABLES
+            heads.setdefault((disk.target, through[-1]), []).append(
+                Merge(how, point.id, disk.target, through, onto, needed)
+            )
     kept_files = 0
-    for (target, ground), heads in sorted(folds.items()):
+    for (target, ground), found in sorted(heads.items()):
+        if len(found) > 1 and any(merge.how == POUR for merge in found):
+            raise _forked(ground, target, [merge.point for merge in found])
+        if found[0].how == REBASE:
+            rebases += found
+            continue
         # All but the cheapest get copies first: what is written into the full is right for one of them only.
-        *copied, folded = sorted(heads, key=lambda merge: (-merge.needed, merge.point))
+        *copied, last = sorted(found, key=lambda merge: (-merge.needed, merge.point))
         for merge in copied:
             disk = _stored(points, merge.point, target)
             merges.insert(0, Merge(COPY, merge.point, target, merge.through, None, disk.virtual_size + _TABLES))
-        merges.append(folded)
+        merges.append(last)
         kept_files += _stored(points, ground, target).stored_bytes
-        kept_files -= _stored(points, folded.point, target).stored_bytes
+        kept_files -= _stored(points, last.point, target).stored_bytes
     return RemovalPlan(
         tuple(sorted(leaving, key=lambda point: point.sequence)),
-        tuple(merges),
+        (*rebases, *merges),
         max(0, sum(point.stored_bytes for point in leaving) - kept_files),
     )
 
@@ -134,6 +147,15 @@ def _way_down(
         line.append(ground)
         ground = holder.parent
     return tuple(through), below
+
+
+def _forked(ground: str, target: str, heads: Sequence[str]) -> Refused:
+    return Refused(
+        f"Points {', '.join(heads)} all stand on point {ground} with disk {target!r}, which is compressed or encrypted; only one"
+        " point could take its place",
+        advice=f"Remove all of them but one first, or keep point {ground}",
+        points=list(heads),
+    )
 
 
 def _broken(point: Point, disk: StoredDisk, where: str, why: str) -> Refused:

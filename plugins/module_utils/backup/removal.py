@@ -14,6 +14,7 @@ from typing import Any
 
 from .._errors import NoSpace, NotFound, Refused, VmkeeperError
 from ..hypervisor.connection import find_domain
+from ..hypervisor.image_node import Passphrase
 from ..safety import locks, settlement
 from ..safety.journal import Journal
 from . import folding, settle
@@ -32,7 +33,14 @@ class Subject:
 
 
 def remove_by_id(
-    connection: Any, uri: str, path: str, domain: str, identifier: str, *, check: bool = False
+    connection: Any,
+    uri: str,
+    path: str,
+    domain: str,
+    identifier: str,
+    *,
+    passphrase: Passphrase | None = None,
+    check: bool = False,
 ) -> dict[str, Any] | None:
     """``state: absent``: remove the point, of a domain that may be gone; returns it, or None when it was not there."""
     repository = open_repository(path)
@@ -54,7 +62,7 @@ def remove_by_id(
             raise Refused(
                 f"Point {point.id} of domain {point.domain!r} is protected", advice="It stays until it is not"
             )
-        remove_points(connection, repository, subject, history, [identifier], check=check)
+        remove_points(connection, repository, subject, history, [identifier], passphrase=passphrase, check=check)
         return point.as_result()
 
 
@@ -86,6 +94,7 @@ def remove_points(
     history: History,
     identifiers: Collection[str],
     *,
+    passphrase: Passphrase | None = None,
     check: bool = False,
 ) -> RemovalPlan:
     """Remove points of one domain, inside :func:`alone`. What an earlier removal left half done goes with them.
@@ -99,6 +108,7 @@ def remove_points(
     ids = [point.id for point in plan.points]
     folding.require_unread(connection, repository, subject.uuid, ids)
     folding.require_whole(repository, history, plan)
+    folding.require_opening(repository, history, plan, passphrase)
     folding.require_room(repository, plan)
     if check:
         return plan
@@ -113,7 +123,7 @@ def remove_points(
         },
     )
     try:
-        settle.carry_out_removal(subject.handle, repository, subject.uuid, journal)
+        settle.carry_out_removal(subject.handle, repository, subject.uuid, journal, passphrase)
     except VmkeeperError as error:
         error.state = _STATE
         error.args = (str(error),)

@@ -220,12 +220,21 @@ def _disk_as_it_lies(directory: str, point: Point, disk: StoredDisk, going: Mapp
         below = going[ground].disk(disk.target)
         ground = below.parent if below is not None else None
     try:
-        backing = read_qcow2(os.path.join(directory, point.id, disk.file)).backing_file
+        header = read_qcow2(os.path.join(directory, point.id, disk.file))
     except (OSError, BadHeader):
         return disk
-    if backing == disk.link(ground):
-        kind = "incremental" if ground else "full"
-        return replace(disk, type=kind, reason=MERGED, parent=ground, metadata=None)
+    if header.backing_file == disk.link(ground):
+        layers = (disk, *(one for identifier in seen if (one := going[identifier].disk(disk.target)) is not None))
+        compressed = any(layer.compression is not None for layer in layers)
+        return replace(
+            disk,
+            type="incremental" if ground else "full",
+            reason=MERGED,
+            parent=ground,
+            metadata=None,
+            # An image has one way of compressing; that of the file which took this one's place holds.
+            compression=header.compression if compressed else None,
+        )
     return replace(disk, metadata=None)  # its tables may have been written to
 
 

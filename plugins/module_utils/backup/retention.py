@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._errors import InvalidInput, NotFound, VmkeeperError
+from ..hypervisor.image_node import Passphrase
 from . import listing, removal
 from .repository import History, Repository, open_repository
 from .retention_plan import Keep, Kept, Plan, plan_retention
@@ -42,6 +43,7 @@ def prune(
     keep: Keep,
     *,
     fold: bool,
+    passphrase: Passphrase | None = None,
     check: bool = False,
 ) -> Pruned:
     """Remove what ``keep`` does not keep, domain by domain. Nothing is changed with ``check``.
@@ -57,7 +59,9 @@ def prune(
     pruned, failures = Pruned(), []
     for subject in _subjects(connection, repository, domains):
         try:
-            _prune_domain(connection, uri, repository, subject, keep, pruned, fold=fold, check=check)
+            _prune_domain(
+                connection, uri, repository, subject, keep, pruned, fold=fold, passphrase=passphrase, check=check
+            )
         except VmkeeperError as error:
             failures.append((subject, error))
     if failures:
@@ -96,6 +100,7 @@ def _prune_domain(
     pruned: Pruned,
     *,
     fold: bool,
+    passphrase: Passphrase | None,
     check: bool,
 ) -> None:
     earlier = _stored(repository, subject.uuid)
@@ -104,7 +109,13 @@ def _prune_domain(
         plan = _plan(repository, subject, history, keep, fold=fold)
         pruned.warnings += _warnings(subject, history, plan)
         done = removal.remove_points(
-            connection, repository, subject, history, [point.id for point in plan.removed], check=check
+            connection,
+            repository,
+            subject,
+            history,
+            [point.id for point in plan.removed],
+            passphrase=passphrase,
+            check=check,
         )
         pruned.kept += plan.kept
         pruned.removed += [point.as_result() for point in reversed((*finished, *done.points))]

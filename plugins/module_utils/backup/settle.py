@@ -19,6 +19,7 @@ from ..hypervisor import block_jobs, definition, libvirt_secret
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import code_of, constant, explaining, open_connection
 from ..hypervisor.domain_model import read_domain
+from ..hypervisor.image_node import Passphrase
 from ..safety import places, processes, settlement
 from ..safety import ticket as tickets
 from ..safety.journal import Journal
@@ -168,13 +169,15 @@ def settle_removal(uri: str, pending: Journal) -> dict[str, str]:
     return {"what": what, "action": "finished"}
 
 
-def carry_out_removal(handle: Any | None, repository: Repository, uuid: str, journal: Journal) -> None:
-    """What the journal intends, from wherever it was interrupted."""
+def carry_out_removal(
+    handle: Any | None, repository: Repository, uuid: str, journal: Journal, passphrase: Passphrase | None = None
+) -> None:
+    """What the journal intends, from wherever it was interrupted. No passphrase is kept in it."""
     journal.step("checkpoint")
     if handle is not None:
         # First, so that no increment can begin at a point that is gone.
         checkpoints.remove(handle, journal.operation.plan["checkpoints"])
-    folding.finish(repository, uuid, journal.operation.plan["points"], journal)
+    folding.finish(repository, uuid, journal.operation.plan["points"], journal, passphrase)
     journal.finish()
 
 

@@ -112,7 +112,7 @@ def _scratch(
     directory = request.scratch or places.SCRATCH
     while request.scratch is None and check and not os.path.isdir(directory):
         directory = os.path.dirname(directory)
-    if os.path.isdir(directory) and not check:
+    if request.scratch is not None or not check:
         check_target(directory, owner, "scratch directory")
     return directory
 

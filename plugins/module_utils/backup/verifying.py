@@ -41,25 +41,27 @@ class Finding:
         return {"point": self.point, "disk": self.disk, "problem": self.problem}
 
 
-def verify(
-    repository: Repository, found: Found, level: str, passphrase: Passphrase | None = None
-) -> tuple[list[Finding], list[str]]:
-    """All findings, of which none means proved, and sentences about what could not be looked at without a passphrase.
+def verify(repository: Repository, found: Found, level: str, passphrase: Passphrase | None = None) -> list[Finding]:
+    """All findings; none means proved, as far as :func:`not_checked` does not say otherwise.
 
     ``structure`` includes ``digest``. Call it with the points' lock shared.  Raises :class:`InvalidInput` for a passphrase
     that is wrong, or that alone could prove anything.
     """
     findings = _check_files(repository, found.point)
-    not_checked = []
     for disk in found.point.disks:
         key = _key_of(repository, found, disk.target, passphrase)
-        if key is None and disk.encryption is not None:
-            not_checked.append(
-                f"disk {disk.target} is encrypted and no passphrase was given: its files are proved to be what was written,"
-                " and what they hold was not looked at"
-            )
         findings += _check_disk(repository, found, disk.target, level, key)
-    return findings, not_checked
+    return findings
+
+
+def not_checked(found: Found, passphrase: Passphrase | None) -> list[str]:
+    """Sentences about what cannot be looked at without a passphrase."""
+    return [
+        f"disk {disk.target} is encrypted and no passphrase was given: its files are proved to be what was written,"
+        " and what they hold was not looked at"
+        for disk in found.point.disks
+        if disk.encryption is not None and passphrase is None
+    ]
 
 
 def _key_of(repository: Repository, found: Found, target: str, passphrase: Passphrase | None) -> Passphrase | None:
@@ -218,7 +220,7 @@ def check_restored(image: Image, sums: digests.Sums) -> list[int]:
 
 
 def record(
-    repository: Repository, found: Found, level: str, findings: list[Finding], not_checked: list[str]
+    repository: Repository, found: Found, level: str, findings: list[Finding], unseen: list[str]
 ) -> dict[str, Any]:
     """Keep the outcome beside the manifest, and return it."""
     outcome = {
@@ -227,7 +229,7 @@ def record(
         "level": level,
         "verified": not findings,
         "findings": [finding.as_result() for finding in findings],
-        "not_checked": not_checked,
+        "not_checked": unseen,
     }
     directory = repository.point_directory(found.point.domain_uuid, found.point.id)
     places.write_json(os.path.join(directory, "verify.json"), outcome)
@@ -242,9 +244,10 @@ def prove(
     Returns sentences about what could not be looked at.
     """
     with repository.locked(found.point.domain_uuid, f"verifying {found.point.id}", shared=True):
-        findings, not_checked = verify(repository, found, level, passphrase)
+        findings = verify(repository, found, level, passphrase)
+        unseen = not_checked(found, passphrase)
         if not check:
-            record(repository, found, level, findings, not_checked)
+            record(repository, found, level, findings, unseen)
     if findings:
         raise NotProved(
             f"Point {found.point.id} of domain {found.point.domain!r} is not proved: "
@@ -256,4 +259,4 @@ def prove(
             level=level,
             findings=[finding.as_result() for finding in findings],
         )
-    return not_checked
+    return unseen

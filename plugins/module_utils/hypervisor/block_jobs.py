@@ -67,12 +67,17 @@ def commit_intermediate(
 
 def begin_intermediate(domain: Any, target: str, base: str, top: str, *, bandwidth: int = 0) -> None:
     """Begin a :func:`commit_intermediate`, unless it runs or is over. Raises :class:`NotBegun`."""
+    # The job first, the chain second: one that ends in between has changed the chain before it went.
+    job = job_of(domain, target)
     if not _in_chain(domain, target, top):
         return
-    job = job_of(domain, target)
     if job is None:
         state = f"The guest runs; disk {target!r} still has the layer {top}."
-        _start_commit(domain, target, base, top, bandwidth, state)
+        try:
+            _start_commit(domain, target, base, top, bandwidth, state)
+        except NotBegun:
+            if _in_chain(domain, target, top):
+                raise
     elif job["type"] != "commit":
         raise _foreign_job(domain, target, job["type"])
 
@@ -92,9 +97,9 @@ def pull(
     :func:`commit_active`; takes up a pull that already runs.
     """
     state = f"The guest runs; disk {target!r} still has the layer {lowest}."
+    job = job_of(domain, target)
     if not _in_chain(domain, target, lowest):
         return
-    job = job_of(domain, target)
     if job is None:
         try:
             domain.blockRebase(target, below, bandwidth, constant("VIR_DOMAIN_BLOCK_REBASE_BANDWIDTH_BYTES") or 0)

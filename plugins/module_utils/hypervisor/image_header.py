@@ -67,6 +67,11 @@ class Qcow2Header:
         return bool(self.incompatible_features & INCOMPATIBLE_DATA_FILE) or self.data_file is not None
 
     @property
+    def compression(self) -> str:
+        """How clusters are compressed, if any are."""
+        return "zstd" if self.incompatible_features & INCOMPATIBLE_COMPRESSION else "zlib"
+
+    @property
     def corrupt(self) -> bool:
         """QEMU marked the image corrupt."""
         return bool(self.incompatible_features & INCOMPATIBLE_CORRUPT)

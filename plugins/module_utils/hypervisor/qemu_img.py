@@ -42,10 +42,9 @@ def run(
 ) -> str:
     """Run ``qemu-img`` and return its standard output; raises :class:`ImageToolFailed` beginning with ``doing``.
 
-    ``with_caller``: it dies with this process, for work that must not go on when the locks that protect it are gone.
-    ``keys`` are the passphrases that the arguments name.
-
-    ``facts['status']`` is its exit status (negative: the signal that ended it).
+    ``keys`` are the passphrases that the arguments name.  ``with_caller``: it dies with this process, for work that must
+    not go on when the locks that protect it are gone.  ``facts['status']`` is its exit status (negative: the signal
+    that ended it).
     """
     program = shutil.which("qemu-img", path=_ENVIRONMENT["PATH"])
     if program is None:
@@ -187,11 +186,19 @@ def copy_chain(source: Sequence[Image], target: Image, *, compression: str | Non
 
 
 def copy_layer(
-    source: Image, target: Image, size: int, *, backing: str, compression: str | None = None, doing: str
+    source: Image,
+    target: Image,
+    size: int,
+    *,
+    backing: str,
+    compression: str | None = None,
+    doing: str,
+    with_caller: bool = False,
 ) -> None:
-    """Copy what one layer itself holds, zeros that it states included, into an empty one made with the same ``backing``.
+    """Copy what one layer itself holds, zeros that it states included, into another, which may hold something already.
 
-    Neither backing file is opened.  Never copy more than one layer with ``-B``: the lower ones are lost without a word.
+    Compressed clusters do not overwrite anything: :func:`discard` them first.  Neither backing file is opened.  Never copy
+    more than one layer with ``-B``: the lower ones are lost without a word.
     """
     blank = image_node.blank_descriptor(size)
     try:
@@ -207,9 +214,43 @@ def copy_layer(
                 doing=doing,
                 pass_fds=(blank,),
                 keys=keys,
+                with_caller=with_caller,
             )
     finally:
         os.close(blank)
+
+
+def held_ranges(image: Image) -> list[tuple[int, int]]:
+    """``(start, length)`` in guest bytes of what this one layer itself holds, zeros that it states included."""
+    with Keys() as keys:
+        text = run(
+            ["map", "--output=json", image_node.as_name(image_node.node([image], keys))],
+            doing=f"Reading which parts {image.path} holds",
+            keys=keys,
+        )
+    # ``present`` came with QEMU 6.1; before, everything that is not data counts as a stated zero.
+    return [(one["start"], one["length"]) for one in json.loads(text) if one.get("present", one["data"] or one["zero"])]
+
+
+def discard(path: str, ranges: Sequence[tuple[int, int]], *, doing: str) -> None:
+    """Make whole clusters of an unencrypted qcow2 read as zeros and free them. It dies with this process."""
+    program = shutil.which("qemu-io", path=_ENVIRONMENT["PATH"])
+    if program is None:
+        raise Unsupported(
+            "qemu-io is not installed on this host", advice="Install it (Debian: qemu-utils, Fedora and RHEL: qemu-img)"
+        )
+    commands = "".join(f"write -z -u {start} {length}\n" for start, length in ranges)
+    finished = subprocess.run(  # pylint: disable=ansible-bad-function
+        [program, "-d", "unmap", "-f", "qcow2", path],
+        input=commands.encode(),
+        capture_output=True,
+        env=_ENVIRONMENT,
+        check=False,
+        preexec_fn=_end_with(os.getpid()),
+    )
+    said = " ".join(finished.stderr.decode(errors="replace").split())
+    if finished.returncode or said:
+        raise ImageToolFailed(f"{doing}: {said or finished.returncode}", stderr=said, status=finished.returncode)
 
 
 def _writing(compression: str | None) -> tuple[str, ...]:

@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from typing import Any
 from xml.etree import ElementTree
 
-from ..hypervisor.connection import constant, explaining
+from ..hypervisor.binding import libvirt
+from ..hypervisor.connection import code_of, constant, explaining, open_connection
 from . import places
 
 DIRECTORY = "/var/lib/vmkeeper.libvirt/checkpoints"
@@ -61,6 +62,20 @@ def put_back(handle: Any) -> None:
             if ElementTree.fromstring(text).findtext("name") not in present:
                 handle.checkpointCreateXML(text, constant("VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE") or 0)
     places.unlink_quietly(_path(handle))
+
+
+def settle(uri: str, uuid: str) -> bool:
+    """:func:`put_back` for what a run that was killed has left; False when it left nothing."""
+    path = os.path.join(DIRECTORY, f"{uuid}.json")
+    if not os.path.exists(path):
+        return False
+    try:
+        put_back(open_connection(uri).lookupByUUIDString(uuid))
+    except libvirt.libvirtError as error:
+        if code_of(error) != libvirt.VIR_ERR_NO_DOMAIN:
+            raise
+        places.unlink_quietly(path)  # with the domain went its checkpoints
+    return True
 
 
 def _path(handle: Any) -> str:

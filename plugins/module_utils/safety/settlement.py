@@ -28,9 +28,6 @@ def settle_before_change(
 
     Call it under the domains' locks.  With ``check`` nothing is settled, and only what could not be is refused.
     """
-    if not check:
-        for handle in handles:
-            checkpoints_aside.put_back(handle)
     return settle_named(uri, [(handle.UUIDString(), handle.name()) for handle in handles], settlers, check=check)
 
 
@@ -47,6 +44,9 @@ def settle_named(
                 raise _foreign(name, operation.kind)
             continue
         release.release_orphans(uuid)
+        if checkpoints_aside.settle(uri, uuid):
+            found = {"what": "checkpoints that an interrupted run had put aside", "action": "defined again"}
+            findings.append({"domain": name, **found})
         pending = journal.unfinished(uuid)
         if pending is None:
             continue

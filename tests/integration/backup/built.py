@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -17,7 +18,8 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import dig
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.listing import Found
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.manifest import Point, StoredDisk
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.repository import Repository, open_repository
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.image_node import Image
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import image_node, qemu_img
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.image_node import Passphrase
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import places
 
 UUID = "8b2f4a3e-0000-4000-8000-00000000f01d"
@@ -32,6 +34,7 @@ class Built:
     path: Path
     contents: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)
     points: list[Point] = dataclasses.field(default_factory=list)
+    passphrase: Passphrase | None = None
 
     @property
     def repository(self) -> Repository:
@@ -48,15 +51,22 @@ class Built:
         grow: int = 0,
         blocks: int = 6,
         noise: bool = False,
+        compression: str | None = None,
         **changes: object,
     ) -> str:
-        """A point with a disk for each of ``parents``, changed in up to ``blocks`` places of up to four blocks."""
+        """A point with a disk for each of ``parents``, changed in up to ``blocks`` places of up to four blocks.
+
+        It is encrypted if the repository has a passphrase.
+        """
         number = len(self.points) + 1
         identifier = f"202601{1 + number // 24:02d}T{number % 24:02d}0000Z-{number:04x}"
         directory = Path(self.repository.point_directory(UUID, identifier))
         directory.mkdir(parents=True)
         self.contents[identifier] = {}
-        disks = [self._disk(rng, identifier, target, parent, grow, blocks, noise) for target, parent in parents.items()]
+        disks = [
+            self._disk(rng, identifier, target, parent, grow, blocks, noise, compression)
+            for target, parent in parents.items()
+        ]
         increments = [disk for disk in disks if disk.parent]
         definition = _definition(parents)
         (directory / "domain.xml").write_text(definition)
@@ -81,19 +91,31 @@ class Built:
         return identifier
 
     def _disk(
-        self, rng: random.Random, identifier: str, target: str, parent: str | None, grow: int, blocks: int, noise: bool
+        self,
+        rng: random.Random,
+        identifier: str,
+        target: str,
+        parent: str | None,
+        grow: int,
+        blocks: int,
+        noise: bool,
+        compression: str | None,
     ) -> StoredDisk:
         path = self.image(identifier, target)
+        coded = compression is not None or self.passphrase is not None
+        if coded:
+            path = path.with_suffix(".plain")
         before = self.contents[parent][target] if parent else bytes(64 * BLOCK)
         content = bytearray(before + bytes(grow * BLOCK))
         run = ["qemu-img", "create", "-q", "-f", "qcow2"]
-        if parent:
+        if parent and not self.passphrase:
             run += ["-u", "-F", "qcow2", "-b", f"../{parent}/{target}.qcow2"]
         subprocess.run([*run, path, str(len(content))], check=True)
         commands = []
         for number in range(blocks if parent else 3 * blocks):
             length = rng.randint(1, 4) * BLOCK
-            start = rng.randrange(0, len(content) - length, 4096)
+            # Nothing is taken over from an encrypted parent, which qemu-io could not open here.
+            start = rng.randrange(0, len(content) - length, BLOCK if self.passphrase else 4096)
             if noise:
                 data = rng.randbytes(BLOCK)
                 one = path.with_name(f"{number}.noise")
@@ -110,11 +132,26 @@ class Built:
         subprocess.run(["qemu-io", "-f", "qcow2", *commands, path], check=True, stdout=subprocess.DEVNULL)
         for one in path.parent.glob("*.noise*"):
             one.unlink()
-        os.chmod(path, 0o600)
         self.contents[identifier][target] = bytes(content)
-        return self._described(identifier, target, parent, len(content))
+        if coded:
+            self._code(path, parent, len(content), compression)
+            path.unlink()
+        os.chmod(self.image(identifier, target), 0o600)
+        return self._described(identifier, target, parent, len(content), compression)
 
-    def _described(self, identifier: str, target: str, parent: str | None, size: int) -> StoredDisk:
+    def _code(self, plain: Path, parent: str | None, size: int, compression: str | None) -> None:
+        source = image_node.Image(str(plain))
+        target = image_node.Image(str(plain.with_suffix(".qcow2")), "qcow2", self.passphrase)
+        link = f"../{parent}/{plain.stem}.qcow2" if parent else None
+        qemu_img.create_layer(target, size, backing=link, compression=compression, milliseconds=10)
+        if link:
+            qemu_img.copy_layer(source, target, size, backing=link, compression=compression, doing="coding")
+        else:
+            qemu_img.copy_chain([source], target, compression=compression, doing="coding")
+
+    def _described(
+        self, identifier: str, target: str, parent: str | None, size: int, compression: str | None
+    ) -> StoredDisk:
         path = self.image(identifier, target)
         files = [path]
         below = parent
@@ -125,13 +162,15 @@ class Built:
             files.append(self.image(below, target))
             holder = next(point for point in self.points if point.id == below).disk(target)
             below = holder.parent if holder else None
-        extents = digests.extents_of([Image(str(one)) for one in files])
+        layers = [image_node.Image(str(one), "qcow2", self.passphrase) for one in files]
+        extents = digests.extents_of(layers)
         if grown_from == size:
             grown_from = None
-        with digests.content_of([Image(str(one)) for one in files], extents) as content:
+        with digests.content_of(layers, extents) as content:
             sums = digests.sums_of(content, extents, size, complete=not parent, grown_from=grown_from)
         digests.write_sums(str(path.with_suffix(".sums")), sums)
         own = [extent for extent in extents if extent.depth == 0]
+        coded = compression is not None or self.passphrase is not None
         return StoredDisk(
             target,
             "incremental" if parent else "full",
@@ -139,16 +178,18 @@ class Built:
             parent,
             size,
             path.stat().st_blocks * 512,
-            sum(extent.length for extent in own if extent.offset is not None or parent),
-            digests.metadata_digest(str(path), extents),
+            sum(extent.length for extent in own if extent.data or parent),
+            digests.metadata_digest(str(path), () if coded else extents),
             "qcow2",
+            compression=compression,
+            encryption=manifest.LUKS if self.passphrase is not None else None,
         )
 
     def copy(self, where: Path) -> Built:
         """The same repository elsewhere."""
         shutil.rmtree(where, ignore_errors=True)
         subprocess.run(["cp", "-a", "--sparse=always", self.path, where], check=True)
-        return Built(where, self.contents, self.points)
+        return Built(where, self.contents, self.points, self.passphrase)
 
     # --- what is there, never through the product -------------------------------------------------
 
@@ -161,11 +202,33 @@ class Built:
         for identifier in self.ids():
             for target, expected in self.contents[identifier].items():
                 raw = self.path / "content.raw"
-                run = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", self.image(identifier, target), raw]
-                subprocess.run(run, check=True)
+                subprocess.run([*self._reading(identifier, target), raw], check=True)
                 found = hashlib.sha256(raw.read_bytes()).digest()
                 raw.unlink()
                 assert found == hashlib.sha256(expected).digest(), (identifier, target, story)
+
+    def _reading(self, identifier: str, target: str) -> list[str | Path]:
+        run: list[str | Path] = ["qemu-img", "convert", "-O", "raw"]
+        if self.passphrase is None:
+            return [*run, "-f", "qcow2", self.image(identifier, target)]
+        key = self.path.parent / "key"
+        key.write_bytes(self.passphrase.value)
+        node: dict[str, object] | None = None
+        chain = json.loads(
+            subprocess.run(
+                ["qemu-img", "info", "-U", "--backing-chain", "--output=json", self.image(identifier, target)],
+                check=True,
+                capture_output=True,
+            ).stdout
+        )
+        for layer in reversed(chain):
+            node = {
+                "driver": "qcow2",
+                "file": {"driver": "file", "filename": layer["filename"]},
+                "encrypt": {"format": "luks", "key-secret": "k"},
+                "backing": node,
+            }
+        return [*run, "--object", f"secret,id=k,file={key}", "json:" + json.dumps(node)]
 
     def findings(self) -> list[str]:
         """What backup_verify would find, at its level structure."""
@@ -174,7 +237,7 @@ class Built:
         return [
             finding.problem
             for point in history.points
-            for finding in verifying.verify(self.repository, Found(history, point), "structure")
+            for finding in verifying.verify(self.repository, Found(history, point), "structure", self.passphrase)
         ]
 
     def assert_settled(self, expected: list[str]) -> None:

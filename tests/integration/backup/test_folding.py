@@ -7,19 +7,22 @@ No guest is needed: the images are written by qemu-io, and what they hold is kno
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import libvirt
 import pytest
 from lab.host import TestHost
 
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import NoSpace, Refused
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput, NoSpace, Refused
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import removal, retention, settle
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.retention_plan import Keep
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.image_node import Passphrase
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import journal, space
 from ansible_collections.vmkeeper.libvirt.tests.integration.backup import built, points
 from ansible_collections.vmkeeper.libvirt.tests.integration.backup.built import UUID, Built
@@ -52,11 +55,12 @@ def steps(monkeypatch) -> dict[str, list[str]]:
     return seen
 
 
-def remove(connection: libvirt.virConnect, made: Built, leaving: list[str]) -> None:
+def remove(connection: libvirt.virConnect, made: Built, leaving: list[str], **options: Any) -> None:
+    options.setdefault("passphrase", made.passphrase)
     subject = removal.subject_of(connection, made.repository, UUID)
     with removal.alone(URI, made.repository, subject, "a test", check=False):
         history = made.repository.history(UUID)
-        removal.remove_points(connection, made.repository, subject, history, leaving)
+        removal.remove_points(connection, made.repository, subject, history, leaving, **options)
 
 
 def random_history(rng: random.Random, where: Path, count: int) -> Built:
@@ -139,6 +143,92 @@ def test_ended_at_any_step_all_points_are_exact_before_and_after_the_next_run(
             made.assert_exact(story)
             assert made.findings() == [], story
             assert journal.unfinished(UUID) is None
+
+
+def plain_bytes(image: Path) -> int:
+    """Guest bytes that an image itself holds uncompressed, as qemu-img tells it."""
+    text = points.run("qemu-img", "map", "--output=json", "-f", "qcow2", image)
+    return sum(one["length"] for one in json.loads(text) if one["depth"] == 0 and one["data"] and "offset" in one)
+
+
+def coded_history(rng: random.Random, where: Path, kind: str) -> Built:
+    """Four points in one chain, the third larger; some increments of ``mixed`` are not compressed."""
+    where.mkdir()
+    made = Built(where, passphrase=Passphrase(b"not a secret") if kind == "luks" else None)
+    ids: list[str] = []
+    for number in range(4):
+        compression = None if kind == "luks" or (kind == "mixed" and number in (0, 2)) else "zstd"
+        parents = {"vda": ids[-1] if ids else None}
+        ids.append(made.add(rng, parents, compression=compression, grow=3 if number == 2 else 0))
+    return made
+
+
+@pytest.mark.parametrize("kind", ["zstd", "mixed", "luks"])
+def test_folding_keeps_compression_and_encryption(connection, directory: Path, steps, kind: str) -> None:
+    rng = seeded()
+    original = coded_history(rng, directory / "original", kind)
+    ids = original.ids()
+    original.assert_exact("as made")
+    assert original.findings() == []
+    for leaving in ([0, 1], [1, 2], *(([0], [2], [3], [0, 1, 2]) if points.SCALE > 1 else ())):
+        made = original.copy(directory / "cut")
+        gone = [ids[number] for number in leaving]
+        remove(connection, made, gone)
+        rest = [one for one in ids if one not in gone]
+        made.assert_settled(rest)
+        made.assert_exact((kind, leaving))
+        assert made.findings() == [], leaving
+        for point in made.repository.history(UUID).points:
+            for disk in point.disks:
+                assert (disk.encryption is None) == (kind != "luks")
+                assert (disk.compression == "zstd") or kind != "zstd"
+                if kind == "zstd":
+                    assert plain_bytes(made.image(point.id, disk.target)) == 0, (leaving, point.id)
+    # Ended at any step, with the passphrase nowhere but in the next task.
+    leaving_ids = [ids[0], ids[2]]
+    steps["names"].clear()
+    remove(connection, original.copy(directory / "whole"), leaving_ids)
+    names = list(steps["names"])
+    for stop in range(rng.randint(1, 2), len(names) + 1, 4 if points.SCALE == 1 else 1):
+        made = original.copy(directory / "cut")
+        steps["names"].clear()
+        steps["stop"] = [str(stop)]
+        with pytest.raises(Killed):
+            remove(connection, made, leaving_ids)
+        steps["stop"] = []
+        story = (kind, stop, names[stop - 1])
+        made.assert_exact(story)
+        assert made.findings() == [], story
+        pending = journal.unfinished(UUID)
+        assert pending is not None
+        assert "not a secret" not in json.dumps(pending.operation.plan)
+        told = settle.settle_removal(URI, pending)["action"]
+        if kind == "luks" and names[stop - 1] in ("begin", "hide", "merge"):
+            assert "passphrase" in told, story
+            made.assert_exact(story)
+        remove(connection, made, [one for one in leaving_ids if one in made.ids()])
+        made.assert_settled([one for one in ids if one not in leaving_ids])
+        made.assert_exact(story)
+        assert made.findings() == [], story
+
+
+def test_without_the_right_passphrase_nothing_is_changed(connection, directory: Path) -> None:
+    made = coded_history(random.Random(2), directory / "r", "luks")
+    ids = made.ids()
+    for wrong in (None, Passphrase(b"some other")):
+        with pytest.raises(InvalidInput, match="passphrase"):
+            remove(connection, made, [ids[1]], passphrase=wrong)
+    made.assert_settled(ids)
+    refused = points.task("backup_retention", repository=str(made.path), keep_last=2)
+    assert refused["failed"]
+    assert "passphrase" in refused["msg"]
+    arguments = {"repository": str(made.path), "keep_last": 5, "fold": "never"}
+    assert points.ok("backup_retention", **arguments)["removed"] == []
+    remove(connection, made, [ids[3]], passphrase=None)  # nothing is merged
+    done = points.ok("backup_retention", repository=str(made.path), keep_last=1, passphrase="not a secret")
+    assert [one["id"] for one in done["removed"]] == ids[1::-1]
+    made.assert_settled([ids[2]])
+    made.assert_exact("folded")
 
 
 def test_a_fold_killed_while_it_writes_is_finished(connection, directory: Path, monkeypatch) -> None:

@@ -207,7 +207,7 @@ def test_a_passphrase_that_is_wrong_missing_or_useless_changes_nothing(
     point_of = {"repository": str(repository), "id": newest["id"]}
     restore = {**point_of, "domain": "lab-secret-w", "directory": str(directory)}
     refusals = [
-        ("backup", {**backup, "state": "absent", "id": chain[0][0]["id"]}, "not merged"),
+        ("backup", {**backup, "state": "absent", "id": chain[0][0]["id"]}, "no passphrase is given"),
         ("backup", {**backup, "encryption": {"passphrase": OTHER}}, "does not open"),
         ("backup", {**backup, "encryption": {"passphrase": "brief"}}, "shorter"),
         ("backup", {**backup, "encryption": {"passphrase": f"{PASSPHRASE}\n"}}, "line break"),
