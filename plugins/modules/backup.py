@@ -334,7 +334,9 @@ def _remove(call: _module.Call) -> _module.Answer:
         params["repository"],
         params["domains"][0],
         params["id"],
-        passphrase=stored.passphrase_option((params["encryption"] or {}).get("passphrase"), "encryption.passphrase"),
+        passphrase=image_node.passphrase_option(
+            (params["encryption"] or {}).get("passphrase"), "encryption.passphrase"
+        ),
         check=call.check,
     )
     return _module.Answer(
