@@ -132,9 +132,9 @@ freed_bytes:
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import image_node
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.retention import prune
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.retention_plan import Keep
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import image_node
 
 PERIODS = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 
