@@ -22,8 +22,9 @@ test: bootstrap  ## all that CI runs: lint, sanity, units, integration
 test-long: export VMK_SCALE ?= 20
 test-long: test  ## the same with the randomised tests VMK_SCALE (20) times as large
 
-test-nested: bootstrap  ## AppArmor's rules in a whole Debian machine with libvirt inside, built and booted for it
-	@tests/lab/enter --name nested -- .venv/bin/python -m pytest tests/nested
+test-nested: bootstrap  ## roles and AppArmor in whole Debian machines with libvirt inside; newer libvirt and QEMU; docs/generations.md
+	@$(stages) generations nested
+	@.venv/bin/python tests/generations/table.py
 
 lint: bootstrap  ## style, types, documentation, change log
 	@$(stages) lint

@@ -3,6 +3,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Run stages of the test suite: `.venv/bin/python scripts/stages.py lint sanity units integration`.
 
+Two more stages, `generations` and `nested`, are not part of `make test`: they build and boot whole Debian machines.
+
 All stages run, whatever fails before them. Each check writes its whole output to `.cache/logs/`; the
 end of it is shown when the check fails. A table of times follows, then `N passed, N failed`, where a
 pytest run counts its tests and every other check counts as one. Over budget is said, but no failure:
@@ -38,10 +40,13 @@ LAB = ROOT / "tests" / "lab" / "enter"
 TAIL_LINES = 60
 STOP_GRACE_SECONDS = 30
 
+GENERATIONS = ("trixie", "sid")
+"""Debian releases whose libvirt and QEMU run the scenario of tests/generations."""
+
 # Minutes on two cores. The first three stages share one budget.
 STATIC_STAGES = ("lint", "sanity", "units")
 STATIC_BUDGET = 6
-TRADE_BUDGETS = {"snapshots": 12, "backup": 15, "sizing": 8, "images": 8}
+TRADE_BUDGETS = {"snapshots": 12, "backup": 15, "sizing": 8, "images": 8, "as_used": 3}
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,39 @@ def integration() -> Iterator[Stage]:
         yield Stage(name, (check,), budget=TRADE_BUDGETS.get(trade))
 
 
-STAGES = {"lint": lint, "sanity": sanity, "units": units, "integration": integration}
+def generations() -> Iterator[Stage]:
+    """Run one scenario on this machine's libvirt and QEMU, and on those of newer Debian releases."""
+    for suite in ("", *GENERATIONS):
+        release = ["--generation", suite] if suite else []
+        arguments = ["--quiet", "tests/generations"]
+        name = f"generations/{suite or 'machine'}"
+        yield Stage(name, (pytest_check(name, arguments, prefix=[str(LAB), *release, "--"], stream=True),))
+
+
+def nested() -> Iterator[Stage]:
+    """Run what needs whole machines with systemd and AppArmor: tests of their own, and molecule's scenarios.
+
+    In a private test host: whatever ends this, the machines end with it.
+    """
+    inside = [str(LAB), "--name", "nested", "--"]
+    yield Stage("nested", (pytest_check("nested", ["--quiet", "tests/nested"], prefix=inside, stream=True),))
+    ephemeral = CACHE / "molecule"
+    # What molecule remembers of an interrupted run would make it skip what has to be done.
+    molecule = (
+        'rm -rf "$1" && mkdir -p "$1" && MOLECULE_EPHEMERAL_DIRECTORY=$1 exec .venv/bin/molecule test --all --report'
+    )
+    command = [*inside, "sh", "-c", molecule, "molecule", str(ephemeral)]
+    yield Stage("molecule", (Check("scenarios", command, stream=True),))
+
+
+STAGES = {
+    "lint": lint,
+    "sanity": sanity,
+    "units": units,
+    "integration": integration,
+    "generations": generations,
+    "nested": nested,
+}
 
 
 def junit_counts(report: Path) -> Counts | None:

@@ -65,7 +65,7 @@ findings:
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import Unfinished
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import settle as backup
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import settlers as backup
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domains
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images import settle as images
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.recovery import recover, recover_undefined

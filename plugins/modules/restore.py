@@ -14,6 +14,8 @@ description:
   - Restores a point that M(vmkeeper.libvirt.backup) made, as a new domain, in place of the original, or single disks.
   - All disks are copied beside their places and compared with the digests of the point. Only when all are complete is anything
     put in place, so that an interrupted restore changes nothing or is finished by the same task.
+  - With O(mode=instant) a new domain runs within seconds, whatever its size. It stands on the images of the repository, which stay
+    as they are, and everything is then copied into its own images in the background.
   - What this host lacks of the definition (machine type, CPU, networks, paths) is mapped, and each change is told as a warning.
 options:
   repository:
@@ -28,6 +30,32 @@ options:
     type: str
   before:
     description: Restore the latest point made before this time, in ISO 8601 with a zone. Only with O(source_domain).
+    type: str
+  mode:
+    description:
+      - V(copy) copies and compares all disks before the domain is defined.
+      - V(instant) starts a new domain at once, on overlays over the point in the repository, and then pulls all content local. Its
+        content is not compared with the digests of the point. Prove the point with M(vmkeeper.libvirt.backup_verify) first.
+      - While it is pulled the domain needs the repository. When the host was rebooted or QEMU has crashed meanwhile, the same task
+        starts the domain again and goes on. Nothing that the guest has written is lost.
+      - V(instant) needs Linux 5.12 and a repository on a local filesystem such as ext4, XFS or Btrfs. It does not go together with
+        O(in_place), O(attach_to) or encrypted points.
+    type: str
+    choices: [copy, instant]
+    default: copy
+  bandwidth:
+    description: With O(mode=instant), the limit of the pull in bytes per second, such as V(100M). No limit when left out.
+    type: str
+  wait:
+    description:
+      - With O(mode=instant), V(false) answers with RV(job) as soon as the guest runs, while a worker on the hypervisor pulls it
+        local. M(vmkeeper.libvirt.domain_job) shows it, waits for it or limits it.
+    type: bool
+    default: true
+  wait_timeout:
+    description:
+      - With O(mode=instant), how long to wait for the pull of each disk, such as V(2h). No limit when left out.
+      - When it passes the task fails with the job's state. The job goes on, and the same task takes it up.
     type: str
   domain:
     description:
@@ -75,10 +103,11 @@ options:
       - Where O(in_place) puts single O(disks) back, those keep the passphrase and the libvirt secret that they have now.
     type: str
   state:
-    description: V(running) starts the restored domain.
+    description:
+      - V(running) starts the restored domain.
+      - The default is V(defined), and V(running) with O(mode=instant), which allows nothing else.
     type: str
     choices: [defined, running]
-    default: defined
 extends_documentation_fragment:
   - vmkeeper.libvirt.hypervisor
   - vmkeeper.libvirt.hypervisor.changing
@@ -114,6 +143,14 @@ EXAMPLES = r"""
     disks: [vdb]
     in_place: true
     confirm: db01
+
+- name: Have it running again in seconds, and pull it local in the background
+  vmkeeper.libvirt.restore:
+    repository: /srv/backup
+    source_domain: web01
+    mode: instant
+    bandwidth: 100M
+    wait: false
 
 - name: Look at a lost file on another domain
   vmkeeper.libvirt.restore:
@@ -156,12 +193,17 @@ id:
   description: The restore point.
   returned: success
   type: str
+job:
+  description: The worker that pulls the domain local, as M(vmkeeper.libvirt.domain_job) shows it, with C(state) V(pending).
+  returned: O(mode=instant) with O(wait=false)
+  type: dict
 """
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.restoring import Request, restore
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import image_node
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
 
 
 def request_of(call: _module.Call) -> Request:
@@ -169,6 +211,10 @@ def request_of(call: _module.Call) -> Request:
     params = call.params
     if params["before"] is not None and (params["source_domain"] is None or params["id"] is not None):
         raise InvalidInput("before goes with source_domain and without id", advice="Give source_domain and before")
+    instant = params["mode"] == "instant"
+    for option in ("bandwidth", "wait_timeout"):
+        if params[option] is not None and not instant:
+            raise InvalidInput(f"{option} goes with mode: instant", advice=f"Leave out {option}")
     return Request(
         repository=params["repository"],
         id=params["id"],
@@ -182,7 +228,11 @@ def request_of(call: _module.Call) -> Request:
         in_place=params["in_place"],
         confirm=params["confirm"],
         attach_to=params["attach_to"],
-        running=params["state"] == "running",
+        running=params["state"] == "running" or (instant and params["state"] is None),
+        instant=instant,
+        bandwidth=names.parse_size(params["bandwidth"], "bandwidth") if params["bandwidth"] else 0,
+        wait=params["wait"],
+        wait_seconds=names.parse_duration(params["wait_timeout"], "wait_timeout") if params["wait_timeout"] else None,
         passphrase=image_node.passphrase_option(params["passphrase"], "passphrase"),
     )
 
@@ -192,7 +242,12 @@ def handle(call: _module.Call) -> _module.Answer:
     done = restore(call.connection, call.uri, request_of(call), check=call.check)
     return _module.Answer(
         changed=True,
-        result={"domain": done.domain, "restored": done.restored, "id": done.point},
+        result={
+            "domain": done.domain,
+            "restored": done.restored,
+            "id": done.point,
+            **({"job": done.job} if done.job else {}),
+        },
         warnings=done.warnings,
         diff=({"restored": []}, {"domain": done.domain, "restored": done.restored}),
     )
@@ -214,7 +269,11 @@ def main() -> None:
             "network": {"type": "str", "default": "keep"},
             "in_place": {"type": "bool", "default": False},
             "confirm": {"type": "str"},
-            "state": {"type": "str", "choices": ["defined", "running"], "default": "defined"},
+            "state": {"type": "str", "choices": ["defined", "running"]},
+            "mode": {"type": "str", "choices": ["copy", "instant"], "default": "copy"},
+            "bandwidth": {"type": "str"},
+            "wait": {"type": "bool", "default": True},
+            "wait_timeout": {"type": "str"},
             "passphrase": {"type": "str", "no_log": True},
         },
         handle,

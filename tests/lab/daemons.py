@@ -49,19 +49,19 @@ def _is_zombie(pid: int) -> bool:
         return True
 
 
-def start_virtlogd() -> None:
-    """Start virtlogd unless it runs."""
+def start_virtlogd(system: Path | None = None) -> None:
+    """Start virtlogd unless it runs, on the root file system that the host has its hypervisor from."""
     if running_pid(VIRTLOGD_PID, "virtlogd") is None:
-        subprocess.run([_daemon("virtlogd"), "-d"], check=True, stdin=subprocess.DEVNULL)
+        subprocess.run([*_daemon("virtlogd", system), "-d"], check=True, stdin=subprocess.DEVNULL)
 
 
-def start_libvirtd(timeout: float = 60.0) -> None:
+def start_libvirtd(timeout: float = 60.0, system: Path | None = None) -> None:
     """Start libvirtd unless it runs, and wait until it answers on its socket.
 
     Raises TimeoutError with the end of its log when it does not within ``timeout`` seconds.
     """
     if running_pid(LIBVIRTD_PID, "libvirtd") is None:
-        subprocess.run([_daemon("libvirtd"), "-d"], check=True, stdin=subprocess.DEVNULL)
+        subprocess.run([*_daemon("libvirtd", system), "-d"], check=True, stdin=subprocess.DEVNULL)
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if _accepts(LIBVIRTD_SOCKET) and running_pid(LIBVIRTD_PID, "libvirtd") is not None:
@@ -106,8 +106,12 @@ def _accepts(path: Path) -> bool:
     return True
 
 
-def _daemon(name: str) -> str:
+def _daemon(name: str, system: Path | None) -> list[str]:
+    if system is None and os.environ.get("VMK_LAB_SYSTEM"):
+        system = Path(os.environ["VMK_LAB_SYSTEM"])
+    if system is not None:
+        return ["chroot", str(system), f"/usr/sbin/{name}"]
     found = shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/usr/local/sbin")
     if found is None:
         raise FileNotFoundError(f"{name} is not installed")
-    return found
+    return [found]

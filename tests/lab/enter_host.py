@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from . import assets, daemons, kernel, probe
+from . import assets, daemons, generation, kernel, probe
 
 PREFIX = "vmk-lab-"
 EXIT_UNUSABLE = 125
@@ -43,6 +43,8 @@ PRIVATE = {
     "/var/lib/vmkeeper.libvirt": 0o700,
     "/run": 0o755,
 }
+# What another release's system shares with the machine besides those: devices, what tests write, and the checkout.
+_SHARED = ("/dev", "/sys", "/tmp", str(Path(__file__).resolve().parents[2]))
 # What of the real /etc/libvirt is copied: settings, never definitions of domains, networks or secrets, nor hooks.
 _ETC_COPIED = ("*.conf", "nwfilter")
 
@@ -69,6 +71,12 @@ def main(argv: list[str]) -> int:
         except assets.AssetError as error:
             print(f"enter: {error}", file=sys.stderr)
             return EXIT_UNUSABLE
+    if options.generation:
+        try:
+            options.system = generation.built_root(options.generation)
+        except generation.GenerationError as error:
+            print(f"enter: {error}", file=sys.stderr)
+            return EXIT_UNUSABLE
     base = Path(os.environ.get("VMK_LAB_ROOT", "/var/tmp"))
     sweep(base)
     root = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{options.name}-", dir=base))
@@ -89,6 +97,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--name", default=f"h{os.getpid()}", help="name of the host (default: h<pid>)")
     parser.add_argument("--netns", action="store_true", help="give the host a network namespace of its own")
     parser.add_argument("--no-libvirtd", action="store_true", help="do not start virtlogd and libvirtd")
+    parser.add_argument(
+        "--generation", metavar="SUITE", help="run libvirtd, QEMU and modules on this Debian release (trixie, sid)"
+    )
+    parser.set_defaults(system=None)
     parser.add_argument("command", nargs="+", metavar="CMD", help="the command, after --")
     options = parser.parse_args(argv)
     if not options.name.replace("-", "").isalnum():
@@ -203,18 +215,18 @@ def _keeper(options: argparse.Namespace, root: Path, front: int, status: int) ->
         os.kill(init, signal.SIGKILL)
     _pid, how = os.waitpid(init, 0)
     if not options.no_libvirtd:
-        _keep_capabilities(root)
+        _keep_capabilities(root, options.generation)
     _remove(root)
     os.write(status, f"{_exit_code(how)}\n".encode())
     return 0
 
 
-def _keep_capabilities(root: Path) -> None:
+def _keep_capabilities(root: Path, suite: str | None) -> None:
     """Save what libvirtd has learnt about QEMU for the next host.
 
     libvirt itself throws such a file away when QEMU, libvirt or the kernel have changed.
     """
-    kept = _kept_capabilities()
+    kept = _kept_capabilities(suite)
     kept.mkdir(parents=True, exist_ok=True)
     for source in (root / "var-cache-libvirt" / _CAPABILITIES).glob("*.xml"):
         partial = kept / f"{source.name}.{os.getpid()}"
@@ -222,8 +234,9 @@ def _keep_capabilities(root: Path) -> None:
         partial.rename(kept / source.name)
 
 
-def _kept_capabilities() -> Path:
-    return assets.cache_directory() / f"capabilities-{probe.acceleration()}"
+def _kept_capabilities(suite: str | None) -> Path:
+    release = f"-{suite}" if suite else ""
+    return assets.cache_directory() / f"capabilities-{probe.acceleration()}{release}"
 
 
 def _exit_code(wait_status: int) -> int:
@@ -242,20 +255,27 @@ def _init(options: argparse.Namespace, root: Path) -> int:
     kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
     host_name = f"lab-{options.name}"
     kernel.set_hostname(host_name)
-    _lay_mounts(root, host_name, not options.no_libvirtd)
+    _lay_mounts(root, host_name, options)
     if not options.no_libvirtd and probe.acceleration() == "qemu" and os.path.exists("/dev/kvm"):
         # A KVM that hangs guests also hangs libvirt's questions to QEMU (20 s each): nobody is to see it. What
         # stands there instead must be closed to QEMU's user, or libvirt asks QEMU again at every turn.
         closed = root / "no-kvm"
         os.mknod(closed, stat.S_IFCHR | 0o600, os.makedev(1, 3))  # a device: libvirt cannot move a file's mount
         kernel.mount(str(closed), "/dev/kvm", None, kernel.MS_BIND)
+    if options.system is not None:
+        _lay_system(options.system)
     daemons.seed_run(options.name)
     if options.netns:
         os.system("ip link set lo up")
     if not options.no_libvirtd:
-        daemons.start_virtlogd()
-        daemons.start_libvirtd()
+        daemons.start_virtlogd(options.system)
+        daemons.start_libvirtd(system=options.system)
     environment = dict(os.environ, VMK_LAB_HOST=options.name, VMK_LAB_HOST_ROOT=str(root))
+    if options.system is not None:
+        environment["VMK_LAB_GENERATION"] = options.generation
+        environment["VMK_LAB_SYSTEM"] = str(options.system)
+        environment["VMK_LAB_PYTHON"] = str(generation.python_of(options.system, root))
+        environment["ANSIBLE_REMOTE_TMP"] = str(root / "ansible")  # modules must find their files on both systems
     command = os.fork()
     if command == 0:
         for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP):
@@ -273,14 +293,14 @@ def _init(options: argparse.Namespace, root: Path) -> int:
             return _exit_code(how)
 
 
-def _lay_mounts(root: Path, host_name: str, libvirt_runs: bool) -> None:
+def _lay_mounts(root: Path, host_name: str, options: argparse.Namespace) -> None:
     for path, mode in PRIVATE.items():
         own = root / path.strip("/").replace("/", "-")
         own.mkdir()
         own.chmod(mode)
         Path(path).mkdir(exist_ok=True)
-    _seed_etc(root / "etc-libvirt")
-    _seed_var(root, libvirt_runs)
+    _seed_etc(root / "etc-libvirt", options.system)
+    _seed_var(root, None if options.no_libvirtd else _kept_capabilities(options.generation))
     hosts = root / "hosts"
     hosts.write_text(Path("/etc/hosts").read_text() + f"127.0.1.1 {host_name}\n")
     # libvirtd looks its own name up; without this it waits for a resolver.
@@ -289,9 +309,22 @@ def _lay_mounts(root: Path, host_name: str, libvirt_runs: bool) -> None:
         kernel.mount(str(root / path.strip("/").replace("/", "-")), path, None, kernel.MS_BIND)
 
 
-def _seed_etc(own: Path) -> None:
+def _lay_system(system: Path) -> None:
+    """Give another release's root file system the mounts that this host has, at the same places; the rest is read-only."""
+    kernel.mount(str(system), str(system), None, kernel.MS_BIND)
+    shared = [*PRIVATE, *_SHARED, os.environ.get("VMK_LAB_ROOT", "/var/tmp"), "/etc/hosts"]
+    for path in shared:
+        place = system / path.lstrip("/")
+        if os.path.isdir(path):
+            place.mkdir(parents=True, exist_ok=True)
+        kernel.mount(path, str(place), None, kernel.MS_BIND | kernel.MS_REC)
+    kernel.mount("proc", str(system / "proc"), "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
+    kernel.mount("none", str(system), None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY)
+
+
+def _seed_etc(own: Path, system: Path | None) -> None:
     for pattern in _ETC_COPIED:
-        for source in Path("/etc/libvirt").glob(pattern):
+        for source in ((system or Path("/")) / "etc/libvirt").glob(pattern):
             if source.is_dir():
                 shutil.copytree(source, own / source.name)
             else:
@@ -300,6 +333,9 @@ def _seed_etc(own: Path) -> None:
     # the same name and number would share /sys/fs/cgroup/*/machine/qemu-1-name.
     with (own / "qemu.conf").open("a") as settings:
         settings.write("\n# the private test host\ncgroup_controllers = [ ]\n")
+        if system is not None:
+            # libvirt cannot make a private /dev below another root: the devices that it wants there are missing.
+            settings.write("namespaces = [ ]\n")
     with (own / "libvirtd.conf").open("a") as settings:
         settings.write(
             "\n# the private test host\n"
@@ -308,8 +344,8 @@ def _seed_etc(own: Path) -> None:
         )
 
 
-def _seed_var(root: Path, libvirt_runs: bool) -> None:
-    """The directories that Debian's package makes, with its owners and modes."""
+def _seed_var(root: Path, capabilities: Path | None) -> None:
+    """The directories that Debian's package makes, with its owners and modes, and what libvirt knew about QEMU."""
     libvirt = root / "var-lib-libvirt"
     for name in ("boot", "images"):
         (libvirt / name).mkdir()
@@ -323,8 +359,8 @@ def _seed_var(root: Path, libvirt_runs: bool) -> None:
     (root / "var-log-libvirt" / "qemu").mkdir()
     known = root / "var-cache-libvirt" / _CAPABILITIES
     known.mkdir(parents=True)
-    if libvirt_runs:
-        for source in _kept_capabilities().glob("*.xml"):
+    if capabilities is not None:
+        for source in capabilities.glob("*.xml"):
             shutil.copy2(source, known)
 
 

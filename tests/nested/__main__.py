@@ -41,11 +41,24 @@ def main(arguments: Sequence[str]) -> int:
         "guest", help="GUEST or GUEST:vda=boot,vdb (it boots from vda): the domain is called lab-GUEST"
     )
     add_guest.add_argument("--defined", action="store_true", help="leave it shut off")
+    add_guest.add_argument("--max-vcpus", type=int, metavar="N", help="vCPUs that can be plugged in, of which one is")
+    add_guest.add_argument("--memory", type=int, default=160, metavar="MIB")
+    wait = commands.add_parser("wait", help="wait until the agents of all running guests answer; say how they run")
+    wait.add_argument("names", nargs="+", metavar="NAME")
+    clear = commands.add_parser("clear", help="remove all guests from machines, and what was kept beside them")
+    clear.add_argument("names", nargs="+", metavar="NAME")
     options = parser.parse_args(arguments)
     try:
-        return {"build": _build, "up": _up, "down": _down, "list": _list, "ssh": _ssh, "guest": _guest}[
-            options.command
-        ](options)
+        return {
+            "build": _build,
+            "up": _up,
+            "down": _down,
+            "list": _list,
+            "ssh": _ssh,
+            "guest": _guest,
+            "wait": _wait,
+            "clear": _clear,
+        }[options.command](options)
     except (machine.MachineError, BuildError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -103,8 +116,28 @@ def _ssh(options: argparse.Namespace) -> int:
 
 def _guest(options: argparse.Namespace) -> int:
     name, _colon, disks = options.guest.partition(":")
-    spec = GuestSpec(name, disks=tuple(_disk(word) for word in (disks or "vda").split(",")))
+    spec = GuestSpec(
+        name,
+        disks=tuple(_disk(word) for word in (disks or "vda").split(",")),
+        memory=options.memory,
+        max_vcpus=options.max_vcpus,
+    )
     print(guest.place(machine.running(options.name), spec, start=not options.defined))
+    return 0
+
+
+def _wait(options: argparse.Namespace) -> int:
+    for name in options.names:
+        hypervisor = machine.running(name)
+        for domain in guest.running(hypervisor):
+            guest.wait_agent(hypervisor, domain)
+            print(f"{domain} on {name}: acceleration {guest.acceleration(hypervisor, domain)}", flush=True)
+    return 0
+
+
+def _clear(options: argparse.Namespace) -> int:
+    for name in options.names:
+        guest.clear(machine.running(name))
     return 0
 
 

@@ -9,11 +9,17 @@ from pathlib import Path
 
 from lab import assets, images
 from lab.spec import PREFIX, Boot, GuestSpec, command_line, domain_xml
+from lab.waiting import until
 
 from .machine import Machine
 
 IMAGES = "/var/lib/libvirt/images/lab"
 BOOT = "/var/lib/libvirt/boot"
+KEPT = ("/srv/backup", "/srv/images", "/tmp/*.raw")
+"""Where scenarios keep what is not a guest's."""
+
+BOOT_SECONDS = 1800.0
+"""How long guests may take to boot: half a minute in an emulated hypervisor on an idle computer, many minutes on a busy one."""
 
 
 def place(machine: Machine, spec: GuestSpec, *, start: bool = True) -> str:
@@ -45,6 +51,32 @@ def place(machine: Machine, spec: GuestSpec, *, start: bool = True) -> str:
     if start:
         machine.run(f"virsh --quiet start {PREFIX}{spec.name}")
     return PREFIX + spec.name
+
+
+def wait_agent(machine: Machine, domain: str) -> None:
+    """Wait until the guest's agent answers, which it does once the disks are mounted. Raises TimeoutError."""
+    ask = f'virsh --quiet qemu-agent-command {domain} \'{{"execute":"guest-ping"}}\''
+    until(lambda: machine.ssh(ask).returncode == 0, f"the agent of {domain}", timeout=BOOT_SECONDS, interval=1)
+
+
+def acceleration(machine: Machine, domain: str) -> str:
+    """The domain's type: ``kvm`` or ``qemu``."""
+    return machine.run(f"virsh dumpxml {domain} --xpath /domain/@type").strip().split('"')[1]
+
+
+def running(machine: Machine) -> list[str]:
+    """The names of the guests that run."""
+    return [name for name in machine.run("virsh list --name").split() if name.startswith(PREFIX)]
+
+
+def clear(machine: Machine) -> None:
+    """Remove all guests, as an operator would who has to, and what was kept beside them."""
+    machine.run(
+        f"for domain in $(virsh list --all --name | grep ^{PREFIX}); do"
+        "  virsh destroy $domain >/dev/null 2>&1;"
+        "  virsh undefine $domain --managed-save --snapshots-metadata --checkpoints-metadata --nvram || exit 1;"
+        f"done; rm -rf {IMAGES}/* {' '.join(KEPT)} /var/log/libvirt/qemu/{PREFIX}*"
+    )
 
 
 def serial_log(name: str) -> Path:

@@ -17,7 +17,7 @@ from ..hypervisor.connection import find_domain
 from ..hypervisor.image_node import Passphrase
 from ..safety import locks, settlement
 from ..safety.journal import Journal
-from . import folding, settle
+from . import folding, settle, settlers
 from .folding_plan import RemovalPlan, plan_removal
 from .manifest import Point
 from .repository import BrokenPoint, History, Repository, open_repository, put_away, sweep
@@ -79,7 +79,7 @@ def alone(
             _require_writable(repository)
             stack.enter_context(locks.hold([(subject.uuid, subject.name)], operation))
         before = _all_points(repository.history(subject.uuid))
-        settlement.settle_named(uri, [(subject.uuid, subject.name)], settle.SETTLERS, check=check)
+        settlement.settle_named(uri, [(subject.uuid, subject.name)], settlers.SETTLERS, check=check)
         if not check:
             stack.enter_context(repository.locked(subject.uuid, operation))
             sweep(repository, subject.uuid)

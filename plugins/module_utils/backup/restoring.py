@@ -1,7 +1,10 @@
 # Copyright: vmkeeper.libvirt contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Restore a point: copy and check every disk beside its place, then put all in place and define, or nothing."""
+"""Restore a point: copy and check every disk beside its place, then put all in place and define, or nothing.
+
+Or at once, on the repository's own files: :mod:`.instant_restore`.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,17 @@ from typing import Any
 from xml.etree import ElementTree
 
 from .._errors import Conflict, InvalidInput, NotFound, Refused, Unsupported, VmkeeperError
-from ..hypervisor import chain, image_node, libvirt_secret, qemu_img
+from ..hypervisor import chain, definition, image_node, libvirt_secret, qemu_img
 from ..hypervisor.binding import libvirt
-from ..hypervisor.connection import constant, explaining, find_domain
-from ..hypervisor.domain_model import Disk, Domain, Layer, read_domain
+from ..hypervisor.connection import explaining, find_domain
+from ..hypervisor.domain_model import Disk, Domain, Layer, qemu_owner, read_domain
 from ..hypervisor.image_node import Image, Keys, Passphrase
+from ..safety import domain_jobs, locks, names, settlement, space, views, worker
 from ..safety import journal as journals
-from ..safety import locks, names, settlement, space
-from ..safety.journal import Journal
-from . import digests, listing, settle, stored, verifying
-from .mapping import Host, Target, fit
+from ..safety.journal import Journal, Operation
+from . import digests, instant_restore, lending, listing, settle, settlers, stored, verifying
+from .host import read_host, stored_definition
+from .mapping import Target, fit
 from .repository import Repository, open_repository
 
 NVRAM_DIRECTORY = "/var/lib/libvirt/qemu/nvram"
@@ -47,6 +51,10 @@ class Request:
     confirm: str | None = None
     attach_to: str | None = None
     running: bool = False
+    instant: bool = False
+    bandwidth: int = 0
+    wait: bool = True
+    wait_seconds: float | None = None
     passphrase: Passphrase | None = None
 
 
@@ -76,6 +84,7 @@ class Plan:
     xml: str | None
     notes: tuple[str, ...] = ()
     attach: Mapping[str, str] = field(default_factory=dict)
+    loan: lending.Loan | None = None
 
 
 @dataclass
@@ -86,6 +95,7 @@ class Restored:
     restored: list[dict[str, Any]]
     point: str
     warnings: list[str]
+    job: dict[str, Any] | None = None
 
 
 def restore(connection: Any, uri: str, request: Request, *, check: bool = False) -> Restored:
@@ -117,6 +127,15 @@ def _check_request(request: Request) -> None:
         raise InvalidInput("in_place takes no directory or pool", advice="The disks go back to where they are")
     if request.directory and request.pool:
         raise InvalidInput("directory and pool exclude each other", advice="Give one of them")
+    if request.instant and (request.in_place or request.attach_to):
+        raise InvalidInput(
+            "mode: instant makes a new domain, it replaces or attaches no disks",
+            advice="Leave out in_place and attach_to, or use mode: copy",
+        )
+    if request.instant and not request.running:
+        raise InvalidInput(
+            "mode: instant starts the domain, it cannot only define it", advice="Leave out state, or use mode: copy"
+        )
 
 
 class _Restoring:
@@ -134,12 +153,28 @@ class _Restoring:
     def run(self, *, check: bool) -> Restored:
         """Plan, and unless ``check`` do it."""
         name, uuid = self._who()
+        if not self._request.instant:
+            return self._answer(self._prepare(name, uuid, check))
+        busy = None if check else self._worker_of(uuid)
+        plan = self._plan_of(uuid, journals.peek(uuid)) if busy is not None else self._prepare(name, uuid, check)
+        answer = self._answer(plan)
+        if not check:
+            answer.job = self._pull(plan, busy)
+        return answer
+
+    def _prepare(self, name: str, uuid: str, check: bool) -> Plan:
+        """Everything but the pull of an instant restore."""
         with contextlib.ExitStack() as stack:
             if not check:
                 stack.enter_context(locks.hold([(uuid, name)], f"restoring {self._point.id}"))
+            if self._request.instant and not check:
+                pending = instant_restore.unfinished(uuid, self._identity())
+                if pending is not None:
+                    instant_restore.stand_again(self._uri, pending)
+                    return self._plan_of(uuid, pending.operation)
             finished = self._settle(uuid, check)
             if finished is not None:
-                return self._answer(finished)  # the same restore, interrupted when its files were complete
+                return finished  # the same restore, interrupted when its files were complete
             stack.enter_context(
                 self._repository.locked(self._point.domain_uuid, f"restoring {self._point.id}", shared=True)
                 if not check
@@ -149,9 +184,11 @@ class _Restoring:
             plan = self._plan(name, uuid)
             self._require_opening(plan)
             self._require_space(plan)
-            if not check:
+            if not check and plan.loan is not None:
+                self._stand_up(plan)
+            elif not check:
                 self._carry_out(plan)
-        return self._answer(plan)
+        return plan
 
     # --- who it becomes ----------------------------------------------------------------------------
 
@@ -172,10 +209,19 @@ class _Restoring:
                 )
             return handle.name(), handle.UUIDString()
         name = names.check_name(request.domain or point.domain, "domain")
-        if name == point.domain and not self._exists(point.domain_uuid):
+        if name == point.domain and (not self._exists(point.domain_uuid) or self._begun(point.domain_uuid)):
             return name, point.domain_uuid
         # The same restore again is the same domain again, so that it finds what an interrupted one left.
         return name, str(uuids.uuid5(uuids.UUID(self._repository.uuid), f"{point.id}/{name}"))
+
+    def _begun(self, uuid: str) -> bool:
+        """Whether that domain is there because this very restore was interrupted."""
+        operation = journals.peek(uuid)
+        return (
+            operation is not None
+            and operation.kind in (settle.RESTORE, instant_restore.KIND)
+            and operation.plan["request"] == self._identity()
+        )
 
     def _original(self) -> Any:
         handle = settle.find(self._connection, self._point.domain_uuid)
@@ -194,24 +240,30 @@ class _Restoring:
         interrupted = journals.peek(uuid)
         handle = settle.find(self._connection, uuid)
         if handle is not None:
-            settlement.settle_before_change(self._uri, [handle], settle.SETTLERS, check=check)
+            settlement.settle_before_change(self._uri, [handle], settlers.SETTLERS, check=check)
         elif not check:
             pending = journals.unfinished(uuid)
             if pending is not None:
-                settle.settle_restore(self._uri, pending)
+                settlers.SETTLERS[pending.operation.kind](self._uri, pending)
         if check or interrupted is None or interrupted.kind != settle.RESTORE or not interrupted.reached("place"):
             return None
         if interrupted.plan["request"] != self._identity():
             return None
-        pieces = [Piece(**piece) for piece in interrupted.plan["pieces"]]
+        return self._plan_of(uuid, interrupted)
+
+    def _plan_of(self, uuid: str, operation: Operation | None) -> Plan:
+        """What an earlier run of this restore meant to do."""
+        if operation is None:
+            return Plan(self._request.domain or self._point.domain, uuid, (), None, None)  # it is over by now
+        pieces = [Piece(**piece) for piece in operation.plan["pieces"]]
         return Plan(
-            interrupted.plan["name"],
+            operation.plan["name"],
             uuid,
             tuple(piece for piece in pieces if piece.target != "nvram"),
             next((piece for piece in pieces if piece.target == "nvram"), None),
-            interrupted.plan["xml"],
-            tuple(interrupted.plan["notes"]),
-            interrupted.plan["attach"],
+            operation.plan["xml"],
+            tuple(operation.plan["notes"]),
+            operation.plan.get("attach", {}),
         )
 
     def _identity(self) -> dict[str, Any]:
@@ -225,6 +277,7 @@ class _Restoring:
             "directory": request.directory,
             "pool": request.pool,
             "network": request.network,
+            "instant": request.instant,
         }
 
     # --- plan --------------------------------------------------------------------------------------
@@ -253,8 +306,10 @@ class _Restoring:
                 )
         pieces, notes = self._new_pieces(name, self._targets())
         nvram = self._new_nvram(name)
+        loan = self._plan_loan(uuid, [piece.target for piece in pieces]) if self._request.instant else None
+        xml_of_point = stored_definition(self._repository, self._point)
         mapped = fit(
-            self._stored_definition(),
+            xml_of_point,
             Target(
                 name=name,
                 uuid=uuid,
@@ -264,9 +319,18 @@ class _Restoring:
                 nvram=nvram.path if nvram else None,
                 network=self._network(),
             ),
-            self._host(),
+            read_host(self._connection, xml_of_point),
         )
-        return Plan(name, uuid, tuple(pieces), nvram, mapped.xml, (*notes, *mapped.notes))
+        xml = mapped.xml
+        if loan is not None:
+            models = definition.security_models(self._connection.getCapabilities())
+            xml = definition.with_backing(xml, loan.layers(), models)
+        return Plan(name, uuid, tuple(pieces), nvram, xml, (*notes, *mapped.notes), loan=loan)
+
+    def _plan_loan(self, uuid: str, targets: Sequence[str]) -> lending.Loan:
+        loan = lending.plan_loan(self._repository, self._found, targets, uuid)
+        views.require_support(loan.source, qemu_owner(self._connection.getCapabilities()))
+        return loan
 
     def _new_pieces(self, name: str, targets: Sequence[str]) -> tuple[list[Piece], list[str]]:
         pieces, notes = [], []
@@ -274,6 +338,9 @@ class _Restoring:
             held = self._point.disk(target)
             encrypted = held is not None and held.encrypted_source
             image_format = "raw" if held is not None and held.source_format == "raw" and not encrypted else "qcow2"
+            if self._request.instant and image_format == "raw":
+                image_format = "qcow2"
+                notes.append(f"disk {target} was raw and is qcow2 now")
             directory, note = self._directory(target)
             if note and note not in notes:
                 notes.append(note)
@@ -299,8 +366,8 @@ class _Restoring:
             return self._pool_directory(self._request.pool), None
         if self._request.directory:
             return names.check_directory(self._request.directory), None
-        stored = self._point.disk(target)
-        source = stored.source[0].path if stored is not None and stored.source else ""
+        held = self._point.disk(target)
+        source = held.source[0].path if held is not None and held.source else ""
         directory = os.path.dirname(source)
         if directory and not source.startswith("/dev/") and os.path.isdir(directory):
             return directory, None
@@ -331,13 +398,6 @@ class _Restoring:
             raise Conflict(f"{path} exists already and is not overwritten", advice="Move it away", path=path)
         return Piece("nvram", path, self._point.nvram, f"{path}.part")
 
-    def _stored_definition(self) -> str:
-        path = os.path.join(self._repository.point_directory(self._point.domain_uuid, self._point.id), "domain.xml")
-        if digests.file_digest(path) != self._point.files.get("domain.xml"):
-            raise Refused(f"{path} is not what was written", advice="Restore another point")
-        with open(path, encoding="utf-8") as stream:
-            return stream.read()
-
     def _network(self) -> str:
         network = self._request.network
         if network not in ("keep", "disconnected") and network not in self._connection.listNetworks():
@@ -349,45 +409,6 @@ class _Restoring:
                     existing=sorted(defined),
                 )
         return network
-
-    def _host(self) -> Host:
-        stored = ElementTree.fromstring(self._stored_definition())
-        arch = (stored.find("os/type").get("arch") if stored.find("os/type") is not None else None) or "x86_64"  # type: ignore[union-attr]
-        with explaining("Reading what this host can run"):
-            capabilities = ElementTree.fromstring(self._connection.getCapabilities())
-            networks = frozenset(one.name() for one in self._connection.listAllNetworks())
-        machines: dict[str, str] = {}
-        types: set[str] = set()
-        for guest in capabilities.iterfind("guest"):
-            element = guest.find("arch")
-            if element is None or element.get("name") != arch:
-                continue
-            types.update(one.get("type", "") for one in element.iterfind("domain"))
-            for machine in element.iter("machine"):
-                text = machine.text or ""
-                machines[text] = machine.get("canonical", text)
-        return Host(
-            domain_types=frozenset(types),
-            machines=machines,
-            networks=networks,
-            bridges=_bridges(),
-            exists=os.path.exists,
-            cpu_fits=self._cpu_fits(stored, arch),
-        )
-
-    def _cpu_fits(self, stored: ElementTree.Element, arch: str) -> bool:
-        cpu = stored.find("cpu")
-        if cpu is None or cpu.find("model") is None or cpu.get("mode", "custom") != "custom":
-            return True
-        if cpu.get("check") == "none":
-            return True
-        try:
-            result = self._connection.compareHypervisorCPU(
-                None, arch, None, stored.get("type"), ElementTree.tostring(cpu, encoding="unicode"), 0
-            )
-        except libvirt.libvirtError:
-            return True  # it cannot tell, so the definition stays as it is
-        return bool(result != constant("VIR_CPU_COMPARE_INCOMPATIBLE"))
 
     def _plan_in_place(self, name: str, uuid: str) -> Plan:
         handle = self._original()
@@ -419,8 +440,9 @@ class _Restoring:
                 nvram = self._aside("nvram", domain.nvram.path, self._point.nvram)
             layers = {piece.target: Layer(piece.path, piece.format) for piece in pieces}
             target_nvram = nvram.path if nvram else (domain.nvram.path if domain.nvram else None)
+            xml_of_point = stored_definition(self._repository, self._point)
             mapped = fit(
-                self._stored_definition(),
+                xml_of_point,
                 Target(
                     name,
                     uuid,
@@ -430,7 +452,7 @@ class _Restoring:
                     network=self._network(),
                     secrets=_secrets(pieces),
                 ),
-                self._host(),
+                read_host(self._connection, xml_of_point),
             )
             return Plan(name, uuid, tuple(pieces), nvram, mapped.xml, tuple(mapped.notes))
         return Plan(name, uuid, tuple(pieces), nvram, xml)
@@ -563,6 +585,52 @@ class _Restoring:
         journal.step("place")
         settle.finish_restore(self._uri, journal)
 
+    def _stand_up(self, plan: Plan) -> None:
+        journal = instant_restore.begin(
+            plan.uuid,
+            plan.name,
+            {
+                "point": self._point.id,
+                "request": self._identity(),
+                "notes": list(plan.notes),
+                "pieces": [asdict(piece) for piece in (*plan.pieces, *([plan.nvram] if plan.nvram else ()))],
+                "xml": plan.xml,
+                "uuid": plan.uuid,
+                "name": plan.name,
+                "loan": asdict(plan.loan) if plan.loan else None,
+                "bandwidth": self._request.bandwidth,
+            },
+        )
+        if plan.nvram is not None:
+            journal.step("copy", target="nvram")
+            try:
+                self._copy_nvram(plan.nvram)
+            except BaseException:
+                instant_restore.undo(self._uri, journal)
+                raise
+        instant_restore.stand_up(self._uri, journal)
+
+    def _worker_of(self, uuid: str) -> worker.Job | None:
+        """A worker that pulls the guest of this very restore local now."""
+        if not self._begun(uuid):
+            return None
+        handle = settle.find(self._connection, uuid)
+        job = domain_jobs.newest(handle) if handle is not None and handle.isActive() else None
+        return None if job is None or job.over or job.operation != instant_restore.KIND else job
+
+    def _pull(self, plan: Plan, busy: worker.Job | None) -> dict[str, Any] | None:
+        """Let it be pulled local; with ``wait`` None when that is done, else the worker's job."""
+        if not self._request.wait:
+            job = busy or instant_restore.start_worker(self._uri, plan.uuid, plan.name)
+            return {**job.as_result(), "state": "pending"}
+        if busy is not None:
+            handle = settle.find(self._connection, plan.uuid)
+            if handle is not None:
+                domain_jobs.wait_for(handle, seconds=self._request.wait_seconds)
+            return None
+        instant_restore.pull(self._uri, plan.uuid, plan.name, seconds=self._request.wait_seconds)
+        return None
+
     def _define_secrets(self, journal: Journal, plan: Plan) -> None:
         found = _secrets(plan.pieces)
         if not found or self._request.passphrase is None:
@@ -661,15 +729,6 @@ def _make_durable(path: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _bridges() -> frozenset[str]:
-    try:
-        return frozenset(
-            name for name in os.listdir("/sys/class/net") if os.path.isdir(f"/sys/class/net/{name}/bridge")
-        )
-    except OSError:
-        return frozenset()
 
 
 def _others_layers(connection: Any, handle: Any) -> list[tuple[str, str]]:

@@ -221,7 +221,7 @@ def finish_restore(uri: str, pending: Journal) -> None:
     connection = open_connection(uri)
     try:
         for piece in plan["pieces"]:
-            _place(piece)
+            place(piece)
         pending.step("define")
         handle = _define_restored(connection, plan)
         if plan["attach"] and handle is not None:
@@ -278,7 +278,8 @@ def _take_back(connection: Any, plan: Mapping[str, Any]) -> None:
         places.unlink_quietly(piece["part"])
 
 
-def _place(piece: Mapping[str, Any]) -> None:
+def place(piece: Mapping[str, Any]) -> None:
+    """Put one complete file of a restore where it belongs. Done before: nothing to do."""
     path, part, aside = piece["path"], piece["part"], piece["aside"]
     if not os.path.lexists(part):
         return  # in place already
@@ -331,7 +332,7 @@ def _attach(handle: Any, plan: Mapping[str, Any]) -> None:
             handle.attachDeviceFlags(ElementTree.tostring(element, encoding="unicode"), flags)
 
 
-#: For :func:`..safety.settlement.settle_before_change` and ``recover_domain``.
+#: Part of :data:`.settlers.SETTLERS`.
 SETTLERS: dict[str, settlement.Settler] = {
     BACKUP: settle_backup,
     RESTORE: settle_restore,

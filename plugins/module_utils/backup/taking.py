@@ -23,7 +23,7 @@ from ..hypervisor.domain_model import qemu_owner, read_domain
 from ..hypervisor.image_node import Image, Passphrase
 from ..safety import consistency, instant, locks, places, processes, settlement, space
 from ..safety.journal import Journal
-from . import checkpoints, digests, job, manifest, reservation, settle, stored
+from . import checkpoints, digests, job, manifest, reservation, settle, settlers, stored
 from . import facts as reading
 from .manifest import Point, StoredDisk
 from .plan import (
@@ -79,12 +79,12 @@ def take(
     with contextlib.ExitStack() as stack:
         if not check:
             stack.enter_context(locks.hold(named, f"backup into {repository.path}"))
-            settlement.settle_before_change(uri, handles, settle.SETTLERS)
+            settlement.settle_before_change(uri, handles, settlers.SETTLERS)
             for uuid, name in sorted(named):
                 stack.enter_context(repository.locked(uuid, f"backup of {name}"))
                 sweep(repository, uuid)
         else:
-            settlement.settle_before_change(uri, handles, settle.SETTLERS, check=True)
+            settlement.settle_before_change(uri, handles, settlers.SETTLERS, check=True)
         facts = [reading.read_facts(handle, repository, repair=not check) for handle in handles]
         fresh = _recent(request, facts)
         if fresh is not None:

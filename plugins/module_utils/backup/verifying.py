@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,10 @@ from .listing import Found
 from .manifest import Point
 from .repository import Repository
 
-LEVELS = ("digest", "structure")
+LEVELS = ("digest", "structure", "boot")
+
+#: In the point's directory: what the guest's screen showed at the last boot proof.
+SCREENSHOT = "screenshot.png"
 
 
 class NotProved(VmkeeperError):
@@ -41,10 +45,20 @@ class Finding:
         return {"point": self.point, "disk": self.disk, "problem": self.problem}
 
 
+@dataclass(frozen=True)
+class BootOutcome:
+    """How a boot went. ``problem`` is None when it is proved; ``seconds`` from start to proof; ``screenshot`` is PNG."""
+
+    problem: str | None
+    seconds: float | None = None
+    screenshot: bytes | None = None
+
+
 def verify(repository: Repository, found: Found, level: str, passphrase: Passphrase | None = None) -> list[Finding]:
     """All findings; none means proved, as far as :func:`not_checked` does not say otherwise.
 
-    ``structure`` includes ``digest``. Call it with the points' lock shared.  Raises :class:`InvalidInput` for a passphrase
+    Each level includes those before it, and ``boot`` is done elsewhere.  Call it with the points' lock shared.
+    Raises :class:`InvalidInput` for a passphrase
     that is wrong, or that alone could prove anything.
     """
     findings = _check_files(repository, found.point)
@@ -113,7 +127,7 @@ def _check_disk(
         findings += check_link(repository, holder, target)
     if findings:
         return findings  # what stands on a broken link cannot be read any further
-    if level == "structure":
+    if level != "digest":
         for holder in lineage:
             findings += _check_structure(repository, holder, target, passphrase)
     try:
@@ -220,10 +234,16 @@ def check_restored(image: Image, sums: digests.Sums) -> list[int]:
 
 
 def record(
-    repository: Repository, found: Found, level: str, findings: list[Finding], unseen: list[str]
+    repository: Repository,
+    found: Found,
+    level: str,
+    findings: list[Finding],
+    unseen: list[str],
+    boot: BootOutcome | None = None,
 ) -> dict[str, Any]:
     """Keep the outcome beside the manifest, and return it."""
-    outcome = {
+    directory = repository.point_directory(found.point.domain_uuid, found.point.id)
+    outcome: dict[str, Any] = {
         "format": 1,
         "at": manifest.now_utc().isoformat(timespec="seconds"),
         "level": level,
@@ -231,32 +251,74 @@ def record(
         "findings": [finding.as_result() for finding in findings],
         "not_checked": unseen,
     }
-    directory = repository.point_directory(found.point.domain_uuid, found.point.id)
+    if boot is not None:
+        screenshot = os.path.join(directory, SCREENSHOT)
+        if boot.screenshot is not None:
+            places.write_file(screenshot, boot.screenshot)
+        else:
+            places.unlink_quietly(screenshot)
+        outcome["boot_seconds"] = boot.seconds
+        outcome["screenshot"] = SCREENSHOT if boot.screenshot is not None else None
     places.write_json(os.path.join(directory, "verify.json"), outcome)
     return outcome
 
 
-def prove(
-    repository: Repository, found: Found, level: str, passphrase: Passphrase | None = None, *, check: bool = False
-) -> list[str]:
-    """Verify a point, keep the outcome (not with ``check``), and raise :class:`NotProved` on any finding.
+@dataclass(frozen=True)
+class Proof:
+    """A point that is proved. ``boot_seconds`` and ``screenshot`` (a path) are None below level ``boot``.
 
-    Returns sentences about what could not be looked at.
+    ``not_checked`` are sentences about what could not be looked at.
     """
+
+    verified: bool | None
+    boot_seconds: float | None = None
+    screenshot: str | None = None
+    not_checked: tuple[str, ...] = ()
+
+
+def prove(
+    repository: Repository,
+    found: Found,
+    level: str,
+    passphrase: Passphrase | None = None,
+    *,
+    boot: Callable[[], BootOutcome] | None = None,
+    check: bool = False,
+) -> Proof:
+    """Verify a point, keep the outcome, and raise :class:`NotProved` on any finding.
+
+    ``boot`` boots it, and is asked only for a point whose images are whole.  With ``check`` nothing is kept and nothing
+    booted, so that ``verified`` is None at level ``boot``.
+    """
+    booted = None
     with repository.locked(found.point.domain_uuid, f"verifying {found.point.id}", shared=True):
         findings = verify(repository, found, level, passphrase)
         unseen = not_checked(found, passphrase)
-        if not check:
-            record(repository, found, level, findings, unseen)
+        if boot is not None and not findings and not check:
+            booted = boot()
+            if booted.problem is not None:
+                findings = [Finding(found.point.id, None, booted.problem)]
+        kept = None if check else record(repository, found, level, findings, unseen, booted)
+    directory = repository.point_directory(found.point.domain_uuid, found.point.id)
+    screenshot = os.path.join(directory, SCREENSHOT) if kept and kept.get("screenshot") else None
     if findings:
         raise NotProved(
             f"Point {found.point.id} of domain {found.point.domain!r} is not proved: "
             + "; ".join(finding.problem for finding in findings[:4]),
             state="Nothing of the point was changed.",
-            advice="Look at the storage below the repository, and make a new full; other points may still be good",
+            advice="Look at the storage below the repository, and make a new full; other points may still be good"
+            if booted is None
+            else "Look at the screenshot; its images are what was backed up, so see whether the guest itself still boots",
             verified=False,
             id=found.point.id,
             level=level,
             findings=[finding.as_result() for finding in findings],
+            boot_seconds=None,
+            screenshot=screenshot,
         )
-    return unseen
+    return Proof(
+        verified=None if check and boot is not None else True,
+        boot_seconds=booted.seconds if booted is not None else None,
+        screenshot=screenshot,
+        not_checked=tuple(unseen),
+    )

@@ -51,6 +51,15 @@ def follow(top: Layer) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
+def below(layer: Layer) -> Layer | None:
+    """The layer that a local qcow2 image stands on, whether it is there or not. Raises OSError or BadHeader."""
+    header = read_qcow2(layer.path or "")
+    if header.backing_file is None:
+        return None
+    path = _resolve(layer.path or "", header.backing_file)
+    return Layer(path=path, format=header.backing_format or _probe(path))
+
+
 def _resolve(overlay: str, name: str) -> str:
     if name.startswith("json:") or (":" in name.split("/", 1)[0]):
         raise Unsupported(

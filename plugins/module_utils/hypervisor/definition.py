@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
@@ -42,6 +42,39 @@ def with_layers(root: ElementTree.Element, layers: Mapping[str, Layer]) -> None:
         driver.set("type", layer.format or "raw")
         for backing in disk.findall("backingStore"):
             disk.remove(backing)
+
+
+def with_backing(xml: str, chains: Mapping[str, Sequence[Layer]], models: Collection[str]) -> str:
+    """The definition with what lies below the active layer of the disks in ``chains`` (by target), topmost first.
+
+    libvirt leaves the owner and label of these layers alone: for each of the host's security ``models`` that would change
+    them they carry ``relabel='no'``.
+    """
+    root = ElementTree.fromstring(xml)
+    for disk in root.iterfind("devices/disk"):
+        target = disk.find("target")
+        layers = chains.get(target.get("dev", "") if target is not None else "")
+        if not layers:
+            continue
+        for stale in disk.findall("backingStore"):
+            disk.remove(stale)
+        above = disk
+        for layer in layers:
+            backing = ElementTree.SubElement(above, "backingStore", type="file")
+            ElementTree.SubElement(backing, "format", type=layer.format or "qcow2")
+            source = ElementTree.SubElement(backing, "source", file=layer.path or "")
+            for model in ("dac", "selinux"):
+                if model in models:
+                    ElementTree.SubElement(source, "seclabel", model=model, relabel="no")
+            above = backing
+        ElementTree.SubElement(above, "backingStore")
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def security_models(capabilities_xml: str) -> tuple[str, ...]:
+    """The security models of this host, such as ``dac`` and ``apparmor``."""
+    root = ElementTree.fromstring(capabilities_xml)
+    return tuple(model.findtext("model", "") for model in root.iterfind("host/secmodel"))
 
 
 def persistent_xml(domain: Any) -> str:

@@ -12,11 +12,15 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from xml.etree import ElementTree
 
 from .binding import libvirt
 from .connection import explaining
+
+#: The name of the channel that the guest agent listens on.
+AGENT_CHANNEL = "org.qemu.guest_agent.0"
 
 #: virDomainState; the numbers are libvirt's ABI.
 STATE_NAMES = {
@@ -371,7 +375,7 @@ def parse_domain(xml: str, state: DomainState, *, persistent: bool = True, **con
         (
             element
             for element in root.iterfind("devices/channel/target")
-            if element.get("type") == "virtio" and element.get("name") == "org.qemu.guest_agent.0"
+            if element.get("type") == "virtio" and element.get("name") == AGENT_CHANNEL
         ),
         None,
     )
@@ -498,16 +502,16 @@ def read_state(domain: Any) -> DomainState:
     return DomainState(name, reasons.get(reason, "unknown"))
 
 
+def volume_path(connection: Any, pool: str, volume: str) -> str | None:
+    """Where a volume lies; None when there is no such pool or volume, or the pool is not active."""
+    try:
+        return str(connection.storagePoolLookupByName(pool).storageVolLookupByName(volume).path())
+    except libvirt.libvirtError:
+        return None
+
+
 def read_domain(domain: Any, *, inactive: bool = False) -> Domain:
     """Read one libvirt domain; ``inactive`` reads the definition of its next start instead of the live one."""
-    connection = domain.connect()
-
-    def volume_path(pool: str, volume: str) -> str | None:
-        try:
-            return str(connection.storagePoolLookupByName(pool).storageVolLookupByName(volume).path())
-        except libvirt.libvirtError:
-            return None
-
     state = read_state(domain)
     with explaining(f"Reading domain {domain.name()!r}"):
         xml = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE if inactive else 0)
@@ -521,7 +525,7 @@ def read_domain(domain: Any, *, inactive: bool = False) -> Domain:
     if inactive or not state.active:
         # Only a live definition states its chain; an inactive one names the top layer alone.
         model = replace(model, runtime_id=None)
-    return resolve_volumes(model, volume_path)
+    return resolve_volumes(model, partial(volume_path, domain.connect()))
 
 
 _OWNER = re.compile(r"\+?(\d+):\+?(\d+)")

@@ -23,6 +23,7 @@ from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import constant, explaining
 from ..hypervisor.domain_model import Disk, Layer, parse_disk, read_domain
 from ..hypervisor.image_header import BadHeader, is_qcow2, read_qcow2
+from . import views
 
 #: Files of one directory that are looked at; a directory with more is no place for images.
 _MOST_FILES = 20_000
@@ -113,8 +114,8 @@ class HostGraph:
 
 
 def canonical(path: str) -> str:
-    """One name for one file, whatever links lead to it."""
-    return os.path.realpath(path)
+    """One name for one file, whatever links lead to it, or whichever view shows it."""
+    return views.origin_of(os.path.realpath(path))
 
 
 def unneeded(graph: HostGraph, candidates: Sequence[str]) -> tuple[str, ...]:
@@ -161,11 +162,7 @@ class _Collector:
         self.name(disk.path, reader)
         if disk.active.format == "raw":
             self.raw.add(canonical(disk.path))
-        try:
-            layers = chain.follow(disk.active)
-        except VmkeeperError:
-            layers = disk.chain[:1]
-        self.links(layers)
+        self.links(follow_names(disk.active))
         if live:
             self.links(disk.chain)
         if disk.job is not None and disk.job.destination:
@@ -189,9 +186,28 @@ class _Collector:
             # A guest that owns a raw disk can write any header into it.
             if path in self.below or path in self.raw or not os.path.isfile(path):
                 continue
-            with contextlib.suppress(OSError, BadHeader, VmkeeperError):
+            with contextlib.suppress(OSError, BadHeader):
                 if is_qcow2(path) and read_qcow2(path).backing_file is not None:
-                    self.links(chain.follow(Layer(path, "qcow2")))
+                    self.links(follow_names(Layer(path, "qcow2")))
+
+
+def follow_names(top: Layer) -> tuple[Layer, ...]:
+    """The layers from ``top`` down. A missing file is the last one; below a view that is not open the files it shows follow."""
+    layers = [top]
+    while True:
+        try:
+            return (*layers[:-1], *chain.follow(layers[-1]))
+        except VmkeeperError:
+            last = layers[-1]
+            if last.path is None or last.format != "qcow2" or len(layers) > chain.MAXIMUM_DEPTH:
+                return tuple(layers)
+            try:
+                below = chain.below(Layer(canonical(last.path), "qcow2"))
+            except (OSError, BadHeader, VmkeeperError):
+                return tuple(layers)
+            if below is None or below.path in [layer.path for layer in layers]:
+                return tuple(layers)
+            layers.append(below)
 
 
 def read_graph(connection: Any, directories: Iterable[str] = ()) -> HostGraph:

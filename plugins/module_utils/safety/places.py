@@ -25,6 +25,10 @@ SCRATCH = "/var/lib/vmkeeper.libvirt/scratch"
 GUARDS = "/run/vmkeeper.libvirt/guards"
 LOCKS = "/run/lock/vmkeeper.libvirt"
 
+#: What QEMU's user must be able to reach: repositories as guests see them, and the files of guests that are thrown away.
+VIEWS = "/var/lib/libvirt/vmkeeper/views"
+PROOFS = "/var/lib/libvirt/vmkeeper/proofs"
+
 
 def private_directory(path: str) -> str:
     """Make ``path`` (and what is above it) a directory that only this user can change."""
@@ -86,12 +90,16 @@ def fsync_file(path: str) -> None:
 
 def write_json(path: str, value: Any) -> None:
     """Replace ``path`` by ``value`` as JSON, wholly or not at all, durably, readable by the owner only."""
+    write_file(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def write_file(path: str, content: bytes) -> None:
+    """Replace ``path`` by ``content``, as :func:`write_json` does."""
     directory = os.path.dirname(path)
     descriptor, temporary = tempfile.mkstemp(prefix=".new-", dir=directory)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=1, sort_keys=True)
-            stream.write("\n")
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)

@@ -27,6 +27,31 @@ def free_bytes(directory: str) -> int:
     return status.f_bavail * status.f_frsize
 
 
+def free_memory(*, meminfo: str = "/proc/meminfo") -> int | None:
+    """Bytes of memory that a new process can have without swapping (``MemAvailable``); None where the kernel does not say."""
+    try:
+        with open(meminfo, encoding="ascii") as stream:
+            for line in stream:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        return None
+    return None
+
+
+def require_memory(needed: int, doing: str) -> None:
+    """Raise :class:`NoSpace` unless the host has ``needed`` bytes of memory."""
+    free = free_memory()
+    if free is not None and free < needed:
+        raise NoSpace(
+            f"{doing}: this host has {human(free)} of memory free and {human(needed)} are needed",
+            advice="Free some, or do it on another host that reaches the repository",
+            path="memory",
+            needed=needed,
+            free=free,
+        )
+
+
 def total_by_filesystem(needs: Iterable[tuple[str, int]]) -> Mapping[str, int]:
     """Sum ``(directory, bytes)`` over directories of the same filesystem; the key is one such directory."""
     devices: dict[int, str] = {}

@@ -9,12 +9,13 @@ import time
 from typing import Any
 
 from .._errors import Refused, VmkeeperError
+from ..hypervisor import health
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import explaining, find_domain, message_of
 from ..hypervisor.definition import define
 from ..hypervisor.domain_model import read_domain
 from ..safety.journal import Journal
-from . import health, shrinking
+from . import shrinking
 from .outcome import wait_for
 
 #: The old size is known to boot: it gets time whatever the task allowed the new one.

@@ -12,10 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 from .._errors import VmkeeperError
+from ..hypervisor import health
 from ..hypervisor.connection import explaining, find_domain, open_connection
 from ..hypervisor.domain_model import read_domain
 from ..safety.journal import Journal
-from . import health, restart, shrinking
+from . import restart, shrinking
 from .outcome import wait_for
 
 OPERATION = "resize"

@@ -16,7 +16,7 @@ from .._errors import UNCHANGED, VmkeeperError
 from ..hypervisor import chain
 from ..hypervisor.connection import constant, explaining
 from ..hypervisor.definition import with_layers
-from ..hypervisor.domain_model import Layer, parse_disk
+from ..hypervisor.domain_model import Layer, parse_disk, volume_path
 from ..safety.checkpoints_aside import set_aside
 
 #: Our element in the ``<metadata>`` of the domain definition that libvirt keeps inside each snapshot.  The metadata of
@@ -267,19 +267,29 @@ def _flags(*names: str) -> int:
 def read_snapshot(snapshot: Any) -> Snapshot:
     """Read one libvirt snapshot."""
     with explaining("Reading a snapshot"):
-        parsed = parse_snapshot(snapshot.getXMLDesc(0), current=bool(snapshot.isCurrent()))
-    return replace(parsed, disks=tuple(_with_base(disk) for disk in parsed.disks))
+        xml = snapshot.getXMLDesc(0)
+        parsed = parse_snapshot(xml, current=bool(snapshot.isCurrent()))
+    return replace(parsed, disks=tuple(_with_base(disk, xml, snapshot) for disk in parsed.disks))
 
 
-def _with_base(disk: SnapshotDisk) -> SnapshotDisk:
-    """A disk in a storage pool is recorded by the names of pool and volume; its overlay knows the path, pool or no pool."""
+def _with_base(disk: SnapshotDisk, xml: str, snapshot: Any) -> SnapshotDisk:
+    """A disk in a storage pool is recorded by the names of pool and volume: its overlay knows the path, pool or no pool, and
+    where a revert has discarded that overlay, the pool does."""
     if disk.base is not None or disk.overlay is None:
         return disk
     try:
         layers = chain.follow(Layer(disk.overlay, "qcow2"))
     except VmkeeperError:
-        return disk
-    return replace(disk, base=layers[1].path) if len(layers) > 1 else disk
+        layers = ()
+    base = layers[1].path if len(layers) > 1 else _path_of_volume(disk.target, xml, snapshot)
+    return replace(disk, base=base) if base is not None else disk
+
+
+def _path_of_volume(target: str, xml: str, snapshot: Any) -> str | None:
+    """Where the volume that the snapshot's definition names for a disk lies; None when its pool does not say."""
+    source = ElementTree.fromstring(xml).find(f"domain/devices/disk/target[@dev='{target}']/../source")
+    pool, volume = (source.get("pool"), source.get("volume")) if source is not None else (None, None)
+    return volume_path(snapshot.getConnect(), pool, volume) if pool and volume else None
 
 
 def read_snapshots(domain: Any) -> tuple[Snapshot, ...]:

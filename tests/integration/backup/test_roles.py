@@ -34,6 +34,18 @@ def test_backup_then_restore_by_playbook(module_guest_factory, directory: Path) 
     again = run_playbook("vmkeeper.libvirt.backup", extra_vars={**variables, "consistent_backup_min_age": "1d"})
     assert again.rc == 0, again.stdout
     assert len(ok("backup_info", repository=str(repository))["restore_points"]) == 1
+    proved = run_playbook(
+        "vmkeeper.libvirt.verify",
+        extra_vars={"target": "localhost", "repository": str(repository), "level": "digest"},
+    )
+    assert proved.rc == 0, proved.stdout
+    assert "proved" in proved.stdout + str(proved.tasks)
+    unproved = run_playbook(
+        "vmkeeper.libvirt.verify",
+        extra_vars={"target": "localhost", "repository": str(repository), "domains": [guest.name, "lab-nobody"]},
+    )
+    assert unproved.rc != 0
+    assert "lab-nobody has no restore point" in unproved.stdout + str(unproved.tasks)
     pruned = run_playbook("vmkeeper.libvirt.backup", extra_vars={**variables, "consistent_backup_keep": {"last": 1}})
     assert pruned.rc == 0, pruned.stdout
     assert "removed" in str(pruned.tasks), pruned.tasks
@@ -53,3 +65,23 @@ def test_backup_then_restore_by_playbook(module_guest_factory, directory: Path) 
     image = directory / "lab-roles-r.vda.qcow2"
     assert points.content(image) == points.content(guest.images["vda"])
     points.forget_domain(guest, "lab-roles-r")
+    at_once = run_playbook(
+        "vmkeeper.libvirt.restore",
+        extra_vars={
+            "restore_domain_repository": str(repository),
+            "restore_domain_source": guest.name,
+            "restore_domain_name": "lab-roles-i",
+            "restore_domain_directory": str(directory),
+            "restore_domain_mode": "instant",
+            "restore_domain_network": "disconnected",
+        },
+    )
+    assert at_once.rc == 0, at_once.stdout
+    assert guest.connection().lookupByName("lab-roles-i").isActive()
+    points.forget_domain(guest, "lab-roles-i")
+    assert points.content(directory / "lab-roles-i.vda.qcow2") == points.content(guest.images["vda"])
+    made_image = next(repository.glob("*/*/vda.qcow2"))
+    points.run("qemu-io", "-f", "qcow2", "-c", "write -P 1 0 64k", made_image)
+    damaged = run_playbook("vmkeeper.libvirt.verify", extra_vars={"target": "localhost", "repository": str(repository)})
+    assert damaged.rc != 0
+    assert "FAILED" in damaged.stdout + str(damaged.tasks)

@@ -311,3 +311,14 @@ def test_what_cannot_be_gone_back_to_is_refused_before_anything_is_changed(guest
     assert ignored.failed
     assert guest.is_running()
     assert ways.read(guest) == {"one"}
+
+
+def test_a_volume_is_flat_again_when_the_snapshot_that_it_went_back_to_is_removed(make_guest):
+    disk = DiskSpec("vda", size=8 * MIB, fs=None, writer=False, kind="volume")
+    guest = make_guest(GuestSpec("pooled", disks=(disk,)), start="no")
+    tasks.ok("snapshot", domains=[guest.name], name="pooled")
+    tasks.ok("snapshot", domains=[guest.name], name="pooled", state="reverted")
+    tasks.ok("snapshot", domains=[guest.name], name="pooled", state="absent")
+    source = guest.xml(inactive=True).find("devices/disk/source")
+    assert source.get("volume") == "vda.qcow2" or source.get("file") == str(guest.images["vda"])
+    assert list(guest.images["vda"].parent.iterdir()) == [guest.images["vda"]]

@@ -6,7 +6,10 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.definition import with_disk_layers
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.definition import (
+    with_backing,
+    with_disk_layers,
+)
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain_model import Layer, parse_disk
 
 XML = """<domain><metadata><a:b xmlns:a='urn:x'>kept</a:b></metadata><devices>
@@ -37,3 +40,19 @@ def test_a_block_device_and_a_disk_without_a_driver():
     found = disks(with_disk_layers(XML, {"vdb": Layer("/dev/vg/lv", "raw", "block")}))
     assert found["vdb"].kind == "block"
     assert found["vdb"].chain == (Layer("/dev/vg/lv", "raw", "block"),)
+
+
+def test_a_chain_that_is_lent_is_written_out_and_its_owners_are_left_alone() -> None:
+    disks = "<disk type='file'><source file='/o'/><target dev='vda'/></disk><disk><target dev='vdb'/></disk>"
+    xml = f"<domain><devices>{disks}</devices></domain>"
+    layers = (Layer("/view/p2/vda.qcow2", "qcow2"), Layer("/view/p1/vda.qcow2", "qcow2"))
+    root = ElementTree.fromstring(with_backing(xml, {"vda": layers}, ("apparmor", "dac")))
+    disk = root.find("devices/disk")
+    assert disk is not None
+    assert [layer.path for layer in parse_disk(disk).chain] == ["/o", "/view/p2/vda.qcow2", "/view/p1/vda.qcow2"]
+    labels = [(label.get("model"), label.get("relabel")) for label in disk.iter("seclabel")]
+    assert labels == [("dac", "no"), ("dac", "no")]
+    last = disk.find("backingStore/backingStore/backingStore")
+    assert last is not None
+    assert len(last) == 0, "without its end libvirt would look for more"
+    assert root.findall("devices/disk")[1].find("backingStore") is None

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import NoSpace
@@ -35,3 +37,14 @@ def test_needs_of_one_filesystem_add_up(tmp_path, monkeypatch):
         space.require(needs, "Taking it")
     assert (error.value.facts["needed"], error.value.facts["free"]) == (120, 100)
     space.require(needs[:1], "Taking it")
+
+
+def test_memory_is_asked_of_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  8 kB\nMemAvailable:     1024 kB\n")
+    assert space.free_memory(meminfo=str(meminfo)) == 1 << 20
+    assert space.free_memory(meminfo=str(tmp_path / "none")) is None
+    monkeypatch.setattr(space, "free_memory", lambda: 1 << 20)
+    space.require_memory(1 << 20, "Booting")
+    with pytest.raises(NoSpace, match="of memory free and"):
+        space.require_memory(2 << 20, "Booting")

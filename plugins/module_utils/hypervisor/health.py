@@ -11,15 +11,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._errors import AgentSilent, VmkeeperError
-from ..hypervisor import agent
-from ..hypervisor.domain_model import read_domain
+from . import agent
+from .domain_model import read_domain
 
 _POLL_SECONDS = 0.2
 _COMMAND_SECONDS = 60.0
 
 
-def wait_until_well(handle: Any, command: Sequence[str] | None, seconds: float) -> str | None:
-    """None when it is well within ``seconds``, else what was missing."""
+def wait_until_well(
+    handle: Any, command: Sequence[str] | None, seconds: float, *, option: str = "health_command"
+) -> str | None:
+    """None when it is well within ``seconds``, else what was missing. ``option`` is what the user calls ``command``."""
     give_up = time.monotonic() + seconds
     problem = "its guest agent did not answer"
     while True:
@@ -31,7 +33,7 @@ def wait_until_well(handle: Any, command: Sequence[str] | None, seconds: float) 
                 agent.ask_info(handle)
                 if command is None:
                     return None
-                problem = _run(handle, command, max(1.0, min(_COMMAND_SECONDS, give_up - time.monotonic())))
+                problem = _run(handle, command, option, max(1.0, min(_COMMAND_SECONDS, give_up - time.monotonic())))
                 if not problem:
                     return None
         if time.monotonic() > give_up:
@@ -39,9 +41,9 @@ def wait_until_well(handle: Any, command: Sequence[str] | None, seconds: float) 
         time.sleep(_POLL_SECONDS)
 
 
-def _run(handle: Any, command: Sequence[str], seconds: float) -> str:
+def _run(handle: Any, command: Sequence[str], option: str, seconds: float) -> str:
     try:
         done = agent.execute(handle, command, seconds=seconds)
     except VmkeeperError as error:
-        return f"health_command did not end well ({error.problem})"
-    return "" if done.status == 0 else f"health_command ended with status {done.status} and not with 0"
+        return f"{option} did not end well ({error.problem})"
+    return "" if done.status == 0 else f"{option} ended with status {done.status} and not with 0"

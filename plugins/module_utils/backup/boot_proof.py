@@ -1,0 +1,215 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Prove that a point boots: a guest of its own stands on it, is asked whether it is well, and is thrown away.
+
+It has a fresh identity, no network and no device of the host (:mod:`.throwaway`), writes into overlays in a private
+directory, and reads the repository through a view that nobody can write to.  libvirt destroys it as soon as this process's
+connection ends, and the journal, under a UUID of its own, names what else has to go.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import uuid as uuids
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+from xml.etree import ElementTree
+
+from .._errors import LibvirtFailed, Refused, Unsupported, VmkeeperError
+from ..hypervisor import definition, health, qemu_img, screenshot
+from ..hypervisor.binding import libvirt
+from ..hypervisor.connection import code_of, constant, explaining, open_connection
+from ..hypervisor.domain_model import Domain, DomainState, Layer, parse_domain, qemu_owner
+from ..safety import journal as journals
+from ..safety import locks, places, space, views
+from ..safety.journal import Journal
+from . import digests, settle
+from .host import read_host, stored_definition
+from .lending import Loan, lend, plan_loan
+from .listing import Found
+from .mapping import Target, fit
+from .repository import Repository
+from .throwaway import throw_away
+from .verifying import BootOutcome
+
+KIND = "boot-proof"
+
+#: What a guest writes while it boots; asked of the filesystem of its overlays (bytes).
+_WRITTEN = 1 << 30
+_GONE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """``command`` is run in the guest until it ends with status 0; None: the agent has to answer. ``seconds`` is for both."""
+
+    command: tuple[str, ...] | None = None
+    seconds: float = 300.0
+
+
+@dataclass(frozen=True)
+class _Plan:
+    uuid: str
+    name: str
+    xml: str
+    loan: Loan
+    nvram: str | None
+
+
+def boot(connection: Any, uri: str, repository: Repository, found: Found, request: Request) -> BootOutcome:
+    """Boot a point and throw the guest away. Call it with the points' lock shared."""
+    point = found.point
+    # One at a time for each domain: the name is the same each time, and so is libvirt's log of it.
+    uuid = str(uuids.uuid5(uuids.UUID(repository.uuid), f"boot-proof/{point.domain_uuid}"))
+    with locks.hold([(uuid, f"boot proof of {point.domain}")], f"booting {point.id}"):
+        left = journals.unfinished(uuid)
+        if left is not None:
+            settle_proof(uri, left)
+        plan = _plan(connection, repository, found, uuid)
+        journal = Journal.begin(KIND, [(uuid, plan.name)], {"uuid": uuid, "point": point.id, "loan": asdict(plan.loan)})
+        try:
+            return _carry_out(connection, repository, found, plan, request, journal)
+        finally:
+            clear(uri, journal)
+
+
+def _plan(connection: Any, repository: Repository, found: Found, uuid: str) -> _Plan:
+    point = found.point
+    stored = stored_definition(repository, point)
+    domain = parse_domain(stored, DomainState("shutoff"))
+    _require_bootable(stored, domain, point.id)
+    loan = plan_loan(repository, found, [disk.target for disk in point.disks], uuid)
+    views.require_support(loan.source, qemu_owner(connection.getCapabilities()))
+    places.passable_directory(places.PROOFS)
+    space.require_memory(domain.memory_max, f"Booting point {point.id}")
+    space.require([(places.PROOFS, min(_WRITTEN, sum(loan.sizes.values())))], f"Booting point {point.id}")
+    name = f"vmk-proof-{uuid[:8]}"
+    scratch = os.path.join(places.PROOFS, uuid)
+    nvram = os.path.join(scratch, "nvram.fd") if point.nvram is not None else None
+    mapped = fit(
+        stored,
+        Target(
+            name=name,
+            uuid=uuid,
+            fresh=True,
+            disks={target: Layer(_overlay(uuid, target), "qcow2") for target in loan.chains},
+            nvram=nvram,
+            network="disconnected",
+        ),
+        read_host(connection, stored),
+    )
+    xml = throw_away(mapped.xml, f"Boot proof of {point.domain} {point.id}")
+    models = definition.security_models(connection.getCapabilities())
+    return _Plan(uuid, name, definition.with_backing(xml, loan.layers(), models), loan, nvram)
+
+
+def _require_bootable(xml: str, domain: Domain, identifier: str) -> None:
+    if not domain.agent_configured:
+        raise Unsupported(
+            f"The domain of point {identifier} has no guest agent channel, so that nothing in it can say that it has booted",
+            advice="Give the domain a guest agent, or prove the point with level: structure",
+        )
+    for tag in ("kernel", "initrd", "dtb"):
+        path = ElementTree.fromstring(xml).findtext(f"os/{tag}")
+        if path and not os.path.exists(path):
+            raise Unsupported(
+                f"The domain of point {identifier} boots from the {tag} {path} of its host, which is not here",
+                advice="Put it there, or prove the point on the host that has it",
+            )
+
+
+def _overlay(uuid: str, target: str) -> str:
+    return os.path.join(places.PROOFS, uuid, f"{target}.qcow2")
+
+
+def _carry_out(
+    connection: Any, repository: Repository, found: Found, plan: _Plan, request: Request, journal: Journal
+) -> BootOutcome:
+    owner = qemu_owner(connection.getCapabilities())
+    journal.step("scratch")
+    places.passable_directory(os.path.join(places.PROOFS, plan.uuid))
+    journal.step("lend")
+    lend(plan.loan, owner)
+    journal.step("overlay")
+    for target, layers in plan.loan.layers().items():
+        qemu_img.create_overlay(
+            _overlay(plan.uuid, target),
+            backing=layers[0].path or "",
+            backing_format="qcow2",
+            size=plan.loan.sizes[target],
+            owner=owner,
+        )
+    if plan.nvram is not None:
+        _copy_nvram(repository, found, plan.nvram)
+    journal.step("boot")
+    with explaining(
+        f"Starting a guest on point {found.point.id}", state="Nothing is left of it.", advice="See libvirt's log"
+    ):
+        handle = connection.createXML(plan.xml, constant("VIR_DOMAIN_START_AUTODESTROY") or 0)
+    began = time.monotonic()
+    journal.step("wait")
+    problem = _wait(handle, request.command, request.seconds)
+    seconds = round(time.monotonic() - began, 1)
+    journal.step("look")
+    return BootOutcome(
+        None if problem is None else f"booted, {problem}", None if problem else seconds, _screenshot(handle)
+    )
+
+
+def _wait(handle: Any, command: Sequence[str] | None, seconds: float) -> str | None:
+    try:
+        return health.wait_until_well(handle, command, seconds, option="boot_check")
+    except LibvirtFailed as error:
+        if error.facts.get("code") == constant("VIR_ERR_NO_DOMAIN"):
+            return "it stopped by itself"  # a guest that was never defined is gone when it stops
+        raise
+
+
+def _screenshot(handle: Any) -> bytes | None:
+    try:
+        return screenshot.take(handle)
+    except VmkeeperError:
+        return None
+
+
+def _copy_nvram(repository: Repository, found: Found, path: str) -> None:
+    source = os.path.join(repository.point_directory(found.point.domain_uuid, found.point.id), "nvram.fd")
+    if digests.file_digest(source) != found.point.files.get("nvram.fd"):
+        raise Refused(f"{source} is not what was written", advice="Restore another point")
+    shutil.copyfile(source, path)
+    os.chmod(path, 0o600)
+
+
+def clear(uri: str, journal: Journal) -> None:
+    """Destroy the guest and remove what it stood on, down to the journal. Every step looks first at what is there."""
+    uuid = journal.operation.plan["uuid"]
+    journal.step("clear")
+    _destroy(uri, uuid)
+    shutil.rmtree(os.path.join(places.PROOFS, uuid), ignore_errors=True)
+    views.close_view(Loan.from_json(journal.operation.plan["loan"]).name)
+    journal.finish()
+
+
+def _destroy(uri: str, uuid: str) -> None:
+    handle = settle.find(open_connection(uri), uuid)
+    if handle is None:
+        return
+    try:
+        handle.destroy()
+    except libvirt.libvirtError as error:
+        if code_of(error) not in (constant("VIR_ERR_NO_DOMAIN"), constant("VIR_ERR_OPERATION_INVALID")):
+            raise LibvirtFailed(
+                f"Destroying the guest {handle.name()!r} of a boot proof: {error}",
+                state="It may still run; it has no network and none of the original's disks.",
+                advice="Run recover_domain",
+            ) from error
+
+
+def settle_proof(uri: str, pending: Journal) -> dict[str, str]:
+    """Remove what an interrupted proof left; returns ``{what, action}``."""
+    clear(uri, pending)
+    return {"what": f"an interrupted boot proof of {pending.operation.plan['point']}", "action": "removed"}

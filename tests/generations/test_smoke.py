@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Copyright: vmkeeper.libvirt contributors
+"""Everything once, on whichever libvirt and QEMU this host has: `tests/lab/enter --generation trixie -- ... tests/generations`.
+
+The tests follow one another on one guest. What is true is read from outside: what the guest has on its disk, and images at rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import libvirt
+import pytest
+from lab import evidence
+from lab.ansible import Result, run_module
+from lab.guest import DiskSpec, Guest, GuestSpec
+from lab.host import TestHost
+from lab.spec import MIB
+
+from ansible_collections.vmkeeper.libvirt.tests.integration.conftest import GuestFactory
+
+MARK = "/disk/vda/mark"
+
+
+@pytest.fixture(scope="module")
+def guest(module_guest_factory: GuestFactory) -> Guest:
+    """One machine that boots from its own disk."""
+    return module_guest_factory(
+        GuestSpec("smoke", memory=224, max_vcpus=2, disks=(DiskSpec("vda", size=128 * MIB, boot=True),))
+    )
+
+
+@pytest.fixture(scope="module")
+def repository(guest: Guest) -> Path:
+    """Where restore points go."""
+    path = guest.directory / "repository"
+    path.mkdir(mode=0o711)
+    return path
+
+
+@pytest.fixture(scope="module")
+def points() -> dict[str, dict[str, Any]]:
+    """The restore points made so far."""
+    return {}
+
+
+@pytest.fixture
+def launched(host: TestHost) -> Iterator[Callable[[str], libvirt.virDomain]]:
+    """Looks a new domain up; it goes after the test."""
+    names = []
+
+    def look_up(name: str) -> libvirt.virDomain:
+        names.append(name)
+        return host.connect().lookupByName(name)
+
+    yield look_up
+    for name in names:
+        domain = host.connect().lookupByName(name)
+        if domain.isActive():
+            domain.destroy()
+        with contextlib.suppress(libvirt.libvirtError):
+            domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA)
+
+
+def ok(module: str, **arguments: Any) -> Result:
+    result = run_module(module, **arguments)
+    assert not result["failed"], (result["msg"], result.get("exception"))
+    return result
+
+
+def test_external_snapshot(guest: Guest) -> None:
+    """external snapshot of a running guest, frozen by its agent"""
+    guest.write_file(MARK, b"one")
+    taken = ok("snapshot", domain=guest.name, name="one", mode="external", quiesce="required")["snapshot"]
+    assert taken["consistency"] == "filesystem"
+    assert len(guest.chain("vda")) == 2
+    assert guest.frozen_filesystems() == []
+
+
+def test_overlays_are_private(guest: Guest) -> None:
+    """overlays nobody else can read"""
+    for path in guest.chain("vda")[:-1]:
+        assert stat.S_IMODE(os.stat(path).st_mode) & 0o077 == 0, path
+
+
+def test_external_revert(guest: Guest) -> None:
+    """revert to an external snapshot"""
+    guest.write_file(MARK, b"two")
+    ok("snapshot", domain=guest.name, name="one", state="reverted", allow_restart=True)
+    guest.wait_ready()
+    assert guest.read_file(MARK) == b"one"
+
+
+def test_flatten_after_a_revert(guest: Guest) -> None:
+    """flatten the running guest after a revert"""
+    guest.write_file(MARK, b"three")
+    ok("blockcommit", domain=guest.name)
+    assert len(guest.chain("vda")) == 1
+    assert guest.read_file(MARK) == b"three"
+
+
+def test_memory_snapshot(guest: Guest) -> None:
+    """external snapshot with memory, revert to it"""
+    guest.exec("echo in-memory >/tmp/mark")
+    ok("snapshot", domain=guest.name, name="ram", memory=True)
+    guest.exec("echo later >/tmp/mark")
+    ok("snapshot", domain=guest.name, name="ram", state="reverted", allow_restart=True)
+    guest.wait_ready()
+    assert guest.exec("cat /tmp/mark").text.strip() == "in-memory"
+    ok("snapshot", domain=guest.name, name="ram", state="absent")
+    assert len(guest.chain("vda")) == 1
+
+
+def test_internal_snapshot(guest: Guest) -> None:
+    """internal snapshot with memory, revert to it"""
+    guest.write_file(MARK, b"inside")
+    ok("snapshot", domain=guest.name, name="in", mode="internal", memory=True)
+    guest.write_file(MARK, b"outside")
+    ok("snapshot", domain=guest.name, name="in", state="reverted", allow_restart=True)
+    guest.wait_ready()
+    guest.exec("echo 3 >/proc/sys/vm/drop_caches")
+    assert guest.read_file(MARK) == b"inside"
+    ok("snapshot", domain=guest.name, name="in", state="absent")
+    assert guest.domain().listAllSnapshots() == []
+
+
+def test_twelve_overlays(guest: Guest) -> None:
+    """a guest with 12 overlays is flattened while it runs"""
+    for number in range(12):
+        ok("snapshot", domain=guest.name, name=f"s{number}", mode="external", quiesce="never")
+    assert len(guest.chain("vda")) == 13
+    guest.write_file(MARK, b"on top")
+    ok("blockcommit", domain=guest.name)
+    assert len(guest.chain("vda")) == 1
+    assert guest.read_file(MARK) == b"on top"
+
+
+def test_full_backup(guest: Guest, repository: Path, points: dict[str, dict[str, Any]]) -> None:
+    """full backup of the running guest"""
+    guest.write_file(MARK, b"full")
+    points["full"] = ok("backup", domain=guest.name, repository=str(repository), quiesce="required")["restore_point"]
+    assert (points["full"]["type"], points["full"]["consistency"]) == ("full", "filesystem")
+    assert mark_in(repository, points["full"]) == b"full"
+
+
+def test_increment(guest: Guest, repository: Path, points: dict[str, dict[str, Any]]) -> None:
+    """incremental backup across a snapshot and its merge"""
+    ok("snapshot", domain=guest.name, name="between", mode="external", quiesce="never")
+    guest.write_file(MARK, b"increment")
+    ok("snapshot", domain=guest.name, name="between", state="absent")
+    made = ok("backup", domain=guest.name, repository=str(repository), quiesce="required")["restore_point"]
+    points["increment"] = made
+    assert made["type"] == "incremental", made["reason"]
+    assert mark_in(repository, made) == b"increment"
+    assert mark_in(repository, points["full"]) == b"full"
+
+
+def test_restore(guest: Guest, repository: Path, points: dict[str, dict[str, Any]], launched) -> None:
+    """restore beside the original; it boots"""
+    arguments = {"repository": str(repository), "id": points["increment"]["id"], "directory": str(guest.directory)}
+    ok("restore", **arguments, domain="lab-smoke-restored", state="defined")
+    domain = launched("lab-smoke-restored")
+    assert evidence.read_file(guest.directory / "lab-smoke-restored.vda.qcow2", "/mark", partition=2) == b"increment"
+    domain.create()
+    assert domain.isActive()
+
+
+def test_resize(guest: Guest) -> None:
+    """vCPUs, a disk and its file system grow while the guest runs"""
+    result = ok(
+        "resize_domain",
+        domain=guest.name,
+        vcpus=2,
+        disks=[{"target": "vda", "size": "160M", "grow_filesystem": True}],
+        overcommit=True,
+    )
+    assert {change["applied"] for change in result["changes"]} == {"live"}
+    assert guest.exec("nproc").text.strip() == "2"
+    assert guest.domain().blockInfo("vda")[0] == 160 * MIB
+
+
+def test_full_after_resize(guest: Guest, repository: Path) -> None:
+    """backup after the resize"""
+    guest.write_file(MARK, b"resized")
+    made = ok("backup", domain=guest.name, repository=str(repository), quiesce="required")["restore_point"]
+    assert mark_in(repository, made) == b"resized"
+
+
+def test_export_and_import(guest: Guest, launched) -> None:
+    """export the running guest, import the image; it boots"""
+    guest.write_file(MARK, b"exported")
+    ok("export_image", domain=guest.name, dest=str(guest.directory), name="golden", quiesce="required")
+    ok(
+        "import_image",
+        src=str(guest.directory / "golden"),
+        domain="lab-smoke-imported",
+        directory=str(guest.directory),
+        state="defined",
+        virt_type="qemu",
+    )
+    domain = launched("lab-smoke-imported")
+    (image,) = guest.directory.glob("lab-smoke-imported*vda*")
+    assert evidence.read_file(image, "/mark", partition=2) == b"exported"
+    domain.create()
+    assert domain.isActive()
+
+
+def test_nothing_is_left(guest: Guest) -> None:
+    """the guest runs, is not frozen, and nothing is unfinished"""
+    assert guest.is_running()
+    assert guest.frozen_filesystems() == []
+    assert guest.writer_log("vda").is_intact
+    assert not ok("recover_domain", domain=guest.name)["changed"]
+
+
+def mark_in(repository: Path, point: dict[str, Any]) -> bytes:
+    """What a restore point's disk has in the marked file."""
+    image = repository / point["domain_uuid"] / point["id"] / "vda.qcow2"
+    return evidence.read_file(image, "/mark", partition=2)

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Copyright: vmkeeper.libvirt contributors
+"""Every playbook as a job template whose survey sends all answers as text; what it did is looked at from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+import libvirt
+import pytest
+from lab import evidence
+from lab.ansible import CHECKOUT
+from lab.guest import DiskSpec, Guest, GuestSpec
+from lab.host import TestHost
+from lab.spec import MIB
+
+from ansible_collections.vmkeeper.libvirt.tests.integration.as_used.runner import PLAYBOOKS, Controller
+from ansible_collections.vmkeeper.libvirt.tests.integration.conftest import GuestFactory
+
+
+@pytest.fixture(scope="module")
+def server(module_guest_factory: GuestFactory) -> Guest:
+    """A machine that runs."""
+    return module_guest_factory(GuestSpec("server", vcpus=1, max_vcpus=2, disks=(DiskSpec("vda", size=64 * MIB),)))
+
+
+@pytest.fixture(scope="module")
+def archive(module_guest_factory: GuestFactory) -> Guest:
+    """A machine that is shut off."""
+    disk = DiskSpec("vda", size=8 * MIB, fs=None, writer=False)
+    return module_guest_factory(GuestSpec("archive", disks=(disk,)), start=False)
+
+
+@pytest.fixture
+def launched(host: TestHost) -> Iterator[list[str]]:
+    """Names of domains that a test launches; they go after it."""
+    names: list[str] = []
+    yield names
+    connection = host.connect()
+    for name in names:
+        with contextlib.suppress(libvirt.libvirtError):
+            domain = connection.lookupByName(name)
+            if domain.isActive():
+                domain.destroy()
+            domain.undefine()
+
+
+def test_all_playbooks_are_tried_here() -> None:
+    assert sorted(path.stem for path in (CHECKOUT / "playbooks").glob("*.yml")) == sorted(PLAYBOOKS)
+
+
+def test_snapshot_and_revert_and_flatten(controller: Controller, server: Guest, archive: Guest) -> None:
+    server.write_file("/disk/vda/kept", b"before")
+    both = f"{server.name}, {archive.name}"
+    job = controller.succeed("snapshot", domains=both, snapshot="before-upgrade", keep_present_as="")
+    assert {item["msg"] for item in job.results("Tell what it is worth")} == {
+        f"{server.name}: before-upgrade, consistency filesystem",
+        f"{archive.name}: before-upgrade, consistency crash",
+    }
+    server.write_file("/disk/vda/kept", b"after")
+    reverted = {"domains": server.name, "snapshot": "before-upgrade", "state": "reverted", "allow_restart": "false"}
+    refused = controller.run("snapshot", **reverted)
+    assert (refused.rc, refused.status) == (2, "failed")
+    assert server.read_file("/disk/vda/kept") == b"after", "allow_restart was false"
+    controller.succeed("snapshot", **{**reverted, "allow_restart": "yes"})
+    server.wait_ready()
+    assert server.read_file("/disk/vda/kept") == b"before"
+    job = controller.succeed("flatten", domains=both, keep="1", bandwidth="")
+    assert len(job.results("Tell how long the chains are")) == 2
+    for guest in (server, archive):
+        assert len(guest.chain("vda")) == 1
+    evidence.check(archive.images["vda"])
+    assert server.read_file("/disk/vda/kept") == b"before"
+
+
+def test_backup_and_restore(controller: Controller, server: Guest, archive: Guest, launched: list[str]) -> None:
+    repository = archive.directory / "repository"
+    repository.mkdir(mode=0o711)
+    survey = {
+        "hosts": "hypervisors",
+        "consistent_backup_repository": str(repository),
+        "consistent_backup_domains": f"{server.name},{archive.name}",
+        "consistent_backup_exclude": server.name,
+        "consistent_backup_groups": json.dumps([[server.name]]),
+        "consistent_backup_tags": json.dumps({"ticket": "1234"}),
+        "consistent_backup_min_age": "",
+        "consistent_backup_description": "",
+        "consistent_backup_verify": "digest",
+        "consistent_backup_jobs_per_repository": "1",
+        "consistent_backup_keep": json.dumps({"last": 3}),
+    }
+    job = controller.succeed("backup", **survey)
+    points = [point for made in job.results("Back up") for point in made["restore_points"]]
+    assert {(point["domain"], point["consistency"]) for point in points} == {
+        (server.name, "filesystem"),
+        (archive.name, "crash"),
+    }
+    assert all(point["tags"] == {"ticket": "1234"} for point in points)
+    assert [proof["verified"] for proof in job.results("Prove the new points")] == [True, True]
+
+    kept = controller.succeed("backup", **{**survey, "consistent_backup_min_age": "1d"})
+    assert not any(made["changed"] for made in kept.results("Back up"))
+
+    launched.append("lab-archive-again")
+    survey = {
+        "hosts": "hypervisors",
+        "restore_domain_repository": str(repository),
+        "restore_domain_source": archive.name,
+        "restore_domain_id": "",
+        "restore_domain_before": "",
+        "restore_domain_name": "lab-archive-again",
+        "restore_domain_directory": str(archive.directory),
+        "restore_domain_network": "disconnected",
+        "restore_domain_in_place": "false",
+        "restore_domain_confirm": "",
+    }
+    controller.succeed("restore", **survey)
+    restored = archive.directory / "lab-archive-again.vda.qcow2"
+    assert evidence.same_content(restored, archive.images["vda"])
+
+
+def test_scale(controller: Controller, server: Guest) -> None:
+    survey = {
+        "target": "hypervisors",
+        "vertical_scale_domains": server.name,
+        "vertical_scale_vcpus": "2",
+        "vertical_scale_disks": json.dumps([{"target": "vda", "size": "80M"}]),
+        "vertical_scale_overcommit": "true",
+        "vertical_scale_snapshot": "false",
+        "vertical_scale_extra_sizes": json.dumps({"huge": {"vcpus": 64, "memory": "1T"}}),
+    }
+    job = controller.succeed("scale", **survey)
+    (result,) = job.results("Change the size")
+    assert {change["what"]: change["applied"] for change in result["changes"]} == {
+        "vcpus": "live",
+        "disk vda": "live",
+        "filesystem vda": "live",
+    }
+    assert server.exec("nproc").text.strip() == "2"
+    assert server.domain().blockInfo("vda")[0] == 80 * MIB
+    assert not server.domain().listAllSnapshots(), "vertical_scale_snapshot was false"
+    again = controller.succeed("scale", **survey)
+    assert not again.results("Change the size")[0]["changed"]
+
+
+def test_share_and_launch(controller: Controller, archive: Guest, launched: list[str]) -> None:
+    library = archive.directory / "library"
+    survey = {
+        "image_share_library": str(library),
+        "image_share_domain": archive.name,
+        "image_share_name": "golden",
+        "image_share_quiesce": "never",
+        "image_share_disks": "vda",
+        "image_share_tags": json.dumps({"release": "7"}),
+        "image_share_with": "user:nobody, group:nogroup",
+        "image_share_reference": "",
+    }
+    controller.succeed("share", **survey)
+    assert {"user:nobody", "group:nogroup"} <= acl(library / "golden" / "manifest.json")
+    launched.append("lab-clone")
+    survey = {
+        "image_share_library": str(library),
+        "image_share_name": "golden",
+        "image_share_new_domain": "lab-clone",
+        "image_share_directory": str(archive.directory),
+        "image_share_vcpus": "2",
+        "image_share_memory": "192M",
+        "image_share_network": "",
+        "image_share_reference": "",
+        "image_share_state": "defined",
+    }
+    controller.succeed("launch", **survey)
+    definition = ElementTree.fromstring(archive.connection().lookupByName("lab-clone").XMLDesc())
+    assert (definition.findtext("vcpu"), definition.findtext("memory")) == ("2", str(192 * 1024))
+    (image,) = archive.directory.glob("lab-clone*vda*")
+    assert evidence.same_content(image, archive.images["vda"])
+    again = controller.succeed("launch", **survey)
+    assert not again.results("Launch the image")[0]["changed"]
+
+
+def acl(path: Path) -> set[str]:
+    """Who is named in the file's ACL: user:NAME, group:NAME."""
+    lines = subprocess.run(["getfacl", "-cp", path], capture_output=True, text=True, check=True).stdout.splitlines()
+    return {":".join(line.split(":")[:2]) for line in lines if not line.startswith(("user::", "group::")) and line}
