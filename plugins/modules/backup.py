@@ -265,9 +265,10 @@ restore_point:
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import removal, stored
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import removal
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.plan import Request
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.taking import take
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import image_node
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domains
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
 
@@ -294,7 +295,9 @@ def request_of(call: _module.Call) -> Request:
         protected=params["protected"],
         deadline=deadline,
         compression=None if params["compression"] == "none" else params["compression"],
-        passphrase=stored.passphrase_option((params["encryption"] or {}).get("passphrase"), "encryption.passphrase"),
+        passphrase=image_node.passphrase_option(
+            (params["encryption"] or {}).get("passphrase"), "encryption.passphrase"
+        ),
         scratch=None if params["scratch"] is None else names.check_directory(params["scratch"], "scratch"),
     )
 
@@ -331,7 +334,9 @@ def _remove(call: _module.Call) -> _module.Answer:
         params["repository"],
         params["domains"][0],
         params["id"],
-        passphrase=stored.passphrase_option((params["encryption"] or {}).get("passphrase"), "encryption.passphrase"),
+        passphrase=image_node.passphrase_option(
+            (params["encryption"] or {}).get("passphrase"), "encryption.passphrase"
+        ),
         check=call.check,
     )
     return _module.Answer(

@@ -132,9 +132,9 @@ freed_bytes:
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import stored
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.retention import prune
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.retention_plan import Keep
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import image_node
 
 PERIODS = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 
@@ -158,7 +158,7 @@ def handle(call: _module.Call) -> _module.Answer:
         params["domains"],
         keep_of(call),
         fold=params["fold"] == "commit",
-        passphrase=stored.passphrase_option(params["passphrase"], "passphrase"),
+        passphrase=image_node.passphrase_option(params["passphrase"], "passphrase"),
         check=call.check,
     )
     staying = [one.point.id for one in pruned.kept]

@@ -126,8 +126,9 @@ from functools import partial
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import boot_proof, listing, stored, verifying
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import boot_proof, listing, verifying
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.repository import open_repository
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import image_node
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
 
 
@@ -147,7 +148,7 @@ def handle(call: _module.Call) -> _module.Answer:
         boot = partial(boot_proof.boot, call.connection, call.uri, repository, found, request)
     elif params["boot_check"]:
         raise InvalidInput("boot_check goes with level: boot", advice="Leave it out, or give level: boot")
-    passphrase = stored.passphrase_option(params["passphrase"], "passphrase")
+    passphrase = image_node.passphrase_option(params["passphrase"], "passphrase")
     proof = verifying.prove(repository, found, params["level"], passphrase, boot=boot, check=call.check)
     result = {
         "verified": proof.verified,

@@ -84,6 +84,17 @@ options:
     elements: str
     choices: [machine-id, ssh-hostkeys, dhcp-leases, logs, histories, cloud-init, passwords]
     default: []
+  encryption:
+    description:
+      - Encrypt the image's disks with LUKS, so that whoever holds the files cannot read them. O(format=qcow2) without
+        O(compression) only.
+      - The manifest stays readable. C(sha256) is that of the encrypted file.
+    type: dict
+    suboptions:
+      passphrase:
+        description: At least 8 characters. It is kept nowhere; without it the image is lost.
+        type: str
+        required: true
   tags:
     description: Dictionary of texts to keep with the image. A JSON object in a string is accepted.
     type: raw
@@ -110,7 +121,8 @@ notes:
     distributions but Debian do by themselves.
   - libguestfs is used with what the task's environment says in C(LIBGUESTFS_*) and C(SUPERMIN_*), such as
     C(LIBGUESTFS_BACKEND_SETTINGS=force_tcg) where C(/dev/kvm) does not work.
-  - Encrypted disks are refused, since an image would hold their data in the clear.
+  - Disks that are encrypted in the domain's own images are refused, since an image would hold their data in the clear.
+  - A stopped domain's image that is both sealed and encrypted cannot be compared with it, so a second export of that name fails.
   - UEFI variables are part of an image, except of a snapshot's. TPM state is not.
   - While a stopped domain is exported it cannot be started, since its images are locked.
 seealso:
@@ -181,7 +193,9 @@ image:
       description: Milliseconds that the guest was frozen. None when nothing was frozen.
       type: int
     disks:
-      description: Its disks, each with C(target), C(bus), C(file), C(format), C(compression), C(sha256) and its sizes in bytes.
+      description:
+        - Its disks, each with C(target), C(bus), C(file), C(format), C(compression), C(encryption), C(sha256) and its sizes in
+          bytes.
       type: list
       elements: dict
     machine:
@@ -203,6 +217,7 @@ image:
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domain
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.image_node import passphrase_option
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.export_plan import Request
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.exporting import export
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.sealing import OPERATIONS
@@ -231,6 +246,7 @@ def request_of(call: _module.Call) -> Request:
         scratch=names.check_directory(params["scratch"], "scratch") if params["scratch"] else None,
         tags=names.check_tags(params["tags"]) or {},
         deadline=deadline,
+        passphrase=passphrase_option((params["encryption"] or {}).get("passphrase"), "encryption.passphrase"),
         seal=tuple(name for name in OPERATIONS if name in params["seal"]),
     )
 
@@ -264,6 +280,10 @@ def main() -> None:
             "quiesce": {"type": "str", "choices": ["auto", "required", "never"], "default": "auto"},
             "scratch": {"type": "path"},
             "seal": {"type": "list", "elements": "str", "choices": list(OPERATIONS), "default": []},
+            "encryption": {
+                "type": "dict",
+                "options": {"passphrase": {"type": "str", "required": True, "no_log": True}},
+            },
             "tags": {"type": "raw"},
             "deadline": {"type": "str", "default": "60s"},
         },

@@ -48,6 +48,10 @@ options:
       - A libvirt network of this host to connect the domain's interfaces to.
       - Without it the domain has no interface.
     type: str
+  passphrase:
+    description:
+      - What opens an image whose disks are encrypted. The new domain's disks are not encrypted.
+    type: str
   virt_type:
     description: V(auto) takes V(kvm) where C(/dev/kvm) can be used and libvirt offers it, else V(qemu).
     type: str
@@ -129,6 +133,7 @@ image:
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.image_node import passphrase_option
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.importing import Request, import_image
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.manifest import LARGEST_MEMORY, MOST_VCPUS
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
@@ -152,6 +157,7 @@ def request_of(call: _module.Call) -> Request:
         vcpus=params["vcpus"],
         memory=memory // 1024 * 1024 if memory is not None else None,
         network=params["network"],
+        passphrase=passphrase_option(params["passphrase"], "passphrase"),
         virt_type=params["virt_type"],
         running=params["state"] == "running",
     )
@@ -180,6 +186,7 @@ def main() -> None:
             "vcpus": {"type": "int"},
             "memory": {"type": "str"},
             "network": {"type": "str"},
+            "passphrase": {"type": "str", "no_log": True},
             "virt_type": {"type": "str", "choices": ["auto", "kvm", "qemu"], "default": "auto"},
             "state": {"type": "str", "choices": ["defined", "running"], "default": "defined"},
         },

@@ -201,8 +201,8 @@ job:
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import stored
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.restoring import Request, restore
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import image_node
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
 
 
@@ -233,7 +233,7 @@ def request_of(call: _module.Call) -> Request:
         bandwidth=names.parse_size(params["bandwidth"], "bandwidth") if params["bandwidth"] else 0,
         wait=params["wait"],
         wait_seconds=names.parse_duration(params["wait_timeout"], "wait_timeout") if params["wait_timeout"] else None,
-        passphrase=stored.passphrase_option(params["passphrase"], "passphrase"),
+        passphrase=image_node.passphrase_option(params["passphrase"], "passphrase"),
     )
 
 

@@ -14,23 +14,6 @@ from ..hypervisor.image_node import Image, Passphrase
 from .manifest import Point
 from .repository import Repository
 
-#: A passphrase is guessed on the attacker's machines, whatever LUKS costs on ours.
-SHORTEST_PASSPHRASE = 8
-
-
-def passphrase_option(value: str | None, what: str) -> Passphrase | None:
-    """An option that is a passphrase, checked."""
-    if value is None:
-        return None
-    if len(value) < SHORTEST_PASSPHRASE:
-        raise InvalidInput(
-            f"{what} is shorter than {SHORTEST_PASSPHRASE} characters",
-            advice="Give a longer one: openssl rand -base64 24",
-        )
-    if any(character in value for character in "\0\r\n"):
-        raise InvalidInput(f"{what} contains a line break", advice="Give one line, without a line break at its end")
-    return Passphrase(value.encode())
-
 
 def image_path(repository: Repository, point: Point, target: str) -> str:
     """The image of a disk in a point."""

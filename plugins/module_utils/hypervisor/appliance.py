@@ -170,8 +170,8 @@ class Appliance:
         answer = b""
         give_up = time.monotonic() + seconds
         while not answer.endswith(end) and answer != end[1:]:
-            ready, _, _ = select.select([process.stdout], [], [], max(0.0, give_up - time.monotonic()))
-            if not ready:
+            waits = max(0.0, give_up - time.monotonic())
+            if not select.select([process.stdout], [], [], waits)[0]:
                 raise self._failure(f"it did not answer within {seconds:.0f} s")
             chunk = os.read(process.stdout.fileno(), 65536)
             if not chunk:

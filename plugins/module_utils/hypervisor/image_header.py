@@ -59,6 +59,7 @@ class Qcow2Header:
     internal_snapshots: int
     incompatible_features: int
     bitmaps: tuple[Bitmap, ...]
+    crypt_method: int = 0  #: 0 none, 1 AES (which QEMU gave up), 2 LUKS
 
     @property
     def has_data_file(self) -> bool:
@@ -128,6 +129,7 @@ def _parse(descriptor: int) -> Qcow2Header:
         backing_format=backing_format.decode() if backing_format else None,
         data_file=data_file.decode() if data_file else None,
         encrypted=crypt != 0,
+        crypt_method=crypt,
         internal_snapshots=snapshots,
         incompatible_features=incompatible,
         bitmaps=_bitmaps(descriptor, extensions.get(_EXTENSION_BITMAPS)),

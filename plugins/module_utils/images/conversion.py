@@ -11,9 +11,10 @@ import json
 import os
 from collections.abc import Iterator
 
-from .._errors import VmkeeperError
-from ..hypervisor import qemu_img
+from .._errors import Refused, VmkeeperError
+from ..hypervisor import image_node, qemu_img
 from ..hypervisor.confinement import Confinement
+from ..hypervisor.image_node import Image, Keys
 
 
 def convert(
@@ -49,6 +50,51 @@ def content_size(path: str, image_format: str) -> int:
         ["measure", "--output=json", "-f", image_format, "-O", "qcow2", path], doing=f"Measuring {path}"
     )
     return int(json.loads(said)["required"])
+
+
+def encrypt(source: str, source_format: str, destination: Image, size: int, *, doing: str) -> None:
+    """Flatten ``source`` into a qcow2 that only its passphrase opens."""
+    qemu_img.create_layer(destination, size)
+    with Keys() as keys:
+        options = image_node.as_options(image_node.node([destination], keys))
+        arguments = ["convert", "-q", "-n", "--target-is-zero", "-W", "-m", "16", "-f", source_format]
+        qemu_img.run([*arguments, "--target-image-opts", source, options], doing=doing, keys=keys)
+
+
+def decrypt(source: Image, destination: str, *, doing: str, confined: Confinement) -> None:
+    """The content of an encrypted qcow2 from outside in a plain one that was made before, empty.
+
+    Raises :class:`Refused` where the passphrase is not the right one.
+    """
+    with Keys() as keys:
+        name = image_node.as_name(image_node.node([source], keys))
+        arguments = ["convert", "-q", "-n", "--target-is-zero", "-O", "qcow2", name, destination]
+        try:
+            qemu_img.run(arguments, doing=doing, keys=keys, confined=confined)
+        except qemu_img.ImageToolFailed as error:
+            # QEMU's crypto/block-luks.c; the one message of it that must be told from the others.
+            if "Invalid password" in str(error.facts.get("stderr")):
+                raise Refused(
+                    f"{doing}: the passphrase does not open it",
+                    advice="Give the one that it was exported with; it is kept nowhere",
+                ) from None
+            raise
+
+
+def same_as_encrypted(one: str, one_format: str, other: Image) -> bool:
+    """Whether ``other`` opens with its passphrase and a guest would read the same from both."""
+    if not qemu_img.opens(other):
+        return False
+    with Keys() as keys:
+        first = image_node.as_options({"driver": one_format, "file": {"driver": "file", "filename": one}})
+        second = image_node.as_options(image_node.node([other], keys))
+        try:
+            qemu_img.run(["compare", "-q", "--image-opts", first, second], doing=f"Comparing {other.path}", keys=keys)
+        except VmkeeperError as error:
+            if error.facts.get("status") == 1:
+                return False
+            raise
+    return True
 
 
 _CHUNK = 1 << 20

@@ -20,6 +20,7 @@ from ..hypervisor.block_jobs import running_job
 from ..hypervisor.capture import Capture, choose
 from ..hypervisor.connection import constant, explaining
 from ..hypervisor.domain_model import Disk, Domain, DomainState, Layer, parse_domain, read_domain
+from ..hypervisor.image_node import Passphrase
 from ..safety import consistency
 from . import manifest as manifests
 from .manifest import Machine
@@ -50,6 +51,7 @@ class Request:
     tags: Mapping[str, str] = field(default_factory=dict)
     deadline: float = 60.0
     seal: tuple[str, ...] = ()
+    passphrase: Passphrase | None = None
 
     @property
     def path(self) -> str:
@@ -296,6 +298,15 @@ def check_request(request: Request) -> None:
             f"compression: {request.compression} does not exist for format: {request.format}",
             advice="Use " + " or ".join(f"compression: {one}" for one in possible) + ", or format: qcow2",
         )
+    _check_encryption(request)
+
+
+def _check_encryption(request: Request) -> None:
+    if request.passphrase is not None and (request.format != "qcow2" or request.compression != "none"):
+        raise InvalidInput(
+            "encryption goes with format: qcow2 and compression: none only",
+            advice="Leave format and compression out: other formats know no LUKS, and what is encrypted cannot be compressed",
+        )
 
 
 def family_of(machine: str | None) -> str:
@@ -347,7 +358,7 @@ def plan_export(request: Request, facts: Facts, *, direct: bool, scratch: str) -
         domain.state, frozen_over_cut=facts.frozen or freeze.freeze, managed_save=domain.managed_save
     )
     plain = request.format == "qcow2" and request.compression == "none"
-    converts = not facts.live or not plain or not direct or bool(request.seal)
+    converts = not facts.live or not plain or not direct or bool(request.seal) or request.passphrase is not None
     not_captured = [part.as_result() for part in capture.left_out]
     if facts.direct_kernel:
         not_captured.append(

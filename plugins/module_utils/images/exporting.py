@@ -17,6 +17,7 @@ from ..hypervisor import appliance, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import message_of
 from ..hypervisor.domain_model import Layer, qemu_owner, read_domain
+from ..hypervisor.image_node import Image
 from ..safety import consistency, instant, locks, settlement, space
 from ..safety.journal import Journal
 from . import bundle, conversion, export_plan, foreign_header, live_copy, sealing, settle
@@ -90,6 +91,9 @@ def _compare_existing(request: Request, facts: Facts, plan: ExportPlan) -> Expor
             differences.append("the format or the compression")
         if manifest.sealed != request.seal:
             differences.append("what is sealed")
+        encryption = "luks" if request.passphrase is not None else "none"
+        if any(disk.encryption != encryption for disk in manifest.disks):
+            differences.append("the encryption")
         if dict(manifest.tags) != dict(request.tags):
             differences.append("the tags")
         if (manifest.nvram.sha256 if manifest.nvram else None) != (
@@ -104,6 +108,8 @@ def _compare_existing(request: Request, facts: Facts, plan: ExportPlan) -> Expor
                     differences.append(f"the size of disk {disk.target}")
                 elif opened.digest(disk.file, disk.stored_size) != disk.sha256:
                     differences.append(f"the file {disk.file}, which is damaged")
+                elif disk.encryption != encryption:
+                    continue
                 elif not _holds_content_of(source, disk, request):
                     differences.append(f"the content of disk {disk.target}")
     if differences:
@@ -117,9 +123,12 @@ def _compare_existing(request: Request, facts: Facts, plan: ExportPlan) -> Expor
 def _holds_content_of(source: Layer, disk: ImageDisk, request: Request) -> bool:
     """Whether a stopped domain's disk is still what the image was made of."""
     path, image_format = source.path or "", source.format or "raw"
+    stored = os.path.join(request.path, disk.file)
+    if request.passphrase is not None and not request.seal:
+        return conversion.same_as_encrypted(path, image_format, Image(stored, disk.format, request.passphrase))
     if disk.unsealed_sha256 is not None:
         return conversion.digest_as_raw(path, image_format, request.dest) == disk.unsealed_sha256
-    return conversion.same_content(path, image_format, os.path.join(request.path, disk.file), disk.format)
+    return not request.seal and conversion.same_content(path, image_format, stored, disk.format)
 
 
 def _predict(request: Request, plan: ExportPlan) -> Exported:
@@ -144,6 +153,7 @@ def _predict(request: Request, plan: ExportPlan) -> Exported:
                 "sha256": None,
                 "serial": disk.serial,
                 "unsealed_sha256": None,
+                "encryption": "luks" if request.passphrase is not None else "none",
             }
             for disk in plan.disks
         ],
@@ -344,18 +354,23 @@ class _Export:
             source, source_format = self._source_of(disk)
             journal.step("write", target=disk.target)
             content_size = conversion.content_size(source, source_format)
-            if self._plan.converts:
+            doing = f"Exporting disk {disk.target!r} of domain {self._plan.domain.name!r}"
+            if self._request.passphrase is not None:
+                encrypted = Image(path, "qcow2", self._request.passphrase)
+                conversion.encrypt(source, source_format, encrypted, disk.size, doing=doing)
+            elif self._plan.converts:
                 conversion.convert(
                     source,
                     source_format,
                     path,
                     self._request.format,
                     self._request.compression,
-                    doing=f"Exporting disk {disk.target!r} of domain {self._plan.domain.name!r}",
+                    doing=doing,
                 )
-                if self._plan.live or self._plan.seals:
-                    os.unlink(source)
-            foreign_header.check(path, self._request.format, disk.size, disk.file)
+            if self._plan.converts and (self._plan.live or self._plan.seals):
+                os.unlink(source)
+            encryption = "luks" if self._request.passphrase is not None else "none"
+            foreign_header.check(path, self._request.format, disk.size, disk.file, encryption)
             written.append(
                 ImageDisk(
                     target=disk.target,
@@ -368,7 +383,9 @@ class _Export:
                     content_size=content_size,
                     sha256=bundle.digest_of(path),
                     serial=disk.serial,
-                    unsealed_sha256=digests.get(disk.target),
+                    # Of an encrypted image it would tell somebody who guesses the content that the guess is right.
+                    unsealed_sha256=digests.get(disk.target) if self._request.passphrase is None else None,
+                    encryption=encryption,
                 )
             )
         return written

@@ -36,12 +36,16 @@ _VHDX_PARENT_LOCATOR = uuid.UUID("a8d35f2d-b30b-454d-abf7-d3d84834ab0c")
 _VHDX_HAS_PARENT = 1 << 1
 
 
-def check(path: str, image_format: str, virtual_size: int, name: str) -> None:
+def check(path: str, image_format: str, virtual_size: int, name: str, encryption: str = "none") -> None:
     """Raise :class:`Refused` unless ``path`` is a self-contained image of that format and virtual size (bytes).
 
-    ``name`` is what people call the file.
+    ``name`` is what people call the file; ``encryption`` what the manifest says of it.
     """
     try:
+        if image_format == "qcow2":
+            said = {0: "none", 2: "luks"}.get(read_qcow2(path).crypt_method, "of an unknown kind")
+            if said != encryption:
+                raise BadHeader(f"its encryption is {said}, and the manifest says {encryption}")
         found = _READERS[image_format](path)
     except (BadHeader, struct.error, UnicodeDecodeError) as error:
         raise refuse(f"{name} is not a self-contained {image_format} image: {error}") from error
@@ -55,8 +59,6 @@ def _qcow2(path: str) -> int:
         raise BadHeader(f"it stands on another file ({header.backing_file[:200]!r})")
     if header.has_data_file:
         raise BadHeader("its data lies in another file")
-    if header.encrypted:
-        raise BadHeader("it is encrypted, and the manifest does not say so")
     if header.internal_snapshots:
         raise BadHeader("it holds internal snapshots, which an export never does")
     if header.incompatible_features & ~0b11011:

@@ -17,7 +17,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._errors import Conflict, NotFound, Refused, Unsupported, VmkeeperError
+from .._errors import Conflict, InvalidInput, NotFound, Refused, Unsupported, VmkeeperError
 from ..hypervisor import definition as definitions
 from ..hypervisor import qemu_img
 from ..hypervisor.binding import libvirt
@@ -25,6 +25,7 @@ from ..hypervisor.chain import virtual_size
 from ..hypervisor.confinement import Confinement
 from ..hypervisor.connection import explaining, find_domain
 from ..hypervisor.domain_model import Layer, qemu_owner, read_domain, read_state
+from ..hypervisor.image_node import Image, Passphrase
 from ..safety import locks, places, space
 from ..safety.journal import Journal
 from ..safety.names import file_stem
@@ -55,6 +56,7 @@ class Request:
     network: str | None = None
     virt_type: str = "auto"
     running: bool = False
+    passphrase: Passphrase | None = None
 
 
 @dataclass
@@ -80,6 +82,11 @@ def import_image(connection: Any, uri: str, request: Request, *, check: bool = F
         existing = _find(connection, request.domain)
         if existing is not None:
             return _keep(existing, request, digest, image, check=check)
+        if request.passphrase is None and any(disk.encryption != "none" for disk in manifest.disks):
+            raise InvalidInput(
+                f"The image {request.src} is encrypted",
+                advice="Give passphrase; the new domain's disks are not encrypted",
+            )
         machine.check_network(connection, request.network)
         kvm = os.access("/dev/kvm", os.R_OK | os.W_OK)
         host = machine.choose_host(connection, manifest.machine, request.virt_type, kvm_usable=kvm)
@@ -302,14 +309,19 @@ class _Import:
         copy = os.path.join(self._plan.staging, f"{disk.target}.from-outside")
         fresh = os.path.join(self._plan.staging, f"{disk.target}.qcow2")
         self._opened.copy(disk.file, disk.stored_size, disk.sha256, copy)
-        foreign_header.check(copy, disk.format, disk.virtual_size, disk.file)
+        foreign_header.check(copy, disk.format, disk.virtual_size, disk.file, disk.encryption)
         journal.step("convert", target=disk.target)
         os.chown(copy, os.geteuid(), self._owner[1])
         os.chmod(copy, 0o440)
         qemu_img.create(fresh, disk.virtual_size, self._owner)
         confined = Confinement(*self._owner, file_size=limit_of(disk))
         try:
-            conversion.convert(copy, disk.format, fresh, "qcow2", doing=f"Converting {disk.file}", confined=confined)
+            doing = f"Converting {disk.file}"
+            if disk.encryption != "none":
+                source = Image(copy, disk.format, self._request.passphrase)
+                conversion.decrypt(source, fresh, doing=doing, confined=confined)
+            else:
+                conversion.convert(copy, disk.format, fresh, "qcow2", doing=doing, confined=confined)
         except qemu_img.ImageToolFailed as error:
             # Ended by SIGXFSZ, or EFBIG where qemu-img catches it: it unpacks into more than it declared.
             raise refusal(f"{disk.file} could not be read within its declared size ({error.problem})") from error

@@ -26,6 +26,7 @@ FILE_NAME = "manifest.json"
 #: The formats that an image's disks may have, and the ending of their files.
 FORMATS = {"qcow2": "qcow2", "raw": "raw", "vmdk": "vmdk", "vhdx": "vhdx"}
 COMPRESSIONS = ("none", "zlib", "zstd")
+ENCRYPTIONS = ("none", "luks")
 BUSES = ("virtio", "scsi", "sata", "ide", "usb")
 FIRMWARES = ("bios", "uefi")
 
@@ -68,6 +69,7 @@ class ImageDisk:
     sha256: str
     serial: str | None = None
     unsealed_sha256: str | None = None
+    encryption: str = "none"
 
     def as_json(self) -> dict[str, Any]:
         """As stored."""
@@ -267,11 +269,14 @@ def _disk(value: Any) -> ImageDisk:
         content_size=reader.number("content_size", 0, LARGEST_DISK * 2),
         sha256=reader.text("sha256", _SHA256),
         serial=reader.take("serial", lambda found: found is None or is_serial(found), "a serial number"),
+        encryption=reader.one_of("encryption", ENCRYPTIONS),
         unsealed_sha256=reader.take("unsealed_sha256", lambda found: found is None or _is_sha256(found), "a digest"),
     )
     reader.done()
     if disk.file != f"{disk.target}.{FORMATS[disk.format]}":
         raise refuse(f"disk {disk.target} is said to be {disk.format} and lies in {disk.file}")
+    if disk.encryption != "none" and (disk.format != "qcow2" or disk.compression != "none"):
+        raise refuse(f"disk {disk.target} is said to be encrypted and {disk.format}, {disk.compression}")
     if disk.virtual_size % 512:
         raise refuse(f"the size of disk {disk.target} is not a multiple of 512")
     return disk

@@ -123,6 +123,7 @@ def test_a_disk_that_fits_gets_smaller_and_keeps_every_file(roomy: Guest) -> Non
     assert not unfinished(roomy)
 
 
+@pytest.mark.skipif(not LONG, reason="make test-long")
 def test_a_shrink_that_does_not_fit_is_refused_and_the_guest_runs_on(roomy: Guest) -> None:
     roomy.exec("head -c 40000000 /dev/urandom > /disk/vda/much; sync")
     result = start(roomy, disks=[{"target": "vda", "size": "32M"}], **FREELY).result()

@@ -10,6 +10,7 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import In
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import stored
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.manifest import LUKS, Point, StoredDisk
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.repository import Repository
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import image_node
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.image_node import Passphrase
 
 UUID = "8b2f4a3e-0000-4000-8000-000000000001"
@@ -24,14 +25,14 @@ def point(encryption: dict | None) -> Point:
 
 
 def test_a_passphrase_is_taken_as_it_is() -> None:
-    assert stored.passphrase_option(None, "passphrase") is None
-    assert stored.passphrase_option(" pässword ", "passphrase") == Passphrase(" pässword ".encode())
+    assert image_node.passphrase_option(None, "passphrase") is None
+    assert image_node.passphrase_option(" pässword ", "passphrase") == Passphrase(" pässword ".encode())
 
 
 @pytest.mark.parametrize("value", ["", "1234567", "12345678\n", "12345678\r", "1234\x005678"])
 def test_a_passphrase_that_would_not_be_typed_again_is_refused_without_telling_it(value: str) -> None:
     with pytest.raises(InvalidInput) as refused:
-        stored.passphrase_option(value, "encryption.passphrase")
+        image_node.passphrase_option(value, "encryption.passphrase")
     assert not value or value not in str(refused.value)
 
 

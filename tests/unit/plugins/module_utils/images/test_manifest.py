@@ -68,6 +68,11 @@ def test_every_key_is_needed() -> None:
         (("source", "domain"), "a\u0000b"),
         (("machine", "family"), "microvm'/>"),
         (("machine", "vcpus"), 0),
+        (("disks", 0, "encryption"), "aes"),
+        (("disks", 0, "encryption"), "luks"),  # of a disk that is compressed
+        (("disks", 0, "unsealed_sha256"), "x"),
+        (("sealed",), ["../x"]),
+        (("sealed",), [1]),
         (("machine", "vcpus"), "2"),
         (("machine", "memory"), 1 << 60),
         (("machine", "arch"), "x86_64\n"),
