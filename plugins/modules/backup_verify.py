@@ -129,7 +129,6 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import In
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import boot_proof, listing, verifying
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.repository import open_repository
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import image_node
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import image_node
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
 
 

@@ -203,7 +203,6 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.restoring import Request, restore
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import image_node
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import image_node
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
 
 
