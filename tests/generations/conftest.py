@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 from lab.ansible import CHECKOUT, INTERPRETER
 
-from ansible_collections.vmkeeper.libvirt.tests.integration.conftest import (  # noqa: F401  fixtures
+from ansible_collections.vmkeeper.libvirt.tests.integration.conftest import (
     guest_factory,
     host,
     module_guest_factory,
     pytest_terminal_summary,
 )
+
+#: pytest finds the fixtures here by their names.
+__all__ = ["guest_factory", "host", "module_guest_factory", "pytest_terminal_summary"]
 
 RESULTS = CHECKOUT / ".cache" / "results" / "generations"
 
