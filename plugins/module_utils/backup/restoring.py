@@ -22,7 +22,7 @@ from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import explaining, find_domain
 from ..hypervisor.domain_model import Disk, Domain, Layer, qemu_owner, read_domain
 from ..hypervisor.image_node import Image, Keys, Passphrase
-from ..safety import domain_jobs, locks, names, settlement, space, views, worker
+from ..safety import domain_jobs, locks, names, places, settlement, space, views, worker
 from ..safety import journal as journals
 from ..safety.journal import Journal, Operation
 from . import digests, instant_restore, lending, listing, settle, settlers, stored, verifying
@@ -659,7 +659,7 @@ class _Restoring:
                 state="Nothing was put in place.",
                 advice="backup_verify names what is damaged; restore another point, or copy this one by hand with qemu-img convert",
             )
-        _make_durable(piece.part)
+        places.fsync_file(piece.part)
 
     def _copy_nvram(self, piece: Piece) -> None:
         source = os.path.join(self._repository.point_directory(self._point.domain_uuid, self._point.id), "nvram.fd")
@@ -712,14 +712,6 @@ class _Restoring:
 
 def _secrets(pieces: Sequence[Piece]) -> dict[str, str]:
     return {piece.target: piece.secret for piece in pieces if piece.secret is not None}
-
-
-def _make_durable(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _others_layers(connection: Any, handle: Any) -> list[tuple[str, str]]:
