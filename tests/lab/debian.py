@@ -131,7 +131,13 @@ def _disk(tree: Path, size: int, image: Path, path: str) -> None:
 
 def _run(*argv: str) -> None:
     result = subprocess.run(
-        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
     )
     if result.returncode != 0:
         raise BuildError(f"{argv[0]} failed with exit code {result.returncode}:\n{result.stdout[-3000:]}")
