@@ -26,9 +26,11 @@ options:
     type: str
     required: true
   directory:
-    description: An existing directory of the hypervisor for the disks.
+    description: An existing directory of the hypervisor for the disks. C(/var/lib/libvirt/images) when neither it nor O(pool) is given.
     type: path
-    default: /var/lib/libvirt/images
+  pool:
+    description: A storage pool for the disks that is a directory, instead of O(directory).
+    type: str
   mode:
     description:
       - V(copy) gives the domain whole disks of its own.
@@ -133,12 +135,25 @@ image:
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import pools
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.image_node import passphrase_option
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.importing import Request, import_image
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.manifest import LARGEST_MEMORY, MOST_VCPUS
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
 
 LEAST_MEMORY = 1 << 20
+
+DEFAULT_DIRECTORY = "/var/lib/libvirt/images"
+
+
+def directory_for(call: _module.Call) -> str:
+    """Where the disks go."""
+    directory, pool = call.params["directory"], call.params["pool"]
+    if directory and pool:
+        raise InvalidInput("directory and pool exclude each other", advice="Give one of them")
+    if pool:
+        return names.check_directory(pools.directory_of(call.connection, pool), "the pool's directory")
+    return names.check_directory(directory or DEFAULT_DIRECTORY)
 
 
 def request_of(call: _module.Call) -> Request:
@@ -152,7 +167,7 @@ def request_of(call: _module.Call) -> Request:
     return Request(
         src=params["src"],
         domain=names.check_name(params["domain"], "domain"),
-        directory=names.check_directory(params["directory"]),
+        directory=directory_for(call),
         mode=params["mode"],
         vcpus=params["vcpus"],
         memory=memory // 1024 * 1024 if memory is not None else None,
@@ -181,7 +196,8 @@ def main() -> None:
         {
             "src": {"type": "path", "required": True},
             "domain": {"type": "str", "required": True},
-            "directory": {"type": "path", "default": "/var/lib/libvirt/images"},
+            "directory": {"type": "path"},
+            "pool": {"type": "str"},
             "mode": {"type": "str", "choices": ["copy", "linked"], "default": "copy"},
             "vcpus": {"type": "int"},
             "memory": {"type": "str"},

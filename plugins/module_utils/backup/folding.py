@@ -122,7 +122,7 @@ class _Merging:
             with Keys() as keys:
                 name = image_node.as_name(image_node.node([written], keys))
                 self._run("check", "-r", "leaks", name, keys=keys)
-        fsync(written.path)
+        places.fsync_file(written.path)
 
     def _run(self, *arguments: str, keys: Keys | None = None, pass_fds: Sequence[int] = ()) -> None:
         words = [arguments[0], "-q", *arguments[1:]]
@@ -205,15 +205,6 @@ def _measured(disk: StoredDisk, layers: Sequence[Image]) -> StoredDisk:
         stored_bytes=os.stat(layers[0].path).st_blocks * 512,
         changed_bytes=sum(extent.length for extent in own if extent.data or disk.parent is not None),
     )
-
-
-def fsync(path: str) -> None:
-    """Make a file's content durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- before anything is changed --------------------------------------------------------------------------------------

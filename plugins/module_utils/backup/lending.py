@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +88,7 @@ def lend(loan: Loan, owner: tuple[int, int]) -> None:
     views.open_view(loan.name, loan.source, owner)
     for layers in loan.layers().values():
         for layer in layers:
-            if not _readable_by(layer.path or "", owner):
+            if not places.readable_by(layer.path or "", owner):
                 raise Refused(
                     f"QEMU's user (uid {owner[0]}) cannot read {views.origin_of(os.path.realpath(layer.path or ''))} through {loan.view}",
                     advice="The images of a repository belong to root; chown root:root that file",
@@ -108,19 +107,3 @@ def _require_repository(loan: Loan) -> None:
             state="What the guest has written is safe in its own images.",
             advice="Mount the repository, then run this again",
         )
-
-
-def _readable_by(path: str, owner: tuple[int, int]) -> bool:
-    """Asked of the kernel as that user: directories on the way and security modules count too."""
-    finished = subprocess.run(  # pylint: disable=ansible-bad-function
-        ["/usr/bin/head", "-c", "1", path],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        user=owner[0],
-        group=owner[1],
-        extra_groups=[],
-        cwd="/",
-        check=False,
-    )
-    return finished.returncode == 0

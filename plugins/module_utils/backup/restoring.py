@@ -17,12 +17,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 from .._errors import Conflict, InvalidInput, NotFound, Refused, Unsupported, VmkeeperError
-from ..hypervisor import chain, definition, image_node, libvirt_secret, qemu_img
+from ..hypervisor import chain, definition, image_node, libvirt_secret, pools, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import explaining, find_domain
 from ..hypervisor.domain_model import Disk, Domain, Layer, qemu_owner, read_domain
 from ..hypervisor.image_node import Image, Keys, Passphrase
-from ..safety import domain_jobs, locks, names, settlement, space, views, worker
+from ..safety import domain_jobs, locks, names, places, settlement, space, views, worker
 from ..safety import journal as journals
 from ..safety.journal import Journal, Operation
 from . import digests, instant_restore, lending, listing, settle, settlers, stored, verifying
@@ -363,7 +363,8 @@ class _Restoring:
     def _directory(self, target: str) -> tuple[str, str | None]:
         """Where a disk goes, and a note when that is not where it came from."""
         if self._request.pool:
-            return self._pool_directory(self._request.pool), None
+            directory = pools.directory_of(self._connection, self._request.pool)
+            return names.check_directory(directory, "the pool's directory"), None
         if self._request.directory:
             return names.check_directory(self._request.directory), None
         held = self._point.disk(target)
@@ -375,16 +376,6 @@ class _Restoring:
             names.check_directory(DEFAULT_DIRECTORY),
             f"the disks lay in {directory}, which is not here; they go to {DEFAULT_DIRECTORY}",
         )
-
-    def _pool_directory(self, pool: str) -> str:
-        with explaining(f"Looking up storage pool {pool!r}"):
-            root = ElementTree.fromstring(self._connection.storagePoolLookupByName(pool).XMLDesc(0))
-        path = root.findtext("target/path")
-        if root.get("type") not in ("dir", "fs", "netfs") or not path:
-            raise Unsupported(
-                f"Storage pool {pool!r} is not a directory", advice="Use a pool of type dir, or directory"
-            )
-        return names.check_directory(path, "the pool's directory")
 
     def _new_nvram(self, name: str) -> Piece | None:
         if self._point.nvram is None:
@@ -668,7 +659,7 @@ class _Restoring:
                 state="Nothing was put in place.",
                 advice="backup_verify names what is damaged; restore another point, or copy this one by hand with qemu-img convert",
             )
-        _make_durable(piece.part)
+        places.fsync_file(piece.part)
 
     def _copy_nvram(self, piece: Piece) -> None:
         source = os.path.join(self._repository.point_directory(self._point.domain_uuid, self._point.id), "nvram.fd")
@@ -721,14 +712,6 @@ class _Restoring:
 
 def _secrets(pieces: Sequence[Piece]) -> dict[str, str]:
     return {piece.target: piece.secret for piece in pieces if piece.secret is not None}
-
-
-def _make_durable(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _others_layers(connection: Any, handle: Any) -> list[tuple[str, str]]:

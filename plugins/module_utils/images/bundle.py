@@ -54,15 +54,6 @@ def sha256_of_bytes(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def fsync_file(path: str) -> None:
-    """Make a file's content durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def seal(staging: str, path: str, manifest: Manifest) -> str:
     """Write the manifest last, make everything durable and private, and give the bundle its name; returns its digest."""
     content = manifest.to_bytes()
@@ -70,7 +61,7 @@ def seal(staging: str, path: str, manifest: Manifest) -> str:
         file = os.path.join(staging, name)
         os.chown(file, os.geteuid(), os.getegid())
         os.chmod(file, 0o600)
-        fsync_file(file)
+        places.fsync_file(file)
     write_private(os.path.join(staging, manifests.FILE_NAME), content)
     publish(staging, path)
     return sha256_of_bytes(content)

@@ -282,7 +282,7 @@ class _Import:
             journal.step("place", files=[{"path": place, "inode": inode_of(path)} for path, place in places_of.items()])
             for path, place in places_of.items():
                 os.chown(path, *self._owner)
-                bundle.fsync_file(path)
+                places.fsync_file(path)
                 os.link(path, place)  # never replaces what somebody else has put there meanwhile
                 os.unlink(path)
             bundle.remove(staging)
@@ -365,7 +365,7 @@ class _Import:
         for target, path in made.items():
             os.chown(path, os.geteuid(), self._owner[1])
             os.chmod(path, 0o440)
-            bundle.fsync_file(path)
+            places.fsync_file(path)
             # Two launches may make the same base at once: it has the same content, and the first stays.
             with contextlib.suppress(FileExistsError):
                 os.link(path, self._plan.launch.bases[target])

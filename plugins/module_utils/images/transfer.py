@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._errors import Conflict, NotFound
-from ..safety import locks, space
+from ..safety import locks, places, space
 from ..safety.journal import Journal
 from . import bundle, exporting, foreign_header, oci, settle
 from .manifest import FILE_NAME, refuse
@@ -98,7 +98,7 @@ def pull(uri: str, reference: oci.Reference, path: str, access: Access, *, check
             for disk in manifest.disks:
                 foreign_header.check(os.path.join(staging, disk.file), disk.format, disk.virtual_size, disk.file)
             for name in [FILE_NAME, *(file for file, _size, _sha256 in manifest.files())]:
-                bundle.fsync_file(os.path.join(staging, name))
+                places.fsync_file(os.path.join(staging, name))
             journal.step("publish")
             bundle.publish(staging, path)
             journal.step("published")

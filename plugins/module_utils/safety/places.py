@@ -15,6 +15,7 @@ import os
 import stat
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from .._errors import Refused
@@ -54,11 +55,19 @@ def passable_directory(path: str) -> str:
 
 def reachable_by(path: str, owner: tuple[int, int]) -> bool:
     """Whether that uid and gid get into a directory: asked of the kernel as that user, for ACLs count too."""
-    if owner[0] == 0:
-        return True
+    return owner[0] == 0 or _succeeds_as(owner, ["/usr/bin/test", "-x", path])
+
+
+def readable_by(path: str, owner: tuple[int, int]) -> bool:
+    """Whether that uid and gid can read a file: asked by reading, for directories on the way and security modules count too."""
+    return _succeeds_as(owner, ["/usr/bin/head", "-c", "1", path])
+
+
+def _succeeds_as(owner: tuple[int, int], command: Sequence[str]) -> bool:
     finished = subprocess.run(  # pylint: disable=ansible-bad-function
-        ["/usr/bin/test", "-x", path],
+        command,
         stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         user=owner[0],
         group=owner[1],

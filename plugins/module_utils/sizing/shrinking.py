@@ -217,11 +217,7 @@ def _finish(work: str, shrink: Mapping[str, Any], doing: str) -> None:
     status = os.stat(shrink["path"])
     os.chown(copy, status.st_uid, status.st_gid)
     os.chmod(copy, status.st_mode & 0o7777)
-    descriptor = os.open(copy, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    places.fsync_file(copy)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -216,6 +217,27 @@ def test_every_format_holds_the_same_content_and_comes_back(
     for disk in new["domain"]["disks"]:
         assert evidence.same_content(still.images[disk["target"]], Path(disk["path"]))
         evidence.check(Path(disk["path"]))
+
+
+def test_a_machine_is_launched_into_a_pool(still: Guest, library: Path, launched: list[str]) -> None:
+    tasks.ok("export_image", domain=still.name, dest=str(library), name="one", disks=["vdb"])
+    connection = still.connection()
+    place = Path("/var/lib/libvirt/images/lab-pool")
+    place.mkdir(mode=0o711)
+    pool = connection.storagePoolDefineXML(
+        f"<pool type='dir'><name>lab-launches</name><target><path>{place}</path></target></pool>"
+    )
+    launch = {"src": str(library / "one"), "domain": "lab-pooled", "virt_type": "qemu"}
+    launched.append("lab-pooled")
+    try:
+        tasks.refused("import_image", "exclude each other", pool="lab-launches", directory=str(place), **launch)
+        tasks.refused("import_image", "no-such-pool", pool="no-such-pool", **launch)
+        new = tasks.ok("import_image", pool="lab-launches", **launch)["domain"]
+        assert [Path(disk["path"]).parent for disk in new["disks"]] == [place]
+        assert not tasks.ok("import_image", pool="lab-launches", **launch).changed
+    finally:
+        pool.undefine()
+        shutil.rmtree(place)
 
 
 def test_what_cannot_be_kept_is_refused_before_anything_changes(still: Guest, library: Path) -> None:
