@@ -34,6 +34,7 @@ PACKAGES = (
     "initramfs-tools",
     "zstd",
     "e2fsprogs",
+    "acl",  # images are shared by access control lists
     "linux-image-cloud-amd64",
     "libnss-myhostname",  # libvirt asks for the host's canonical name whenever a domain starts
     # what Ansible needs of any host

@@ -175,7 +175,8 @@ def _launch(machine: Machine, image: Image) -> None:
     subprocess.run(
         ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(image.disk), str(disk)], check=True
     )
-    kernel_words = "root=/dev/vda rootfstype=ext4 rw console=ttyS0 quiet net.ifnames=0 mitigations=off"
+    # panic: the process ends (-no-reboot), and nobody waits for a kernel that is dead.
+    kernel_words = "root=/dev/vda rootfstype=ext4 rw console=ttyS0 quiet net.ifnames=0 mitigations=off panic=-1"
     command = [
         *("qemu-system-x86_64", "-name", f"vmkeeper-nested-{machine.name}", "-uuid", str(uuid.uuid4())),
         # Without KVM here, QEMU emulates a CPU with SVM: what runs inside has KVM all the same.
