@@ -101,14 +101,19 @@ def checkpoints(guest: Guest) -> list[str]:
     return sorted(one.getName() for one in guest.domain().listAllCheckpoints())
 
 
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    return content
+
+
 def working_for(guest: Guest) -> list[Path]:
     """What is left of sentries, and of workers of this guest that are not over. How a worker ended is kept for domain_job."""
     found = []
     for directory in WORKERS.glob("*"):
-        ticket, state = (
-            json.loads(file.read_text()) if file.exists() else {}
-            for file in (directory / "ticket.json", directory / "state.json")
-        )
+        ticket, state = _json(directory / "ticket.json"), _json(directory / "state.json")
         others = "entry" in ticket and all(uuid != guest.domain().UUIDString() for uuid, _name in ticket["domains"])
         if not others and not state.get("ended"):
             found.append(directory)
