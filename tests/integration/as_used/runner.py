@@ -20,7 +20,7 @@ BIN = Path(sys.executable).parent
 
 LIMIT = 600.0
 
-PLAYBOOKS = ("backup", "flatten", "launch", "restore", "scale", "share", "snapshot")
+PLAYBOOKS = ("backup", "flatten", "launch", "restore", "scale", "share", "snapshot", "verify")
 
 
 def install_artifact(directory: Path) -> Path:

@@ -106,6 +106,13 @@ def test_backup_and_restore(controller: Controller, server: Guest, archive: Gues
     kept = controller.succeed("backup", **{**survey, "consistent_backup_min_age": "1d"})
     assert not any(made["changed"] for made in kept.results("Back up"))
 
+    survey = {"target": "hypervisors", "repository": str(repository), "level": "", "boot_check": "", "passphrase": ""}
+    proofs = controller.succeed("verify", domains=f"{server.name}, {archive.name}", **survey).results("Prove them")
+    assert [proof["verified"] for proof in proofs] == [True, True]
+    assert len(controller.succeed("verify", domains="", **survey).results("Prove them")) == 2
+    refused = controller.run("verify", domains=f"{server.name}, lab-nobody", **survey)
+    assert (refused.rc, refused.status) == (2, "failed")
+
     launched.append("lab-archive-again")
     survey = {
         "hosts": "hypervisors",

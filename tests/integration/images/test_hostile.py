@@ -46,8 +46,9 @@ class Bundle:
             "disks": [{
                 "target": "vda", "bus": "virtio", "file": "vda.qcow2", "format": "qcow2", "compression": "none",
                 "virtual_size": 4 * MIB, "stored_size": 0, "content_size": MIB, "sha256": "", "serial": None,
+                "encryption": "none", "unsealed_sha256": None,
             }],
-            "nvram": None, "not_captured": [], "tags": {},
+            "nvram": None, "not_captured": [], "tags": {}, "sealed": [],
         }  # fmt: skip
         self.text: bytes | None = None
         self.is_summed = True
