@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import libvirt
@@ -15,7 +13,6 @@ from lab import ansible, evidence
 from lab.evidence import host_state
 from lab.guest import Guest
 
-from ansible_collections.vmkeeper.libvirt.tests.integration.backup import points
 from ansible_collections.vmkeeper.libvirt.tests.integration.sizing.resizing import (
     MIB,
     change,
@@ -33,15 +30,6 @@ VIRTIO_MEM = (
     "<memory model='virtio-mem'><target><size unit='MiB'>256</size><node>0</node>"
     "<block unit='MiB'>2</block><requested unit='MiB'>0</requested></target></memory>"
 )
-
-
-@pytest.fixture
-def repository() -> Iterator[Path]:
-    """An empty directory that QEMU's user can reach."""
-    directory = Path("/var/lib/libvirt/sizing-repository")
-    directory.mkdir(mode=0o755)
-    yield directory
-    shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="module")
@@ -162,31 +150,6 @@ def test_a_disk_with_overlays_grows_and_its_checkpoints_end(guest: Guest, tmp_pa
     assert change(made, "disk vda")["after"] == 192 * MIB
     assert not domain.listAllCheckpoints()
     assert not resize(guest, **wanted)["changed"]
-
-
-def test_the_next_backup_after_growth_under_an_overlay_is_exact(guest: Guest, repository: Path) -> None:
-    assert points.point(guest, repository, disks=["vda"])["type"] == "full"
-    points.ok("snapshot", domain=guest.name, name="below", disks=["vda"])
-    size = sum(1 for _layer in guest.chain("vda")) * 32 * MIB + 192 * MIB  # more than any test before has made of it
-    made = resize(guest, disks=[{"target": "vda", "size": str(size)}])
-    assert any("the next backup is a full one" in warning for warning in made["warnings"]), made
-
-    # Without a mount nothing but this test writes to it: the guest's own reading is what the points must hold.
-    guest.stop_writers()
-    guest.exec("umount /disk/vda")
-    held = [_reading(guest)]
-    full = points.point(guest, repository, disks=["vda"], quiesce="never")
-    assert (full["type"], full["disks"][0]["virtual_size"]) == ("full", size), full
-    points.fill(guest, "vda", "beyond", (size >> 16) - 40, 32)  # where there was no disk before
-    held.append(_reading(guest))
-    increment = points.point(guest, repository, disks=["vda"], quiesce="never")
-    assert increment["type"] == "incremental", increment["reason"]
-    for made_point, content in zip((full, increment), held):
-        assert points.content(points.directory_of(repository, made_point) / "vda.qcow2") == content
-
-
-def _reading(guest: Guest) -> str:
-    return points.device_hash(guest, "vda")
 
 
 def _checkpoint(name: str) -> str:
