@@ -539,18 +539,24 @@ class _Restoring:
 
     # --- effects -----------------------------------------------------------------------------------
 
+    def _intention(self, plan: Plan) -> dict[str, Any]:
+        """What every restore's journal says, whatever its mode."""
+        return {
+            "point": self._point.id,
+            "request": self._identity(),
+            "notes": list(plan.notes),
+            "pieces": [asdict(piece) for piece in (*plan.pieces, *([plan.nvram] if plan.nvram else ()))],
+            "xml": plan.xml,
+            "uuid": plan.uuid,
+            "name": plan.name,
+        }
+
     def _carry_out(self, plan: Plan) -> None:
         journal = Journal.begin(
             settle.RESTORE,
             [(plan.uuid, plan.name)],
             {
-                "point": self._point.id,
-                "request": self._identity(),
-                "notes": list(plan.notes),
-                "pieces": [asdict(piece) for piece in (*plan.pieces, *([plan.nvram] if plan.nvram else ()))],
-                "xml": plan.xml,
-                "uuid": plan.uuid,
-                "name": plan.name,
+                **self._intention(plan),
                 "in_place": self._request.in_place,
                 "attach": dict(plan.attach),
                 "running": self._request.running,
@@ -581,13 +587,7 @@ class _Restoring:
             plan.uuid,
             plan.name,
             {
-                "point": self._point.id,
-                "request": self._identity(),
-                "notes": list(plan.notes),
-                "pieces": [asdict(piece) for piece in (*plan.pieces, *([plan.nvram] if plan.nvram else ()))],
-                "xml": plan.xml,
-                "uuid": plan.uuid,
-                "name": plan.name,
+                **self._intention(plan),
                 "loan": asdict(plan.loan) if plan.loan else None,
                 "bandwidth": self._request.bandwidth,
             },
