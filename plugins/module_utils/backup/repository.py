@@ -268,7 +268,8 @@ def open_repository(path: str, *, create: bool = False, check: bool = False) -> 
             advice="Look whether the right filesystem is mounted there; the first backup makes a repository",
         )
     others = [name for name in os.listdir(directory) if name not in _NOT_CONTENT and not name.startswith(".")]
-    if others:
+    # Another task may have made the repository since its marker was looked for; it is looked at again below.
+    if others and not os.path.exists(marker):
         raise Refused(
             f"{directory} is no repository and not empty ({', '.join(sorted(others)[:3])})",
             advice="Give an empty directory, or the directory of an existing repository",
@@ -276,10 +277,10 @@ def open_repository(path: str, *, create: bool = False, check: bool = False) -> 
     fresh = Repository(directory, str(uuids.uuid4()), fresh=True)
     if not check:
         try:
-            places.write_json(marker, {"format": FORMAT, "uuid": fresh.uuid})
+            written = places.write_json_once(marker, {"format": FORMAT, "uuid": fresh.uuid})
         except OSError as error:
             raise Refused(f"{directory} cannot be written: {error}", advice="See its mount and permissions") from error
-        return Repository(directory, fresh.uuid)
+        return _opened(directory, marker, written)
     return fresh
 
 

@@ -10,12 +10,13 @@ guest is frozen) lies under ``/run``, which a reboot empties.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .._errors import Refused
@@ -29,6 +30,8 @@ LOCKS = "/run/lock/vmkeeper.libvirt"
 #: What QEMU's user must be able to reach: repositories as guests see them, and the files of guests that are thrown away.
 VIEWS = "/var/lib/libvirt/vmkeeper/views"
 PROOFS = "/var/lib/libvirt/vmkeeper/proofs"
+
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 def private_directory(path: str) -> str:
@@ -99,11 +102,41 @@ def fsync_file(path: str) -> None:
 
 def write_json(path: str, value: Any) -> None:
     """Replace ``path`` by ``value`` as JSON, wholly or not at all, durably, readable by the owner only."""
-    write_file(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+    write_file(path, _json_bytes(value))
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def write_json_once(path: str, value: Any) -> Any:
+    """Write ``path`` as :func:`write_json` does unless somebody has written it; returns what it says then.
+
+    Of several that write at the same time, also on several hosts, one wins and all return its value.
+    """
+    with _temporary(path, _json_bytes(value)) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # Such a filesystem (FAT, some SMB servers) leaves a gap between the look and the rename.
+            if not os.path.exists(path):
+                os.replace(temporary, path)
+    return read_json(path)
 
 
 def write_file(path: str, content: bytes) -> None:
     """Replace ``path`` by ``content``, as :func:`write_json` does."""
+    with _temporary(path, content) as temporary:
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _temporary(path: str, content: bytes) -> Iterator[str]:
+    """A durable file with ``content`` beside ``path``, to be made ``path``; it is gone afterwards if nobody did."""
     directory = os.path.dirname(path)
     descriptor, temporary = tempfile.mkstemp(prefix=".new-", dir=directory)
     try:
@@ -111,11 +144,9 @@ def write_file(path: str, content: bytes) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+        yield temporary
+    finally:
+        unlink_quietly(temporary)
     fsync_directory(directory)
 
 

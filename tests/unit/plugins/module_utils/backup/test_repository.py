@@ -68,6 +68,23 @@ def test_only_an_empty_directory_becomes_a_repository(tmp_path: Path) -> None:
         repository.open_repository(str(tmp_path), create=True)
 
 
+def test_two_that_make_a_repository_at_the_same_time_have_the_same_one(tmp_path: Path, monkeypatch) -> None:
+    looked, made = places.read_json, []
+
+    def look(path: str) -> object:
+        if made:
+            return looked(path)
+        made.append(None)
+        made.append(repository.open_repository(str(tmp_path), create=True))
+        repository.make_domain_directory(made[1], UUID)
+        return None
+
+    monkeypatch.setattr(places, "read_json", look)
+    assert repository.open_repository(str(tmp_path), create=True) == made[1]
+    assert repository.open_repository(str(tmp_path)) == made[1]
+    assert not list(tmp_path.glob(".new-*"))
+
+
 def test_a_newer_or_damaged_repository_is_refused(tmp_path: Path) -> None:
     marker = tmp_path / "repository.json"
     for text, error in (

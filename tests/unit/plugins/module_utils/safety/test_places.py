@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -63,3 +65,16 @@ def test_a_process_is_known_by_more_than_its_number(tmp_path):
         assert os.getpid() in holders_of(str(path))
     assert holders_of(str(path)) == []
     assert holders_of(str(tmp_path / "gone")) == []
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_is_written_once_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "one.json"
+    assert places.write_json_once(str(path), {"a": 1}) == {"a": 1}
+    assert places.write_json_once(str(path), {"a": 2}) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["one.json"]
