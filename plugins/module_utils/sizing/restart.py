@@ -9,14 +9,13 @@ import time
 from typing import Any
 
 from .._errors import Refused, VmkeeperError
-from ..hypervisor import health
+from ..hypervisor import health, power
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import explaining, find_domain, message_of
 from ..hypervisor.definition import define
 from ..hypervisor.domain_model import read_domain
 from ..safety.journal import Journal
 from . import shrinking
-from .outcome import wait_for
 
 #: The old size is known to boot: it gets time whatever the task allowed the new one.
 _OLD_SIZE_SECONDS = 300.0
@@ -116,10 +115,7 @@ def keep(handle: Any, journal: Journal) -> None:
 
 def shut_down(handle: Any, seconds: float) -> None:
     """Ask the guest to shut down and wait; it goes on running when it does not."""
-    with explaining(f"Shutting down domain {handle.name()!r}"):
-        if handle.isActive():
-            handle.shutdown()
-    if not wait_for(lambda: not handle.isActive(), seconds):
+    if power.shut_down([handle], seconds=seconds):
         raise VmkeeperError(
             f"Domain {handle.name()!r} did not shut down within {seconds:.0f} s",
             state="It runs with its old size, and may still be shutting down.",
