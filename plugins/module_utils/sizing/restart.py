@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from .._errors import Refused, VmkeeperError
@@ -146,9 +147,16 @@ def roll_back(connection: Any, journal: Journal) -> str | None:
     handle = find_domain(connection, domain["uuid"])
     if not (journal.operation.reached("start-old") and handle.isActive()):
         _return(connection, handle, journal, plan["old_xml"])
-    if not plan["judge"] or not plan.get("was_running", True):
+    return wait_for_old_size(handle, plan) if plan.get("was_running", True) else None
+
+
+def wait_for_old_size(handle: Any, plan: Mapping[str, Any]) -> str | None:
+    """None when the domain is well with its old size, or nobody can tell, else what is missing.
+
+    The agent alone is asked: health_command may speak of what only the new size would have made true.
+    """
+    if not plan["judge"]:
         return None
-    # The agent alone is asked: health_command may speak of what only the new size would have made true.
     return health.wait_until_well(handle, None, max(plan["health_timeout"], _OLD_SIZE_SECONDS))
 
 

@@ -64,14 +64,19 @@ def _settle(connection: Any, pending: Journal) -> str:
             return "left saved"
         with explaining(f"Starting domain {handle.name()!r} again", state="It is shut off."):
             handle.create()
-        return "started again with its old size"
+        return f"started again with its old size{_but(restart.wait_for_old_size(handle, operation.plan))}"
     if operation.reached("start") and not operation.reached("rollback") and handle.isActive():
         plan = operation.plan
         if not plan["judge"] or health.wait_until_well(handle, plan["health_command"], plan["health_timeout"]) is None:
             restart.keep(handle, pending)
             return "found well with its new size"
-    restart.roll_back(connection, pending)
-    return "taken back: it runs with its old definition"
+    problem = restart.roll_back(connection, pending)
+    where = "runs" if operation.plan.get("was_running", True) else "is off"
+    return f"taken back: it {where} with its old definition{_but(problem)}"
+
+
+def _but(problem: str | None) -> str:
+    return "" if problem is None else f", but {problem}"
 
 
 def _end_of_shrinking(handle: Any, shrinks: Sequence[Mapping[str, Any]]) -> None:
