@@ -84,7 +84,7 @@ def _end_of_shrinking(handle: Any, shrinks: Sequence[Mapping[str, Any]]) -> None
     if not handle.isActive() and not processes.wait_released(shrink["path"] for shrink in shrinks):
         raise VmkeeperError(
             f"An image of domain {handle.name()!r} is still in use by a program of this host",
-            state="The domain is off; its disks are as they were.",
+            state="The domain is off, and its disks are whole.",
             advice="See which one (fuser), end it, then run this again",
             paths=[shrink["path"] for shrink in shrinks],
         )
