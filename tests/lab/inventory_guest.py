@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import inspect
 import json
 import shlex
 import shutil
@@ -54,7 +55,7 @@ set -eu
 echo inventory >/etc/hostname
 rm -f /etc/resolv.conf
 printf '127.0.0.1 localhost inventory\\n' >/etc/hosts
-printf 'LABEL=root / ext4 noatime,errors=remount-ro 0 1\\nLABEL=srv /srv xfs noatime 0 2\\n' >/etc/fstab
+printf 'LABEL=root / ext4 noatime,errors=remount-ro 0 0\\n/dev/vdb /srv xfs noatime,x-systemd.device-timeout=900 0 0\\n' >/etc/fstab
 printf '[Match]\\nName=e*\\n[Network]\\nAddress=10.0.2.15/24\\nLinkLocalAddressing=no\\n' >/etc/systemd/network/user.network
 sed -i 's/^MODULES=.*/MODULES=list/' /etc/initramfs-tools/initramfs.conf
 printf 'virtio_pci\\nvirtio_blk\\n' >/etc/initramfs-tools/modules
@@ -73,7 +74,8 @@ systemctl mask apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2sc
 
 def built() -> Path:
     """The directory with ``vmlinuz``, ``initrd.img``, ``vda.qcow2``, ``vdb.qcow2`` and the key ``id_ed25519``; built once."""
-    inputs = (json.dumps([PACKAGES, DISKS]), PROVISION, Path(__file__).read_text())
+    recipe = (inspect.getsource(function) for function in (_build, _disks))
+    inputs = (json.dumps([PACKAGES, DISKS, ROOT_START]), PROVISION, *recipe)
     digest = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
     cache = assets.cache_directory().resolve() / "inventory-guest"
     cache.mkdir(parents=True, exist_ok=True)
@@ -129,7 +131,7 @@ def _disks(root: Path, scratch: Path) -> None:
     )
     place = ("bs=1M", f"seek={ROOT_START // MIB}", "conv=notrunc,sparse", "status=none")
     run("dd", f"if={tree}", f"of={scratch / 'vda.raw'}", *place)
-    run("mkfs.xfs", "-q", "-L", "srv", scratch / "vdb.raw")
+    run("mkfs.xfs", "-q", scratch / "vdb.raw")
 
 
 class InventoryGuest:

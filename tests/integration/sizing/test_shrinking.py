@@ -43,6 +43,12 @@ def roomy(module_guest_factory: GuestFactory) -> Guest:
     return module_guest_factory(GuestSpec("roomy", memory=160, disks=disks))
 
 
+@pytest.fixture(scope="module")
+def kept(roomy: Guest) -> str:
+    """The sums of files that lie at the end of vda."""
+    return fill(roomy, "/disk/vda")
+
+
 @pytest.fixture(autouse=True)
 def libguestfs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the modules' libguestfs needs here."""
@@ -108,8 +114,7 @@ def test_a_disk_that_others_need_is_not_made_smaller(roomy: Guest) -> None:
         clone.unlink()
 
 
-def test_a_disk_that_fits_gets_smaller_and_keeps_every_file(roomy: Guest) -> None:
-    before = fill(roomy, "/disk/vda")
+def test_a_disk_that_fits_gets_smaller_and_keeps_every_file(roomy: Guest, kept: str) -> None:
     wanted = {"disks": [{"target": "vda", "size": "96M"}], **FREELY}
     foreseen = resize(roomy, check=True, **wanted)
     assert change(foreseen, "disk vda")["applied"] == "restart"
@@ -118,7 +123,7 @@ def test_a_disk_that_fits_gets_smaller_and_keeps_every_file(roomy: Guest) -> Non
     assert made["downtime_ms"] > 0
     assert roomy.domain().blockInfo("vda")[0] == 96 * MIB
     assert int(roomy.exec("cat /sys/block/vda/size").text) * 512 == 96 * MIB
-    assert sums(roomy, "/disk/vda") == before
+    assert sums(roomy, "/disk/vda") == kept
     assert roomy.writer_log("vda").is_intact
     assert not beside(roomy)
     assert not resize(roomy, **wanted)["changed"]
@@ -162,8 +167,9 @@ def test_xfs_is_refused_with_the_reason(roomy: Guest) -> None:
 
 
 @pytest.mark.skipif(not LONG, reason="make test-long")
-def test_a_stopped_domain_is_started_to_prove_it_and_gets_its_disk_back_if_it_is_not_well(roomy: Guest) -> None:
-    before = sums(roomy, "/disk/vda")
+def test_a_stopped_domain_is_started_to_prove_it_and_gets_its_disk_back_if_it_is_not_well(
+    roomy: Guest, kept: str
+) -> None:
     roomy.shutdown()
     inode = roomy.images["vda"].stat().st_ino
     smaller = {"disks": [{"target": "vda", "size": "80M"}], **FREELY}
@@ -179,7 +185,7 @@ def test_a_stopped_domain_is_started_to_prove_it_and_gets_its_disk_back_if_it_is
     assert not roomy.is_running()
     assert not beside(roomy)
     roomy.start()
-    assert sums(roomy, "/disk/vda") == before
+    assert sums(roomy, "/disk/vda") == kept
 
 
 STEPS = ["begin", "shutdown", "shrink", "swap", "define", "start", "health", "drop"]
@@ -187,8 +193,7 @@ STEPS = ["begin", "shutdown", "shrink", "swap", "define", "start", "health", "dr
 
 @pytest.mark.skipif(not LONG, reason="make test-long")
 @pytest.mark.parametrize("step", STEPS)
-def test_a_kill_at_any_step_of_a_shrink_is_repaired(roomy: Guest, tmp_path: Path, step: str) -> None:
-    before = sums(roomy, "/disk/vda")
+def test_a_kill_at_any_step_of_a_shrink_is_repaired(roomy: Guest, kept: str, tmp_path: Path, step: str) -> None:
     size = 79 - STEPS.index(step)
     wanted = {"disks": [{"target": "vda", "size": f"{size}M"}], **FREELY}
     log = tmp_path / "steps"
@@ -199,14 +204,13 @@ def test_a_kill_at_any_step_of_a_shrink_is_repaired(roomy: Guest, tmp_path: Path
     assert roomy.domain().blockInfo("vda")[0] == size * MIB
     assert not resize(roomy, **wanted)["changed"]
     assert not beside(roomy)
-    assert sums(roomy, "/disk/vda") == before
+    assert sums(roomy, "/disk/vda") == kept
     assert roomy.writer_log("vda").is_intact
     assert not unfinished(roomy)
 
 
 @pytest.mark.skipif(not LONG, reason="make test-long")
-def test_a_kill_while_libguestfs_works_leaves_nothing_of_it(roomy: Guest) -> None:
-    before = sums(roomy, "/disk/vda")
+def test_a_kill_while_libguestfs_works_leaves_nothing_of_it(roomy: Guest, kept: str) -> None:
     inode = roomy.images["vda"].stat().st_ino
     killed = start(roomy, disks=[{"target": "vda", "size": "70M"}], **FREELY)
     scratch = until(lambda: scratch_of(killed.pid), "guestfish working on the image", 600)
@@ -218,7 +222,7 @@ def test_a_kill_while_libguestfs_works_leaves_nothing_of_it(roomy: Guest) -> Non
     roomy.wait_ready()
     assert roomy.images["vda"].stat().st_ino == inode
     assert not beside(roomy)
-    assert sums(roomy, "/disk/vda") == before
+    assert sums(roomy, "/disk/vda") == kept
     assert not unfinished(roomy)
 
 
