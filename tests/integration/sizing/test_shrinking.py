@@ -29,6 +29,10 @@ from ansible_collections.vmkeeper.libvirt.tests.integration.sizing.resizing impo
 
 #: One boot of libguestfs takes tens of seconds in emulation: all but one shrink are for `make test-long`.
 LONG = int(os.environ.get("VMK_SCALE", "1")) > 1
+CHECKPOINT = (
+    "<domaincheckpoint><name>vmk-0123abcd-one</name><disks><disk name='vda' checkpoint='bitmap'/>"
+    "<disk name='vdb' checkpoint='no'/><disk name='vdc' checkpoint='no'/></disks></domaincheckpoint>"
+)
 FREELY = {"allow_shrink": True, "allow_restart": True}
 
 
@@ -118,7 +122,10 @@ def test_a_disk_that_fits_gets_smaller_and_keeps_every_file(roomy: Guest, kept: 
     wanted = {"disks": [{"target": "vda", "size": "96M"}], **FREELY}
     foreseen = resize(roomy, check=True, **wanted)
     assert change(foreseen, "disk vda")["applied"] == "restart"
+    roomy.domain().checkpointCreateXML(CHECKPOINT)
     made = resize(roomy, **wanted)
+    assert any("the next backup is a full one" in warning for warning in made["warnings"]), made["warnings"]
+    assert not roomy.domain().listAllCheckpoints()
     assert made["restarted"]
     assert made["downtime_ms"] > 0
     assert roomy.domain().blockInfo("vda")[0] == 96 * MIB
@@ -207,6 +214,19 @@ def test_a_kill_at_any_step_of_a_shrink_is_repaired(roomy: Guest, kept: str, tmp
     assert sums(roomy, "/disk/vda") == kept
     assert roomy.writer_log("vda").is_intact
     assert not unfinished(roomy)
+
+
+@pytest.mark.skipif(not LONG, reason="make test-long")
+def test_a_kill_before_a_proved_domain_is_off_again_is_repaired(roomy: Guest, kept: str) -> None:
+    roomy.shutdown()
+    wanted = {"disks": [{"target": "vda", "size": "71M"}], **FREELY}
+    assert start(roomy, kill_at="stop", **wanted).wait() < 0
+    assert roomy.is_running()
+    assert not resize(roomy, **wanted)["changed"]
+    assert not roomy.is_running()
+    assert not beside(roomy)
+    roomy.start()
+    assert sums(roomy, "/disk/vda") == kept
 
 
 @pytest.mark.skipif(not LONG, reason="make test-long")
