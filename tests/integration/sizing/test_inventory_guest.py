@@ -18,10 +18,13 @@ from lab.inventory_guest import ROOT_PARTITION, InventoryGuest
 
 from ansible_collections.vmkeeper.libvirt.tests.integration.sizing.resizing import MIB
 
-pytestmark = pytest.mark.skipif(
-    int(os.environ.get("VMK_SCALE", "1")) < 2,
-    reason="boots a whole Debian guest; VMK_SCALE=2 and above (make test-long)",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        int(os.environ.get("VMK_SCALE", "1")) < 2,
+        reason="boots a whole Debian guest; VMK_SCALE=2 and above (make test-long)",
+    ),
+    pytest.mark.timeout(3600),  # it is built first
+]
 
 #: Numbers one line a time, each on the disk before the next, at / and at /srv.
 WRITER = """

@@ -29,6 +29,7 @@ from ansible_collections.vmkeeper.libvirt.tests.integration.sizing.resizing impo
 
 #: One boot of libguestfs takes tens of seconds in emulation: all but one shrink are for `make test-long`.
 LONG = int(os.environ.get("VMK_SCALE", "1")) > 1
+pytestmark = pytest.mark.timeout(3600)  # a busy machine makes minutes of them
 CHECKPOINT = (
     "<domaincheckpoint><name>vmk-0123abcd-one</name><disks><disk name='vda' checkpoint='bitmap'/>"
     "<disk name='vdb' checkpoint='no'/><disk name='vdc' checkpoint='no'/></disks></domaincheckpoint>"
