@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._errors import VmkeeperError
+from ..hypervisor import appliance
 from . import journal, locks, release, settlement
 from .settlement import Settler
 from .ticket import tickets_of
@@ -21,6 +22,8 @@ def recover(
 
     ``settled`` is False where it failed (``action`` says why) or, with ``check``, where it is only foreseen.
     """
+    if not check:
+        appliance.sweep()  # a look at a disk that was killed is in no journal
     findings = []
     for handle in handles:
         findings += _recover(uri, handle.UUIDString(), handle.name(), settlers, check=check)
