@@ -78,7 +78,9 @@ def fill(guest: Guest, target: str, mark: str, offset: int, blocks: int) -> None
     libvirt kills a QEMU that does not end within ten seconds of ``destroy``, as on a busy host.
     """
     node = guest.exec(f"cat /run/disk/{target}").text
-    writing = f"dd of={node} bs=65536 seek={offset} count={blocks} iflag=fullblock oflag=direct conv=notrunc 2>/dev/null"
+    writing = (
+        f"dd of={node} bs=65536 seek={offset} count={blocks} iflag=fullblock oflag=direct conv=notrunc 2>/dev/null"
+    )
     guest.exec(f"yes {mark} | {writing} && sync && sync {node}")
 
 
