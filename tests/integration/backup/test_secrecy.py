@@ -414,8 +414,8 @@ def test_an_encrypted_restore_killed_at_every_step_keeps_the_keys_that_are_used_
     assert not listed["failed"], listed["msg"]
     steps = log.read_text().split()
     assert "secrets" in steps
-    for number, step in enumerate(steps):
-        log.unlink()
+    for number, step in enumerate(steps if points.SCALE > 1 else ["secrets", "copy"]):
+        log.unlink(missing_ok=True)
         killed = run_module_process("restore", env=points.killed_at(step, log), **in_place)
         assert killed.wait() == -signal.SIGKILL, step
         if number % 2:
@@ -428,7 +428,7 @@ def test_an_encrypted_restore_killed_at_every_step_keeps_the_keys_that_are_used_
         assert [path.name for path in image.parent.glob("vda.qcow2*")] == [image.name], step
     known = sorted(locked.connection().listSecrets())
     (directory / "new").mkdir()
-    log.unlink()
+    log.unlink(missing_ok=True)
     anew = {**where, "domain": "lab-locked-r", "directory": str(directory / "new")}
     killed = run_module_process("restore", env=points.killed_at("copy", log), **anew)
     assert killed.wait() == -signal.SIGKILL
