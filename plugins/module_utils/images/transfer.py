@@ -96,7 +96,8 @@ def pull(uri: str, reference: oci.Reference, path: str, access: Access, *, check
             os.mkdir(staging, 0o700)
             manifest = oci.unpack(blobs, remote, staging)
             for disk in manifest.disks:
-                foreign_header.check(os.path.join(staging, disk.file), disk.format, disk.virtual_size, disk.file)
+                file = os.path.join(staging, disk.file)
+                foreign_header.check(file, disk.format, disk.virtual_size, disk.file, disk.encryption)
             for name in [FILE_NAME, *(file for file, _size, _sha256 in manifest.files())]:
                 places.fsync_file(os.path.join(staging, name))
             journal.step("publish")
