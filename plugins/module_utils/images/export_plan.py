@@ -227,8 +227,8 @@ class DiskPlan:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Everything that an export will do. ``copy_directory`` is where a running guest's disks are copied to first;
-    None when that is the bundle itself."""
+    """Everything that an export will do. ``copy_directory`` is where a running guest's disks are copied to first, and where
+    copies are sealed; None when that is the bundle itself."""
 
     domain: Domain
     machine: Machine
@@ -248,13 +248,12 @@ class ExportPlan:
     def needs(self, dest: str) -> list[tuple[str, int]]:
         """``(directory, bytes)`` that must be free."""
         total = sum(disk.estimate for disk in self.disks) + (64 << 20)
+        copies = self.copy_directory or dest
         needs = [(dest, total)]
-        if self.live and self.copy_directory is not None:
-            needs.append((self.copy_directory, total))
-        elif self.live and self.converts:
-            needs.append((dest, total))
+        if self.live and (self.copy_directory is not None or self.converts):
+            needs.append((copies, total))
         if self.seals:
-            needs.append((dest, total))
+            needs.append((copies, total))
         return needs
 
 
@@ -329,7 +328,7 @@ def family_of(machine: str | None) -> str:
 
 
 def plan_export(request: Request, facts: Facts, *, direct: bool, scratch: str) -> ExportPlan:
-    """Decide what an export does. ``direct``: QEMU may write into the destination; else it writes to ``scratch``."""
+    """Decide what an export does. ``direct``: copies may lie in the destination; else they are made in ``scratch``."""
     domain = facts.domain
     check_request(request)
     if facts.live and facts.job:
@@ -387,7 +386,7 @@ def plan_export(request: Request, facts: Facts, *, direct: bool, scratch: str) -
         why_not_frozen=freeze.why_not,
         expected_level=level,
         converts=converts,
-        copy_directory=None if direct or not facts.live else scratch,
+        copy_directory=scratch if not direct and (facts.live or request.seal) else None,
         seals=bool(request.seal),
         nvram=facts.nvram,
         not_captured=tuple(not_captured),

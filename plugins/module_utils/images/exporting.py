@@ -52,6 +52,7 @@ def export(connection: Any, uri: str, handle: Any, request: Request, *, check: b
         scratch = request.scratch or export_plan.SCRATCH
         direct = (
             request.scratch is None
+            and request.passphrase is None  # what is to be encrypted is nowhere in the destination as it is
             and not export_plan.is_remote(request.dest)
             and export_plan.reachable_by(request.dest, *owner)
         )
@@ -337,13 +338,13 @@ class _Export:
             [self._sealed_of(disk.target) for disk in plan.disks],
             self._request.seal,
             doing=doing,
-            scratch=self._staging,
-            discards=not export_plan.is_remote(self._staging),
+            scratch=self._copies,
+            discards=not export_plan.is_remote(self._copies),
         )
         return digests
 
     def _sealed_of(self, target: str) -> str:
-        return os.path.join(self._staging, f"{target}.to-seal")
+        return os.path.join(self._copies, f"{target}.to-seal")
 
     def _write(self, journal: Journal) -> list[ImageDisk]:
         """The disks in the image's format, each looked at as an importer will."""

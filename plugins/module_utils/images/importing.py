@@ -14,6 +14,7 @@ import os
 import secrets
 import stat
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..hypervisor.confinement import Confinement
 from ..hypervisor.connection import explaining, find_domain
 from ..hypervisor.domain_model import Layer, qemu_owner, read_domain, read_state
 from ..hypervisor.image_node import Image, Passphrase
-from ..safety import locks, places, space
+from ..safety import locks, places, settlement, space
 from ..safety.journal import Journal
 from ..safety.names import file_stem
 from . import bundle, conversion, exporting, foreign_header, machine, settle
@@ -35,9 +36,6 @@ from .manifest import refuse as refusal
 
 #: A linked disk's overlay begins nearly empty; room for what the guest writes first.
 OVERLAY_ROOM = 64 << 20
-
-#: VIR_DOMAIN_UNDEFINE_KEEP_NVRAM: the file is removed by name and inode with the others.
-_KEEP_NVRAM = 1 << 3
 
 #: Bases of linked disks, below the directory of the disks.
 BASES = ".vmkeeper-bases"
@@ -75,7 +73,7 @@ def import_image(connection: Any, uri: str, request: Request, *, check: bool = F
     with contextlib.ExitStack() as stack:
         if not check:
             stack.enter_context(locks.hold([(key, request.domain)], f"import of {request.src}"))
-        settle.settle_path(uri, key, check=check)
+        settlement.settle_named(uri, [(key, request.domain)], settle.SETTLERS, check=check)
         opened = stack.enter_context(bundle.Opened(request.src))
         manifest, digest = opened.read_manifest()
         image = exporting.as_result(request.src, manifest, digest)
@@ -90,11 +88,13 @@ def import_image(connection: Any, uri: str, request: Request, *, check: bool = F
         machine.check_network(connection, request.network)
         kvm = os.access("/dev/kvm", os.R_OK | os.W_OK)
         host = machine.choose_host(connection, manifest.machine, request.virt_type, kvm_usable=kvm)
-        plan = _plan(request, manifest, digest)
+        plan = _plan(request, manifest, digest, going=settle.placed_by(key) if check else set())
         space.require(plan.needs(manifest), f"Importing {request.src}")
         warnings = _warnings(request, manifest)
         if check:
             return Imported(_predicted(request, plan), image, True, warnings)
+        # Whoever finds the domain as soon as it is defined waits until it is whole.
+        stack.enter_context(locks.hold([(plan.launch.uuid, request.domain)], f"import of {request.src}"))
         run = _Import(
             connection, uri, key, request, opened, manifest, plan, host, qemu_owner(connection.getCapabilities())
         )
@@ -121,12 +121,13 @@ def limit_of(disk: ImageDisk) -> int:
     return min(disk.content_size, disk.virtual_size + (disk.virtual_size >> 6)) + (16 << 20)
 
 
-def _plan(request: Request, manifest: Manifest, digest: str) -> _Plan:
+def _plan(request: Request, manifest: Manifest, digest: str, *, going: Collection[str]) -> _Plan:
+    """``going``: files that are there, and will not be when it is done."""
     paths = {
         disk.target: os.path.join(request.directory, f"{file_stem(request.domain, disk.target)}.qcow2")
         for disk in manifest.disks
     }
-    taken = [path for path in paths.values() if os.path.lexists(path)]
+    taken = [path for path in paths.values() if os.path.lexists(path) and path not in going]
     if taken:
         raise Conflict(
             f"{', '.join(taken)} exists already",
@@ -135,7 +136,7 @@ def _plan(request: Request, manifest: Manifest, digest: str) -> _Plan:
         )
     if manifest.nvram is not None:
         path = os.path.join(request.directory, f"{file_stem(request.domain, 'nvram')}.fd")
-        if os.path.lexists(path):
+        if os.path.lexists(path) and path not in going:
             raise Conflict(f"{path} exists already", advice="Choose another name for the domain or another directory")
         nvram = path
     else:
@@ -264,7 +265,8 @@ class _Import:
         launch, staging = self._plan.launch, self._plan.staging
         journal = Journal.begin(
             settle.IMPORT,
-            [(self._key, launch.name)],
+            # The domain's own, too: until this is over nobody else changes it.
+            [(self._key, launch.name), (launch.uuid, launch.name)],
             {"domain": launch.name, "uuid": launch.uuid, "staging": staging},
         )
         try:
@@ -287,7 +289,7 @@ class _Import:
                 os.unlink(path)
             bundle.remove(staging)
             places.fsync_directory(self._request.directory)
-            journal.step("define")
+            journal.step("define", nvram=self._manifest.nvram.size if self._manifest.nvram is not None else None)
             xml = machine.definition(launch, self._manifest.machine, self._manifest.disks, self._host)
             definitions.define(
                 self._connection, xml, doing=f"Defining domain {launch.name!r}", state="Nothing of the image was kept."
@@ -337,18 +339,14 @@ class _Import:
         return path
 
     def _check_nvram(self) -> None:
-        """Firmware and variables have to be of one size, else QEMU does not start; raises with what does not fit."""
+        """Raise where the domain could not start with the image's UEFI variables; undoing takes it away again."""
         if self._manifest.nvram is None:
             return
-        xml = self._connection.lookupByUUIDString(self._plan.launch.uuid).XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
-        template = machine.nvram_template(xml)
-        if template is None:
-            return  # chosen at the start, by an older libvirt
-        size = os.stat(template).st_size
-        if size != self._manifest.nvram.size:
-            self._connection.lookupByUUIDString(self._plan.launch.uuid).undefineFlags(_KEEP_NVRAM)
+        handle = self._connection.lookupByUUIDString(self._plan.launch.uuid)
+        wanted = machine.nvram_misfit(handle, self._manifest.nvram.size)
+        if wanted is not None:
             raise Unsupported(
-                f"The image's UEFI variables have {self._manifest.nvram.size} bytes, and this host's firmware takes {size}",
+                f"The image's UEFI variables have {self._manifest.nvram.size} bytes, and this host's firmware takes {wanted}",
                 state="Nothing of the image was kept.",
                 advice="Install firmware of the same build as where it was exported (Debian: ovmf, Fedora and RHEL: edk2-ovmf)",
             )

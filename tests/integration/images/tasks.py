@@ -49,27 +49,48 @@ def _ansible() -> str:
     return str(Path(ansible.__file__).parent.parent)
 
 
-def run(module: str, *, check: bool = False, env: dict[str, str] | None = None, **options: Any) -> Result:
-    """Run it to its end, whichever that is."""
+def start(
+    module: str, *, check: bool = False, env: dict[str, str] | None = None, **options: Any
+) -> subprocess.Popen[str]:
+    """Start it; its options are on their way to it."""
     paths = [str(ROOT / ".ansible" / "collections"), _only_ansible()]
     code = (
         f"import sys; sys.path[:0] = {paths!r}\n"
         f"from ansible_collections.vmkeeper.libvirt.plugins.modules.{module} import main; main()"
     )
     arguments = {"ANSIBLE_MODULE_ARGS": {**options, "_ansible_check_mode": check, "_ansible_diff": True}}
-    done = subprocess.run(
+    process = subprocess.Popen(
         [PYTHON, "-c", code],
-        input=json.dumps(arguments),
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=TIMEOUT,
         cwd="/",
-        check=False,
         env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", **(env or {})},
     )
-    answer = json.loads(done.stdout[done.stdout.index("{") :]) if "{" in done.stdout else {}
-    assert answer or done.returncode, (done.stdout, done.stderr)
-    return Result(answer, done.returncode, done.stderr)
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(arguments))
+    process.stdin.close()
+    process.stdin = None  # communicate() would flush it again
+    return process
+
+
+def result_of(process: subprocess.Popen[str]) -> Result:
+    """What it answered, once it has ended."""
+    try:
+        stdout, stderr = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
+    answer = json.loads(stdout[stdout.index("{") :]) if "{" in stdout else {}
+    assert answer or process.returncode, (stdout, stderr)
+    return Result(answer, process.returncode, stderr)
+
+
+def run(module: str, *, check: bool = False, env: dict[str, str] | None = None, **options: Any) -> Result:
+    """Run it to its end, whichever that is."""
+    return result_of(start(module, check=check, env=env, **options))
 
 
 @functools.cache
@@ -100,10 +121,10 @@ def refused(module: str, *words: str, **options: Any) -> Result:
     return result
 
 
-def steps_of(module: str, log: Path, **options: Any) -> list[str]:
+def steps_of(module: str, log: Path, *, env: dict[str, str] | None = None, **options: Any) -> list[str]:
     """The steps that a whole run goes through, the second time of one as ``step#2``."""
     log.unlink(missing_ok=True)
-    ok(module, env={"PYTHONPATH": str(KILLHOOK), "VMK_KILL_LOG": str(log)}, **options)
+    ok(module, env={**(env or {}), "PYTHONPATH": str(KILLHOOK), "VMK_KILL_LOG": str(log)}, **options)
     names: list[str] = []
     for name in log.read_text().split():
         count = sum(one.partition("#")[0] == name for one in names) + 1
@@ -111,10 +132,10 @@ def steps_of(module: str, log: Path, **options: Any) -> list[str]:
     return names
 
 
-def kill_at(step: str, module: str, log: Path, **options: Any) -> None:
+def kill_at(step: str, module: str, log: Path, *, env: dict[str, str] | None = None, **options: Any) -> None:
     """Run it and kill it when it has recorded the step; asserts that the kill landed there."""
     log.unlink(missing_ok=True)
-    env = {"PYTHONPATH": str(KILLHOOK), "VMK_KILL_LOG": str(log), "VMK_KILL_AT": step}
-    result = run(module, env=env, **options)
+    hook = {"PYTHONPATH": str(KILLHOOK), "VMK_KILL_LOG": str(log), "VMK_KILL_AT": step}
+    result = run(module, env={**(env or {}), **hook}, **options)
     assert result.rc == -9, (step, result)
     assert log.read_text().split()[-1] == f"!{step.partition('#')[0]}"
