@@ -69,6 +69,7 @@ options:
       - An existing local directory in which a running guest's disks are copied first. QEMU's user must be able to reach it.
       - By default QEMU copies straight to O(dest) if that is a local directory that its user can reach, else to
         C(/var/lib/libvirt/images).
+      - With O(encryption) never to O(dest). Then copies that are sealed, also of a stopped domain, are made here too.
     type: path
   seal:
     description:

@@ -75,7 +75,8 @@ attributes:
       - A domain that was launched from this very image is left alone, and started if it has to run.
 notes:
   - The host never mounts or parses the guest's filesystems.
-  - A base of V(linked) disks stays when the last domain on it is gone. It lies in C(.vmkeeper-bases) below O(directory).
+  - A base of V(linked) disks lies in C(.vmkeeper-bases) below O(directory). It stays when the last domain on it is gone, until
+    M(vmkeeper.libvirt.recover_domain) without O(vmkeeper.libvirt.recover_domain#module:domains) removes it.
 seealso:
   - module: vmkeeper.libvirt.export_image
   - module: vmkeeper.libvirt.pull_image

@@ -16,7 +16,8 @@ description:
   - The modules do the same for operations of their own kind before they change a domain. This one knows all of them, and can be
     run after a crash of the hypervisor or from a schedule.
   - Without O(domains) this includes what was left for domains that are not defined here, such as restore points being removed,
-    and by pulls and pushes of images.
+    and by pulls and pushes of images. A base of linked disks (M(vmkeeper.libvirt.import_image)) goes when no definition, snapshot
+    or saved state on this host, no image in the directory of the disks or in a pool, and no process uses it any more.
   - A domain that was still being made, by M(vmkeeper.libvirt.import_image) or M(vmkeeper.libvirt.restore), can be named in
     O(domains) too.
   - In check mode it only tells what it found.
@@ -53,7 +54,7 @@ findings:
   elements: dict
   contains:
     domain:
-      description: Name of the domain.
+      description: Name of the domain. The path of what belongs to none, such as an image that was being pulled.
       type: str
     what:
       description: What was found.
@@ -77,6 +78,7 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import Unfinished
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import settlers as backup
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domains
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images import bases
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images import settle as images
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.recovery import (
     recover,
@@ -113,6 +115,8 @@ def handle(call: _module.Call) -> _module.Answer:
         defined = call.connection.listAllDomains()
         names = undefined or None
         findings += recover_undefined(call.uri, defined, SETTLERS, TELLERS, names=names, check=call.check)
+    if not call.params["domains"]:
+        findings += bases.remove_unused(call.connection, check=call.check)
     for one in handles:
         findings += finish_removals(call.uri, one, check=call.check)
     failed = [one for one in findings if not one["settled"]]

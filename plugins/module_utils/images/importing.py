@@ -12,13 +12,12 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import stat
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._errors import Conflict, InvalidInput, NotFound, Refused, Unsupported, VmkeeperError
+from .._errors import Conflict, InvalidInput, NotFound, Unsupported, VmkeeperError
 from ..hypervisor import definition as definitions
 from ..hypervisor import qemu_img
 from ..hypervisor.binding import libvirt
@@ -30,15 +29,12 @@ from ..hypervisor.image_node import Image, Passphrase
 from ..safety import locks, places, settlement, space
 from ..safety.journal import Journal
 from ..safety.names import file_stem
-from . import bundle, conversion, exporting, foreign_header, machine, settle
+from . import bases, bundle, conversion, exporting, foreign_header, machine, settle
 from .manifest import ImageDisk, Manifest, Nvram
 from .manifest import refuse as refusal
 
 #: A linked disk's overlay begins nearly empty; room for what the guest writes first.
 OVERLAY_ROOM = 64 << 20
-
-#: Bases of linked disks, below the directory of the disks.
-BASES = ".vmkeeper-bases"
 
 
 @dataclass(frozen=True)
@@ -88,6 +84,8 @@ def import_image(connection: Any, uri: str, request: Request, *, check: bool = F
         machine.check_network(connection, request.network)
         kvm = os.access("/dev/kvm", os.R_OK | os.W_OK)
         host = machine.choose_host(connection, manifest.machine, request.virt_type, kvm_usable=kvm)
+        if request.mode == "linked" and not check:
+            stack.enter_context(bases.in_use(request.directory, f"import of {request.src}"))
         plan = _plan(request, manifest, digest, going=settle.placed_by(key) if check else set())
         space.require(plan.needs(manifest), f"Importing {request.src}")
         warnings = _warnings(request, manifest)
@@ -141,12 +139,9 @@ def _plan(request: Request, manifest: Manifest, digest: str, *, going: Collectio
         nvram = path
     else:
         nvram = None
-    bases = {}
+    linked = {}
     if request.mode == "linked":
-        bases = {
-            disk.target: os.path.join(request.directory, BASES, f"{digest}-{disk.target}.qcow2")
-            for disk in manifest.disks
-        }
+        linked = {disk.target: bases.path_of(request.directory, digest, disk.target) for disk in manifest.disks}
     return _Plan(
         launch=machine.Launch(
             name=request.domain,
@@ -156,12 +151,12 @@ def _plan(request: Request, manifest: Manifest, digest: str, *, going: Collectio
             memory=request.memory or manifest.machine.memory,
             network=request.network,
             paths=paths,
-            bases=bases,
+            bases=linked,
             nvram=nvram,
         ),
         staging=os.path.join(request.directory, f".{file_stem(request.domain)}.import-{secrets.token_hex(6)}"),
         missing=tuple(
-            disk for disk in manifest.disks if disk.target not in bases or not os.path.exists(bases[disk.target])
+            disk for disk in manifest.disks if disk.target not in linked or not os.path.exists(linked[disk.target])
         ),
     )
 
@@ -354,12 +349,7 @@ class _Import:
     def _keep_bases(self, journal: Journal, made: dict[str, str]) -> None:
         """Put new bases where later launches find them, read-only for QEMU's user and owned by root."""
         journal.step("bases")
-        directory = os.path.join(self._request.directory, BASES)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(directory, 0o711)
-        status = os.lstat(directory)
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-            raise Refused(f"{directory} is not a directory of this user", advice="Remove it; it is made again")
+        directory = bases.make_directory(self._request.directory)
         for target, path in made.items():
             os.chown(path, os.geteuid(), self._owner[1])
             os.chmod(path, 0o440)

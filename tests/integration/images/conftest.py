@@ -3,12 +3,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import libvirt
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.tests.lab.guest import Guest, GuestSpec
@@ -28,24 +26,6 @@ def library() -> Iterator[Path]:
     directory.mkdir(mode=0o755)
     yield directory
     shutil.rmtree(directory)
-
-
-@pytest.fixture
-def launched(host: TestHost) -> Iterator[list[str]]:
-    """Names of domains that the test launches; they go with their disks and bases."""
-    names: list[str] = []
-    yield names
-    connection = host.connect()
-    for name in names:
-        with contextlib.suppress(libvirt.libvirtError):
-            domain = connection.lookupByName(name)
-            with contextlib.suppress(libvirt.libvirtError):
-                domain.destroy()
-            domain.undefine()
-        for path in IMAGES.glob(f"{name}.*.qcow2"):
-            path.unlink()
-    connection.close()
-    shutil.rmtree(IMAGES / ".vmkeeper-bases", ignore_errors=True)
 
 
 @pytest.fixture(scope="package")

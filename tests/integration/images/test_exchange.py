@@ -148,6 +148,31 @@ def test_linked_launches_share_a_base_that_no_guest_can_write(
     assert job_ended
     domain.destroy()
     assert [(path.stat().st_uid, path.stat().st_mode, digest_of(path)) for path in bases] == before
+
+    # A base stays as long as anything stands on it, and is told of and removed when nothing does any more.
+    def unused() -> set[Path]:
+        found = tasks.ok("recover_domain", check=True)["findings"]
+        return {Path(path) for one in found if "base" in one["what"] for path in one["left"]}
+
+    assert unused() == set(), "both are defined"
+    for name in ("lab-linked1", "lab-linked2"):
+        connection.lookupByName(name).undefine()
+    overlays = sorted(Path("/var/lib/libvirt/images").glob("lab-linked*.qcow2"))
+    assert len(overlays) == 4
+    assert unused() == set(), "their disks are there, without a definition"
+    for overlay in overlays:
+        overlay.unlink()
+    with bases[0].open("rb"):
+        assert unused() == {bases[1]}, "somebody has the other open"
+        assert tasks.ok("recover_domain").changed
+    assert not bases[1].exists()
+    assert unused() == {bases[0]}
+    assert bases[0].exists(), "check mode removes nothing"
+    assert tasks.ok("recover_domain").changed
+    assert not bases[0].parent.exists()
+    assert tasks.ok("recover_domain")["findings"] == []
+    assert tasks.ok("import_image", domain="lab-linked1", **options).changed
+    assert len(list(bases[0].parent.iterdir())) == 2
     connection.close()
 
 
@@ -327,6 +352,17 @@ def test_an_import_that_is_killed_at_any_step_is_finished_by_the_same_task(
             assert evidence.same_content(still.images[disk["target"]], Path(disk["path"])), step
         assert leftovers(images) in ([], [".vmkeeper-bases"]), step
         assert not list(JOURNAL.iterdir()), step
+    if mode == "linked":
+        # A definition whose disk is somewhere else now still counts.
+        (images / "lab-k.vda.qcow2").rename(images / "library" / "moved")
+        (images / "lab-k.vdb.qcow2").rename(images / "library" / "moved-too")
+        connection = host.connect()
+        for name in launched[1:]:
+            connection.lookupByName(name).undefine()
+            for path in images.glob(f"{name}.*"):
+                path.unlink()
+        connection.close()
+        assert tasks.ok("recover_domain", check=True)["findings"] == []
 
 
 def test_a_uefi_machine_takes_its_variables_along(
