@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ansible_collections.vmkeeper.libvirt.tests.lab.waiting import until
 
 ROOT = Path(__file__).resolve().parents[3]
 KILLHOOK = ROOT / "tests" / "lab" / "killhook"
@@ -139,3 +143,53 @@ def kill_at(step: str, module: str, log: Path, *, env: dict[str, str] | None = N
     result = run(module, env={**(env or {}), **hook}, **options)
     assert result.rc == -9, (step, result)
     assert log.read_text().split()[-1] == f"!{step.partition('#')[0]}"
+
+
+def programs_below(pid: int) -> set[int]:
+    """The processes that a process has started, and theirs."""
+    children: dict[int, set[int]] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, set()).add(int(process.name))
+    found: set[int] = set()
+    new = {pid}
+    while new:
+        new = set().union(*(children.get(one, set()) for one in new)) - found
+        found |= new
+    return found
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and not dead."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+def kill_with(
+    program: str, word: str, module: str, *, hold: bool, env: dict[str, str] | None = None, **options: Any
+) -> None:
+    """Kill it when it has started ``program`` with ``word`` among its arguments; what it has started must end with it.
+
+    ``hold``: that program is stopped first, so that it does not end by itself.
+    """
+    process = start(module, env=env, **options)
+    started: set[int] = set()
+
+    def has_started() -> bool:
+        assert process.poll() is None, result_of(process)
+        for pid in programs_below(process.pid):
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                if os.path.basename(words[0]) == program and word in words:
+                    if hold:
+                        os.kill(pid, signal.SIGSTOP)
+                    started.add(pid)
+        return bool(started)
+
+    until(has_started, f"{module} starting {program}", interval=0.005)
+    started |= programs_below(process.pid)
+    process.kill()
+    assert result_of(process).rc == -9
+    until(lambda: not any(map(runs, started)), "what the killed run had started ending")

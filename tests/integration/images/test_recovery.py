@@ -120,3 +120,15 @@ def test_what_pulls_and_pushes_have_left_is_told_and_taken_away(
     assert tasks.ok("pull_image", **pull).changed
     assert lying_around() == []
     assert not list(JOURNAL.iterdir())
+
+
+def test_what_copies_for_a_run_ends_with_it(still: Guest, library: Path, launched: list[str], tmp_path: Path) -> None:
+    """Else the disks of a stopped domain would be locked by a copy that nobody wants, and it could not be started."""
+    export = {"domain": still.name, "dest": str(library), "name": "one", "disks": ["vdb"]}
+    tasks.kill_with("qemu-img", "convert", "export_image", hold=True, **export)
+    tasks.ok("export_image", **export)
+    options = {"src": str(library / "one"), "domain": "lab-copied", "virt_type": "qemu"}
+    launched.append("lab-copied")
+    tasks.kill_with("qemu-img", "convert", "import_image", hold=True, **options)
+    assert tasks.ok("import_image", **options).changed
+    assert lying_around() == []
