@@ -15,7 +15,8 @@ from ..safety.journal import Journal
 from . import merging
 from .commit_plan import CommitPlan, Request, plan_commit
 from .ground import Ground, read_ground
-from .merging import COMMIT, Merged
+from .merging import COMMIT
+from .remains import Merged
 from .settlers import SETTLERS
 
 

@@ -14,7 +14,8 @@ from ..safety import locks, settlement, worker
 from ..safety.journal import Journal
 from . import merging
 from .ground import Ground, read_ground
-from .merging import REMOVAL, Merged
+from .merging import REMOVAL
+from .remains import Merged
 from .removal_plan import RemovalPlan, plan_removal
 from .settlers import SETTLERS
 

@@ -15,9 +15,9 @@ from ..safety import journal, locks, settlement, space
 from ..safety.journal import Operation
 from . import taking, way_back
 from .ground import Ground, read_ground
-from .merging import Merged
 from .model import Snapshot, by_name, read_snapshots
 from .plan import Request as TakeRequest
+from .remains import Merged
 from .removing import Request as Removal
 from .removing import remove
 from .revert_plan import Request, RevertPlan, plan_revert

@@ -24,8 +24,8 @@ from ..safety.host_graph import canonical
 from ..safety.journal import Journal
 from . import nvram
 from .ground import Ground
-from .merging import Merged, layer_at, put_definition_on, remove_unneeded
 from .model import Snapshot, by_name, read_snapshots, write_labels
+from .remains import Merged, layer_at, put_definition_on, remove_unneeded
 from .revert_plan import RevertPlan
 
 OPERATION = "revert"

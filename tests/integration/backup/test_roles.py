@@ -31,7 +31,8 @@ def test_backup_then_restore_by_playbook(module_guest_factory, directory: Path) 
     assert len(made) == 1, run.stdout
     assert made[0]["verified"]["verified"]
     variables["consistent_backup_domains"] = [guest.name]
-    again = run_playbook("vmkeeper.libvirt.backup", extra_vars={**variables, "consistent_backup_min_age": "1d"})
+    chosen = {**variables, "consistent_backup_domains": [], "consistent_backup_select": f"[?name=='{guest.name}']"}
+    again = run_playbook("vmkeeper.libvirt.backup", extra_vars={**chosen, "consistent_backup_min_age": "1d"})
     assert again.rc == 0, again.stdout
     assert len(ok("backup_info", repository=str(repository))["restore_points"]) == 1
     proved = run_playbook(
@@ -39,6 +40,12 @@ def test_backup_then_restore_by_playbook(module_guest_factory, directory: Path) 
         extra_vars={"target": "localhost", "repository": str(repository), "level": "digest"},
     )
     assert proved.rc == 0, proved.stdout
+    none = {"restore_domain_source": guest.name, "restore_domain_select": "[?consistency=='memory']"}
+    missing = run_playbook(
+        "vmkeeper.libvirt.restore", extra_vars={**none, "restore_domain_repository": str(repository)}
+    )
+    assert missing.rc != 0
+    assert "that restore_domain_select chooses" in missing.stdout + str(missing.tasks)
     assert "proved" in proved.stdout + str(proved.tasks)
     unproved = run_playbook(
         "vmkeeper.libvirt.verify",
@@ -57,6 +64,7 @@ def test_backup_then_restore_by_playbook(module_guest_factory, directory: Path) 
         extra_vars={
             "restore_domain_repository": str(repository),
             "restore_domain_source": guest.name,
+            "restore_domain_select": "[?verified.verified]",
             "restore_domain_name": "lab-roles-r",
             "restore_domain_directory": str(directory),
         },

@@ -27,7 +27,7 @@ def scale(guest: Guest, **variables: Any) -> ansible.PlaybookRun:
         extra_vars={
             "target": "localhost",
             "ansible_become": False,
-            "vertical_scale_domains": [guest.name],
+            "vertical_scale_select": f"[?name=='{guest.name}']",
             "vertical_scale_overcommit": True,
             "vertical_scale_sizes": SIZES,
             **variables,

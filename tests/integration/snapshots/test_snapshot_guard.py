@@ -36,7 +36,7 @@ CHANGE = """
 LOOK = """
 - name: Where the guest writes now
   vmkeeper.libvirt.domain_info:
-    domain: "{{ snapshot_guard_domains[0] }}"
+    domain: "{{ snapshot_guard_report.domains[0] }}"
   register: overlay
 """
 
@@ -77,7 +77,7 @@ def guard(guest: Guest, where: Path, *, bad: bool, **options: Any) -> tuple[subp
     (where / "new").write_bytes(b"new".ljust(ways.SECTOR, b"\0"))
     done = playbook(
         str(where / "play.yml"),
-        snapshot_guard_domains=[guest.name],
+        snapshot_guard_select=f"[?name=='{guest.name}' && persistent]",
         snapshot_guard_tasks_file=str(where / "change.yml"),
         snapshot_guard_check_file=str(where / "check.yml"),
         snapshot_guard_report_file=str(where / "report.yml"),
@@ -99,6 +99,15 @@ def test_a_change_that_fails_its_check_is_taken_back_and_told(stopped: Guest, tm
     tasks.ok("snapshot", domain=stopped.name, name="failed", state="absent")
     tasks.ok("blockcommit", domain=stopped.name)
     ways.assert_whole(stopped)
+
+
+def test_where_no_domain_is_chosen_it_refuses(tmp_path: Path) -> None:
+    (tmp_path / "play.yml").write_text(ROLE)
+    done = playbook(
+        str(tmp_path / "play.yml"), snapshot_guard_select="[?name=='nobody']", snapshot_guard_tasks_file="change.yml"
+    )
+    assert done.returncode != 0
+    assert "There is no domain to change" in done.stdout
 
 
 def test_a_good_change_stays_and_the_chain_is_flat_again(stopped: Guest, tmp_path: Path) -> None:
