@@ -246,6 +246,25 @@ def limit(domain: Any, target: str, bandwidth: int) -> None:
         domain.blockJobSetSpeed(target, bandwidth, constant("VIR_DOMAIN_BLOCK_JOB_SPEED_BANDWIDTH_BYTES") or 0)
 
 
+def limit_running(domain: Any, target: str, bandwidth: int) -> None:
+    """The same for a job that may end meanwhile: then there is nothing to limit any more."""
+    try:
+        limit(domain, target, bandwidth)
+    except LibvirtFailed:
+        job = job_of(domain, target)
+        if job is not None and job["done"] < job["total"]:
+            raise
+
+
+def abort_backup(domain: Any) -> None:
+    """End the domain's backup job, whoever began it; nothing to do when there is none any more."""
+    try:
+        domain.abortJob()
+    except libvirt.libvirtError as error:
+        if code_of(error) not in (constant("VIR_ERR_OPERATION_INVALID"), constant("VIR_ERR_OPERATION_FAILED")):
+            raise LibvirtFailed(f"Aborting the backup job of domain {domain.name()!r}: {message_of(error)}") from error
+
+
 def cancel(domain: Any, target: str, *, seconds: float = 60.0) -> bool:
     """Cancel a disk's running job and wait until it is gone; False when there was none. The chain is as it was."""
     if job_of(domain, target) is None:

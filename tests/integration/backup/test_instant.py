@@ -277,7 +277,6 @@ def test_what_it_cannot_do_is_refused_before_anything_is_changed(
     for more, said in (
         ({"state": "defined"}, "starts the domain"),
         ({"in_place": True, "confirm": "lab-lender", "directory": None}, "new domain"),
-        ({"mode": "copy", "bandwidth": "1M"}, "goes with mode: instant"),
         ({"domain": "lab-lender"}, "exists already"),
     ):
         call = {key: value for key, value in {**arguments(lent, directory), **more}.items() if value is not None}
