@@ -63,8 +63,13 @@ class Imported:
     warnings: list[str] = field(default_factory=list)
 
 
-def import_image(connection: Any, uri: str, request: Request, *, check: bool = False) -> Imported:
-    """See that the domain exists, launched from the image. Nothing is changed with ``check``."""
+def import_image(
+    connection: Any, uri: str, request: Request, *, identity: str | None = None, check: bool = False
+) -> Imported:
+    """See that the domain exists, launched from the image. Nothing is changed with ``check``.
+
+    ``identity`` is the UUID of a domain that is made.
+    """
     key = bundle.lock_key(f"/domain/{request.domain}")
     with contextlib.ExitStack() as stack:
         if not check:
@@ -86,7 +91,9 @@ def import_image(connection: Any, uri: str, request: Request, *, check: bool = F
         host = machine.choose_host(connection, manifest.machine, request.virt_type, kvm_usable=kvm)
         if request.mode == "linked" and not check:
             stack.enter_context(bases.in_use(request.directory, f"import of {request.src}"))
-        plan = _plan(request, manifest, digest, going=settle.placed_by(key) if check else set())
+        plan = _plan(
+            request, manifest, digest, identity or str(uuid.uuid4()), going=settle.placed_by(key) if check else set()
+        )
         space.require(plan.needs(manifest), f"Importing {request.src}")
         warnings = _warnings(request, manifest)
         if check:
@@ -119,7 +126,7 @@ def limit_of(disk: ImageDisk) -> int:
     return min(disk.content_size, disk.virtual_size + (disk.virtual_size >> 6)) + (16 << 20)
 
 
-def _plan(request: Request, manifest: Manifest, digest: str, *, going: Collection[str]) -> _Plan:
+def _plan(request: Request, manifest: Manifest, digest: str, identity: str, *, going: Collection[str]) -> _Plan:
     """``going``: files that are there, and will not be when it is done."""
     paths = {
         disk.target: os.path.join(request.directory, f"{file_stem(request.domain, disk.target)}.qcow2")
@@ -145,7 +152,7 @@ def _plan(request: Request, manifest: Manifest, digest: str, *, going: Collectio
     return _Plan(
         launch=machine.Launch(
             name=request.domain,
-            uuid=str(uuid.uuid4()),
+            uuid=identity,
             digest=digest,
             vcpus=request.vcpus or manifest.machine.vcpus,
             memory=request.memory or manifest.machine.memory,
