@@ -168,8 +168,9 @@ def _snapshot_facts(handle: Any, current: Domain, name: str) -> Facts:
     held = {disk.get("name"): disk.get("snapshot", "no") for disk in root.iterfind("disks/disk")}
     if "internal" in held.values() or inner is None:
         raise Unsupported(
-            f"Snapshot {name!r} of domain {current.name!r} lies inside its images",
-            advice="Revert to it and export the domain, or take an external snapshot",
+            f"Snapshot {name!r} of domain {current.name!r} lies inside its images, which QEMU reads only as they are now",
+            advice="Revert to it (snapshot with state: reverted, and keep_present_as to come back), export the domain, and revert to"
+            " the present; or take an external snapshot, which can be exported at any time",
         )
     then = parse_domain(ElementTree.tostring(inner, encoding="unicode"), DomainState("shutoff", "from-snapshot"))
     written = {os.path.realpath(disk.path) for disk in current.disks if disk.path}

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,24 @@ def test_a_machine_is_launched_into_a_pool(still: Guest, library: Path, launched
     finally:
         pool.undefine()
         shutil.rmtree(place)
+
+
+def test_a_snapshot_inside_the_images_is_refused_with_a_way_that_works(
+    guest_factory: Callable[..., Guest], library: Path
+) -> None:
+    spec = GuestSpec("inside", disks=(DiskSpec("vda", size=24 << 20),))
+    guest = guest_factory(spec, start=False)
+    tasks.ok("snapshot", domains=[guest.name], name="then", mode="internal")
+    then = guest.directory / "then"
+    shutil.copy(guest.images["vda"], then)
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 20M 1M", guest.images["vda"]], check=True)
+    export = {"domain": guest.name, "dest": str(library), "name": "past"}
+    tasks.refused("export_image", "keep_present_as", snapshot="then", **export)
+    assert list(library.iterdir()) == []
+    # The way out that it names.
+    tasks.ok("snapshot", domains=[guest.name], name="then", state="reverted", keep_present_as="now")
+    tasks.ok("export_image", **export)
+    assert evidence.same_content(library / "past" / "vda.qcow2", then)
 
 
 def test_what_cannot_be_kept_is_refused_before_anything_changes(still: Guest, library: Path) -> None:
