@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .._errors import Unsupported, VmkeeperError
 from . import image_node
@@ -59,7 +59,7 @@ def run(
             check=False,
             umask=0o077,
             pass_fds=(*pass_fds, *(keys.descriptors if keys is not None else ())),
-            preexec_fn=end_with_caller() if with_caller else confined.apply if confined is not None else None,
+            preexec_fn=_before(confined, end_with_caller() if with_caller else None),
         )
     except subprocess.TimeoutExpired as error:
         raise ImageToolFailed(f"{doing}: qemu-img did not finish within {timeout:.0f} s") from error
@@ -67,6 +67,17 @@ def run(
         said = " ".join(finished.stderr.decode(errors="replace").split()) or f"exit status {finished.returncode}"
         raise ImageToolFailed(f"{doing}: {said}", stderr=said, status=finished.returncode)
     return finished.stdout.decode(errors="replace")
+
+
+def _before(confined: Confinement | None, tie: Callable[[], None] | None) -> Callable[[], None] | None:
+    """What the child does before the program. Tied last: the kernel unties a process that changes its user."""
+    steps = [step for step in (confined.apply if confined is not None else None, tie) if step is not None]
+
+    def apply() -> None:
+        for step in steps:
+            step()
+
+    return apply if steps else None
 
 
 def create(path: str, size: int, owner: tuple[int, int]) -> None:
