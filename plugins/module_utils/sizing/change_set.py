@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .._errors import AgentSilent, Busy, InvalidInput, NoSpace, NotFound, Refused, Unsupported
+from ..hypervisor.capture import REASONS
 from ..hypervisor.domain_model import Domain, MemoryDevice
 from ..safety.space import free_bytes, human
 from .definition import Wish, configured_memory
@@ -508,7 +509,9 @@ def _check_disk(known: DiskFacts, facts: Facts) -> None:
     elif disk.shareable:
         reason = "other guests may use it at the same time"
     elif disk.path is None:
-        reason = "it is not a local file or block device"
+        reason = REASONS["not-local"]
+    elif disk.storage is not None:
+        reason = REASONS[disk.storage]
     elif known.problem:
         reason = known.problem
     if reason:
