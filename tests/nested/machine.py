@@ -107,8 +107,8 @@ class Machine:
 def start(name: str) -> Machine:
     """Start a new machine and wait until it can be logged in to.
 
-    What an interrupted run left of a machine of this name is destroyed first, and so are disks of others. Raises MachineError (or BuildError of the
-    image), and then nothing of the machine is left.
+    What an interrupted run left of a machine of this name is destroyed first, and so are the disks of other such runs.
+    Raises MachineError (or BuildError of the image), and then nothing of the machine is left.
     """
     if not _NAME.fullmatch(name):
         raise MachineError(f"{name!r} cannot be a machine's name: lower-case letters, digits and hyphens only")
