@@ -141,6 +141,25 @@ def test_twelve_overlays(guest: Guest) -> None:
     assert guest.read_file(MARK) == b"on top"
 
 
+@pytest.mark.timeout(3600)
+def test_many_overlays(guest: Guest) -> None:
+    """more than 25 overlays: the guest always starts again, and can be flattened"""
+    number, refused = 0, ""
+    while number < 28 and not refused:
+        taken = run_module("snapshot", domain=guest.name, name=f"m{number}", mode="external", quiesce="never")
+        refused = taken["msg"] if taken["failed"] else ""
+        number += not refused
+    assert number == 28 or "could not start the guest again" in refused, refused
+    assert len(guest.chain("vda")) == number + 1
+    guest.write_file(MARK, b"far up")
+    guest.destroy()
+    guest.start()
+    assert guest.read_file(MARK) == b"far up"
+    ok("blockcommit", domain=guest.name)
+    assert len(guest.chain("vda")) == 1
+    assert guest.read_file(MARK) == b"far up"
+
+
 def test_full_backup(guest: Guest, repository: Path, points: dict[str, dict[str, Any]]) -> None:
     """full backup of the running guest"""
     guest.write_file(MARK, b"full")
