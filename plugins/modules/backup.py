@@ -119,6 +119,28 @@ options:
       - A duration such as V(90s) or V(2m), or seconds.
     type: str
     default: 60s
+  bandwidth:
+    description:
+      - Limit of the copy in bytes per second, such as V(100M), for each disk. No limit when left out.
+      - What the guest is about to overwrite is copied at full speed all the same, so that its writes do not wait. The limit holds for
+        the way from O(scratch) into the repository too.
+    type: str
+  wait:
+    description:
+      - With V(false) the task is checked and answers at once with RV(job), while a worker on the hypervisor makes the points, from the
+        freeze to the manifest. M(vmkeeper.libvirt.domain_job) shows it, waits for it, limits or cancels it.
+      - The instant that the points hold is then some seconds after the answer, and that the guest could not be frozen is the
+        worker's failure and not the task's.
+      - Only with O(state=present).
+    type: bool
+    default: true
+  wait_timeout:
+    description:
+      - How long to wait for the points, such as V(2h). No limit when left out.
+      - When it passes the task fails with RV(job). The backup goes on, and the same task waits for it again. With O(encryption) wait for
+        it with M(vmkeeper.libvirt.domain_job) instead, since no passphrase is kept that two tasks could be compared by.
+      - Only with O(state=present).
+    type: str
 extends_documentation_fragment:
   - vmkeeper.libvirt.hypervisor
   - vmkeeper.libvirt.hypervisor.changing
@@ -143,6 +165,7 @@ seealso:
   - module: vmkeeper.libvirt.restore
   - module: vmkeeper.libvirt.backup_info
   - module: vmkeeper.libvirt.backup_verify
+  - module: vmkeeper.libvirt.domain_job
 author:
   - vmkeeper.libvirt contributors (@vmkeeper)
 """
@@ -170,6 +193,19 @@ EXAMPLES = r"""
     encryption:
       passphrase: "{{ vault_backup_passphrase }}"
 
+- name: Back up a large machine in the background, gently
+  vmkeeper.libvirt.backup:
+    domain: files01
+    repository: /srv/backup
+    bandwidth: 50M
+    wait: false
+
+- name: Wait for it
+  vmkeeper.libvirt.domain_job:
+    domain: files01
+    state: finished
+    wait_timeout: 12h
+
 - name: Remove a point
   vmkeeper.libvirt.backup:
     domain: web01
@@ -181,7 +217,7 @@ EXAMPLES = r"""
 RETURN = r"""
 restore_points:
   description: One restore point for each domain, in the order asked. Empty when a point was removed.
-  returned: success
+  returned: success, unless RV(job) is
   type: list
   elements: dict
 restore_point:
@@ -261,13 +297,18 @@ restore_point:
       description: What it does not hold, each with C(kind), C(name), C(reason) and C(why).
       type: list
       elements: dict
+job:
+  description:
+    - The worker, as M(vmkeeper.libvirt.domain_job) shows it, with C(state) V(pending). That has RV(restore_points) in C(job.result)
+      when it has finished.
+  returned: O(wait=false), unless O(min_age) found points that are young enough; and when O(wait_timeout) has passed
+  type: dict
 """
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import removal
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import removal, workers
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.plan import Request
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.taking import take
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import image_node
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domains
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
@@ -299,6 +340,7 @@ def request_of(call: _module.Call) -> Request:
             (params["encryption"] or {}).get("passphrase"), "encryption.passphrase"
         ),
         scratch=None if params["scratch"] is None else names.check_directory(params["scratch"], "scratch"),
+        bandwidth=names.parse_size(params["bandwidth"], "bandwidth") if params["bandwidth"] else 0,
     )
 
 
@@ -311,16 +353,24 @@ def handle(call: _module.Call) -> _module.Answer:
         raise InvalidInput("id is given by the backup itself", advice="Leave it out, or use state: absent")
     request = request_of(call)
     handles = find_domains(call.connection, params["domains"])
-    made = take(call.connection, call.uri, handles, params["repository"], request, check=call.check)
-    points = [one.point for one in made]
+    answer = workers.backup(
+        call.connection,
+        call.uri,
+        handles,
+        params["repository"],
+        request,
+        check=call.check,
+        wait=params["wait"],
+        seconds=names.parse_duration(params["wait_timeout"], "wait_timeout") if params["wait_timeout"] else None,
+    )
+    if "job" in answer:
+        return _module.Answer(changed=True, result={"job": answer["job"]})
+    points = answer["restore_points"]
     return _module.Answer(
-        changed=any(one.changed for one in made),
+        changed=answer["changed"],
         result=_module.one_or_all("restore_points", "restore_point", points, len(params["domains"])),
-        warnings=[warning for one in made for warning in one.warnings],
-        diff=(
-            {"restore_points": []},
-            {"restore_points": [one.point for one in made if one.changed]},
-        ),
+        warnings=answer["warnings"],
+        diff=({"restore_points": []}, {"restore_points": points if answer["changed"] else []}),
     )
 
 
@@ -328,6 +378,10 @@ def _remove(call: _module.Call) -> _module.Answer:
     params = call.params
     if params["id"] is None or len(params["domains"]) != 1:
         raise InvalidInput("state: absent needs one domain and an id", advice="Give both")
+    for option in ("bandwidth", "wait_timeout"):
+        if params[option] is not None or not params["wait"]:
+            named = option if params[option] is not None else "wait: false"
+            raise InvalidInput(f"{named} goes with state: present", advice="Leave it out")
     removed = removal.remove_by_id(
         call.connection,
         call.uri,
@@ -369,6 +423,9 @@ def main() -> None:
             "description": {"type": "str"},
             "tags": {"type": "raw"},
             "deadline": {"type": "str", "default": "60s"},
+            "bandwidth": {"type": "str"},
+            "wait": {"type": "bool", "default": True},
+            "wait_timeout": {"type": "str"},
         },
         handle,
     )

@@ -28,6 +28,11 @@ options:
   source_domain:
     description: Name or UUID of the domain as it was backed up. Needed when O(id) is left out.
     type: str
+  latest:
+    description:
+      - Restore the latest point of O(source_domain). That is what happens without O(id) and O(before); V(true) says so, and refuses
+        those two beside it.
+    type: bool
   before:
     description: Restore the latest point made before this time, in ISO 8601 with a zone. Only with O(source_domain).
     type: str
@@ -44,18 +49,24 @@ options:
     choices: [copy, instant]
     default: copy
   bandwidth:
-    description: With O(mode=instant), the limit of the pull in bytes per second, such as V(100M). No limit when left out.
+    description:
+      - Limit in bytes per second, such as V(100M). No limit when left out.
+      - With O(mode=copy) of the copying, one disk after another, which needs QEMU 5.2. With O(mode=instant) of the pull of each disk.
     type: str
   wait:
     description:
-      - With O(mode=instant), V(false) answers with RV(job) as soon as the guest runs, while a worker on the hypervisor pulls it
-        local. M(vmkeeper.libvirt.domain_job) shows it, waits for it or limits it.
+      - With V(false) the task is checked and answers with RV(job), while a worker on the hypervisor goes on.
+        M(vmkeeper.libvirt.domain_job) shows it, waits for it or cancels it.
+      - With O(mode=copy) it answers at once, and the worker does the whole restore. With O(mode=instant) it answers as soon as the guest
+        runs, and the worker pulls it local.
     type: bool
     default: true
   wait_timeout:
     description:
-      - With O(mode=instant), how long to wait for the pull of each disk, such as V(2h). No limit when left out.
-      - When it passes the task fails with the job's state. The job goes on, and the same task takes it up.
+      - How long to wait for the restore, or with O(mode=instant) for the pull of each disk, such as V(2h). No limit when left out.
+      - When it passes the task fails with the job's state. The job goes on, and the same task takes it up. With O(mode=copy) and a
+        O(passphrase) wait for it with M(vmkeeper.libvirt.domain_job) instead, since no passphrase is kept that two tasks could be
+        compared by.
     type: str
   domain:
     description:
@@ -123,6 +134,7 @@ seealso:
   - module: vmkeeper.libvirt.backup
   - module: vmkeeper.libvirt.backup_info
   - module: vmkeeper.libvirt.backup_verify
+  - module: vmkeeper.libvirt.domain_job
 author:
   - vmkeeper.libvirt contributors (@vmkeeper)
 """
@@ -132,6 +144,7 @@ EXAMPLES = r"""
   vmkeeper.libvirt.restore:
     repository: /srv/backup
     source_domain: web01
+    latest: true
     domain: web01-restored
     network: disconnected
 
@@ -163,7 +176,7 @@ EXAMPLES = r"""
 RETURN = r"""
 domain:
   description: The domain that was made or changed.
-  returned: success
+  returned: success, except with O(mode=copy) and O(wait=false)
   type: dict
   contains:
     name:
@@ -186,35 +199,51 @@ restored:
   description:
     - The files, each with C(target), C(path), C(format), C(attached_as) and C(secret), the UUID of the libvirt secret that was defined
       to open it, or None.
-  returned: success
+  returned: success, except with O(mode=copy) and O(wait=false)
   type: list
   elements: dict
 id:
   description: The restore point.
-  returned: success
+  returned: success, except with O(mode=copy) and O(wait=false)
   type: str
 job:
-  description: The worker that pulls the domain local, as M(vmkeeper.libvirt.domain_job) shows it, with C(state) V(pending).
-  returned: O(mode=instant) with O(wait=false)
+  description:
+    - The worker that goes on, as M(vmkeeper.libvirt.domain_job) shows it, with C(state) V(pending).
+    - With O(mode=copy) it has the other values in C(job.result) when it has finished.
+  returned: O(wait=false), and when O(wait_timeout) has passed
   type: dict
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.restoring import Request, restore
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import workers
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.restoring import Request
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import image_node
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
+
+
+def _check_choice(params: Mapping[str, Any]) -> None:
+    """The point is named in one way."""
+    if params["before"] is not None and (params["source_domain"] is None or params["id"] is not None):
+        raise InvalidInput("before goes with source_domain and without id", advice="Give source_domain and before")
+    if params["latest"] and (
+        params["source_domain"] is None or params["id"] is not None or params["before"] is not None
+    ):
+        raise InvalidInput(
+            "latest goes with source_domain, and without id and before", advice="Give source_domain and latest"
+        )
+    if params["latest"] is False and params["id"] is None and params["before"] is None:
+        raise InvalidInput("Without latest the point must be named", advice="Give id, or before, or leave latest out")
 
 
 def request_of(call: _module.Call) -> Request:
     """The checked options."""
     params = call.params
-    if params["before"] is not None and (params["source_domain"] is None or params["id"] is not None):
-        raise InvalidInput("before goes with source_domain and without id", advice="Give source_domain and before")
+    _check_choice(params)
     instant = params["mode"] == "instant"
-    for option in ("bandwidth", "wait_timeout"):
-        if params[option] is not None and not instant:
-            raise InvalidInput(f"{option} goes with mode: instant", advice=f"Leave out {option}")
     return Request(
         repository=params["repository"],
         id=params["id"],
@@ -239,17 +268,13 @@ def request_of(call: _module.Call) -> Request:
 
 def handle(call: _module.Call) -> _module.Answer:
     """Restore."""
-    done = restore(call.connection, call.uri, request_of(call), check=call.check)
+    answer = workers.restore(call.connection, call.uri, request_of(call), check=call.check)
+    result: dict[str, Any] = {key: answer[key] for key in ("domain", "restored", "id", "job") if key in answer}
     return _module.Answer(
-        changed=True,
-        result={
-            "domain": done.domain,
-            "restored": done.restored,
-            "id": done.point,
-            **({"job": done.job} if done.job else {}),
-        },
-        warnings=done.warnings,
-        diff=({"restored": []}, {"domain": done.domain, "restored": done.restored}),
+        changed=answer["changed"],
+        result=result,
+        warnings=answer["warnings"],
+        diff=({"restored": []}, {key: result[key] for key in ("domain", "restored") if key in result}),
     )
 
 
@@ -260,6 +285,7 @@ def main() -> None:
             "repository": {"type": "path", "required": True},
             "id": {"type": "str"},
             "source_domain": {"type": "str"},
+            "latest": {"type": "bool"},
             "before": {"type": "str"},
             "domain": {"type": "str"},
             "disks": {"type": "list", "elements": "str"},

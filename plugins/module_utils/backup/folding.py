@@ -144,7 +144,6 @@ class _Merging:
                 backing=str(self._disk.link(self._merge.ground)),
                 compression=compression,
                 doing=self._doing,
-                with_caller=True,
             )
 
     def _grow(self, image: Image, size: int) -> None:

@@ -238,7 +238,8 @@ def _pull_disk(uri: str, plan: Mapping[str, Any], target: str, seconds: float | 
             if handle is None or not handle.isActive():
                 raise _Stopped(read_state(handle).reason if handle is not None else "undefined")
             away_since = None
-            block_jobs.pull(handle, target, lowest, None, bandwidth=plan["bandwidth"], seconds=seconds)
+            limit = worker.limit_for(plan["uuid"], plan["bandwidth"])
+            block_jobs.pull(handle, target, lowest, None, bandwidth=limit, seconds=seconds)
             return
         except TookTooLong:
             raise

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._errors import LibvirtFailed, VmkeeperError
+from ..hypervisor import block_jobs
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import code_of, constant, message_of, open_connection
 
@@ -123,11 +124,7 @@ def abort(handle: Any, directory: str, *, seconds: float = 60.0) -> None:
     """End our job, if it runs, and wait until libvirt's XML says that it is over."""
     give_up = time.monotonic() + seconds
     while is_ours(handle, directory):
-        try:
-            handle.abortJob()
-        except libvirt.libvirtError as error:
-            if code_of(error) not in (constant("VIR_ERR_OPERATION_INVALID"), constant("VIR_ERR_OPERATION_FAILED")):
-                raise
+        block_jobs.abort_backup(handle)
         if time.monotonic() > give_up:
             raise LibvirtFailed(
                 f"The backup of domain {handle.name()!r} could not be aborted within {seconds:.0f} s",

@@ -63,6 +63,7 @@ class Request:
     """The task's options, checked. ``min_age`` and ``deadline`` in seconds; ``tags`` and ``description`` None when not given.
 
     With a ``passphrase`` the points are encrypted.  ``scratch``: QEMU writes there in any case, None: only where it must.
+    ``bandwidth`` in bytes per second for each disk, 0 for no limit.
     """
 
     type: str = "auto"
@@ -77,6 +78,7 @@ class Request:
     compression: str | None = None
     passphrase: Passphrase | None = None
     scratch: str | None = None
+    bandwidth: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import uuid as uuids
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -101,6 +102,16 @@ class Restored:
 def restore(connection: Any, uri: str, request: Request, *, check: bool = False) -> Restored:
     """Restore what the request names. Nothing is changed with ``check``."""
     _check_request(request)
+    return _restoring(connection, uri, request).run(check=check)
+
+
+def subject(connection: Any, uri: str, request: Request) -> tuple[str, str]:
+    """UUID and name of the domain that a restore makes or changes."""
+    name, uuid = _restoring(connection, uri, request).who()
+    return uuid, name
+
+
+def _restoring(connection: Any, uri: str, request: Request) -> _Restoring:
     repository = open_repository(request.repository)
     found = listing.find_point(
         repository,
@@ -108,7 +119,7 @@ def restore(connection: Any, uri: str, request: Request, *, check: bool = False)
         source=request.source_domain,
         before=listing.time_option(request.before, "before"),
     )
-    return _Restoring(connection, uri, repository, found, request).run(check=check)
+    return _Restoring(connection, uri, repository, found, request)
 
 
 def _check_request(request: Request) -> None:
@@ -152,7 +163,7 @@ class _Restoring:
 
     def run(self, *, check: bool) -> Restored:
         """Plan, and unless ``check`` do it."""
-        name, uuid = self._who()
+        name, uuid = self.who()
         if not self._request.instant:
             return self._answer(self._prepare(name, uuid, check))
         busy = None if check else self._worker_of(uuid)
@@ -192,7 +203,7 @@ class _Restoring:
 
     # --- who it becomes ----------------------------------------------------------------------------
 
-    def _who(self) -> tuple[str, str]:
+    def who(self) -> tuple[str, str]:
         """Name and UUID of the domain that is changed or made."""
         request, point = self._request, self._point
         if request.attach_to:
@@ -370,7 +381,12 @@ class _Restoring:
         held = self._point.disk(target)
         source = held.source[0].path if held is not None and held.source else ""
         directory = os.path.dirname(source)
-        if directory and not source.startswith("/dev/") and os.path.isdir(directory):
+        if source.startswith("/dev/"):
+            return (
+                names.check_directory(DEFAULT_DIRECTORY),
+                f"disk {target} was on the block device {source}, which is not touched; it is an image in {DEFAULT_DIRECTORY} now",
+            )
+        if directory and os.path.isdir(directory):
             return directory, None
         return (
             names.check_directory(DEFAULT_DIRECTORY),
@@ -417,11 +433,12 @@ class _Restoring:
         pieces = []
         for target in self._targets():
             disk = domain.disk(target)
-            if disk is None or disk.path is None or disk.path.startswith("/dev/"):
+            if disk is None or disk.path is None:
                 raise Unsupported(
-                    f"Disk {target!r} of domain {name!r} is not a file that could be kept aside",
+                    f"Disk {target!r} of domain {name!r} is not there, or is no local file",
                     advice="Restore under another name, or attach_to a domain",
                 )
+            _refuse_device(name, disk)
             pieces.append(self._in_place_of(domain.name, disk))
         self._refuse_shared(handle, domain, pieces)
         nvram = None
@@ -570,6 +587,12 @@ class _Restoring:
             if plan.nvram is not None:
                 journal.step("copy", target="nvram")
                 self._copy_nvram(plan.nvram)
+            settle.require_stopped(
+                self._connection,
+                journal.operation.plan,
+                state="It runs on its own disks as they were, and nothing of the restore is left.",
+                advice="Shut it down, then run this again",
+            )
         except BaseException as error:
             try:
                 settle.undo_restore(self._uri, journal)
@@ -606,7 +629,7 @@ class _Restoring:
         if not self._begun(uuid):
             return None
         handle = settle.find(self._connection, uuid)
-        job = domain_jobs.newest(handle) if handle is not None and handle.isActive() else None
+        job = domain_jobs.newest(uuid) if handle is not None and handle.isActive() else None
         return None if job is None or job.over or job.operation != instant_restore.KIND else job
 
     def _pull(self, plan: Plan, busy: worker.Job | None) -> dict[str, Any] | None:
@@ -615,9 +638,7 @@ class _Restoring:
             job = busy or instant_restore.start_worker(self._uri, plan.uuid, plan.name)
             return {**job.as_result(), "state": "pending"}
         if busy is not None:
-            handle = settle.find(self._connection, plan.uuid)
-            if handle is not None:
-                domain_jobs.wait_for(handle, seconds=self._request.wait_seconds)
+            domain_jobs.wait_for(busy, seconds=self._request.wait_seconds)
             return None
         instant_restore.pull(self._uri, plan.uuid, plan.name, seconds=self._request.wait_seconds)
         return None
@@ -643,13 +664,17 @@ class _Restoring:
         sums = self._sums(piece.target)
         if restored.passphrase is not None:
             qemu_img.create_layer(restored, sums.size)
-            qemu_img.copy_chain(layers, restored, doing=doing)
+            qemu_img.copy_chain(layers, restored, doing=doing, bandwidth=self._request.bandwidth)
         else:
             os.close(os.open(piece.part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
             with Keys() as keys:
                 source = image_node.as_name(image_node.node(layers, keys))
+                limit = qemu_img.limiting(self._request.bandwidth)
                 qemu_img.run(
-                    ["convert", "-q", "-O", piece.format, "-W", "-m", "16", source, piece.part], doing=doing, keys=keys
+                    ["convert", "-q", "-O", piece.format, "-W", "-m", "16", *limit, source, piece.part],
+                    doing=doing,
+                    keys=keys,
+                    with_caller=True,
                 )
         wrong = verifying.check_restored(restored, sums)
         if wrong:
@@ -708,6 +733,18 @@ class _Restoring:
             point=self._point.id,
             warnings=[f"{plan.name}: {note}" for note in plan.notes],
         )
+
+
+def _refuse_device(name: str, disk: Disk) -> None:
+    """A device cannot be put aside and replaced by a rename: overwritten in the middle it would be neither old nor new."""
+    path = disk.path or ""
+    with contextlib.suppress(FileNotFoundError):
+        if path.startswith("/dev/") or stat.S_ISBLK(os.stat(path).st_mode):
+            raise Unsupported(
+                f"Disk {disk.target!r} of domain {name!r} is the block device {path}, whose content could not be kept aside",
+                advice=f"Restore the disk with attach_to, or under another name, look at it, and copy its image onto the device:"
+                f" qemu-img convert -n -f <its format> -O {disk.format or 'raw'} <image> {path}",
+            )
 
 
 def _secrets(pieces: Sequence[Piece]) -> dict[str, str]:

@@ -202,13 +202,26 @@ def undo_restore(uri: str, pending: Journal) -> None:
 
 
 def _forget_secrets(uri: str, pieces: Iterable[Mapping[str, Any]]) -> None:
-    """The libvirt secrets of images that are not restored after all."""
-    made = [piece["secret"] for piece in pieces if piece["secret"]]
+    """The libvirt secrets of images that are not restored after all.
+
+    One that a domain uses stays: the same point, restored to the same place before, has given it the same secret.
+    """
+    made = {piece["secret"] for piece in pieces if piece["secret"]}
     if made:
         connection = open_connection(uri)
         with explaining("Removing the libvirt secret of a restored disk", state=_STATE):
-            for uuid in made:
+            for uuid in sorted(made - _secrets_in_use(connection)):
                 libvirt_secret.forget(connection, uuid)
+
+
+def _secrets_in_use(connection: Any) -> set[str]:
+    return {
+        disk.encryption.uuid
+        for handle in connection.listAllDomains()
+        for inactive in (False, True)
+        for disk in read_domain(handle, inactive=inactive and bool(handle.isPersistent())).disks
+        if disk.encryption is not None and disk.encryption.uuid
+    }
 
 
 def finish_restore(uri: str, pending: Journal) -> None:
@@ -219,6 +232,12 @@ def finish_restore(uri: str, pending: Journal) -> None:
     """
     plan = pending.operation.plan
     connection = open_connection(uri)
+    require_stopped(
+        connection,
+        plan,
+        state="What it writes now is not kept by the restore; its images from before are kept aside until that is done.",
+        advice="Shut it down, then run this again, which finishes the restore",
+    )
     try:
         for piece in plan["pieces"]:
             place(piece)
@@ -241,14 +260,39 @@ def finish_restore(uri: str, pending: Journal) -> None:
     for piece in plan["pieces"]:
         if piece["aside"] and places.unlink_quietly(piece["aside"]):
             places.fsync_directory(os.path.dirname(piece["aside"]))
+    if plan["running"] and handle is not None:
+        pending.step("start")
+        _start_restored(handle, plan["name"], pending)
     pending.finish()
-    if plan["running"] and handle is not None and not handle.isActive():
+
+
+def require_stopped(connection: Any, plan: Mapping[str, Any], *, state: str, advice: str) -> None:
+    """Nothing is put in place under a guest that somebody has started meanwhile."""
+    if not plan["in_place"] or not any(os.path.lexists(piece["part"]) for piece in plan["pieces"]):
+        return
+    handle = find(connection, plan["uuid"])
+    if handle is not None and handle.isActive():
+        raise Refused(
+            f"Domain {plan['name']!r} was started while point {plan['point']} was restored in its place",
+            state=state,
+            advice=advice,
+        )
+
+
+def _start_restored(handle: Any, name: str, pending: Journal) -> None:
+    if handle.isActive():
+        return
+    try:
         with explaining(
-            f"Starting the restored domain {plan['name']!r}",
+            f"Starting the restored domain {name!r}",
             state="It is restored and shut off.",
             advice="See libvirt's log of the domain",
         ):
             handle.create()
+    except LibvirtFailed:
+        if handle.connect().isAlive():
+            pending.finish()  # it is restored; that it does not start is no reason to do it again
+        raise
 
 
 def _define_restored(connection: Any, plan: Mapping[str, Any]) -> Any | None:

@@ -400,6 +400,8 @@ class _Taking:
         self._check_cuts(outcomes)
         self._journal.step("copy")
         for plan in self._live:
+            self._limit(plan)
+        for plan in self._live:
             self._wait(plan)
         sentry.dismiss()
         self._journal.step("copied")
@@ -418,7 +420,13 @@ class _Taking:
             stored_as = Image(os.path.join(self._directory(plan), disk.file), "qcow2", disk.passphrase)
             doing = f"Storing disk {disk.target!r} of domain {plan.domain.name!r}"
             if disk.parent is None:
-                qemu_img.copy_chain([pushed], stored_as, compression=disk.compression, doing=doing)
+                qemu_img.copy_chain(
+                    [pushed],
+                    stored_as,
+                    compression=disk.compression,
+                    doing=doing,
+                    bandwidth=self._request.bandwidth,
+                )
             else:
                 qemu_img.copy_layer(
                     pushed,
@@ -427,6 +435,7 @@ class _Taking:
                     backing=f"../{disk.parent}/{disk.file}",
                     compression=disk.compression,
                     doing=doing,
+                    bandwidth=self._request.bandwidth,
                 )
 
     def _members(self) -> list[instant.Member]:
@@ -475,6 +484,8 @@ class _Taking:
             checkpoint_xml(plan, name) if name else None,
             constant("VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL") or 0,
         )
+        with contextlib.suppress(LibvirtFailed):  # tried again when the guest is on its way
+            self._limit(plan)  # some milliseconds, in which the fastest disks would copy as many MiB
         self._keep_nvram(plan)  # half a megabyte, and of the same instant
 
     def _keep_nvram(self, plan: PointPlan) -> None:
@@ -524,6 +535,12 @@ class _Taking:
 
     # --- the copy ----------------------------------------------------------------------------------
 
+    def _limit(self, plan: PointPlan) -> None:
+        """Slow the copy down. What the guest is about to overwrite is copied at full speed all the same: it does not wait."""
+        if self._request.bandwidth:
+            for disk in plan.disks:
+                block_jobs.limit_running(self._handles[plan.domain.uuid], disk.target, self._request.bandwidth)
+
     def _wait(self, plan: PointPlan) -> None:
         directory = self._push_directory(plan)
         end = job.wait(self._uri, self._handles[plan.domain.uuid], directory, self._sentry.verdict)
@@ -550,6 +567,7 @@ class _Taking:
                     Image(os.path.join(self._directory(plan), disk.file), "qcow2", disk.passphrase),
                     compression=disk.compression,
                     doing=f"Copying disk {disk.target!r} of the stopped domain {plan.domain.name!r}",
+                    bandwidth=self._request.bandwidth,
                 )
             now = read_domain(self._handles[plan.domain.uuid])
             if now.state != plan.domain.state or now.managed_save != plan.domain.managed_save:

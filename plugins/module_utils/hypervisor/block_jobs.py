@@ -20,6 +20,9 @@ from .domain_model import Disk, read_domain, read_state
 
 _POLL_SECONDS = 0.05
 
+#: A speed (bytes per second) at which a job begins and does not end: it waits for :func:`release`.
+HELD = 1
+
 
 def live_disk(domain: Any, target: str) -> Disk:
     """The disk as the live XML states it now."""
@@ -80,6 +83,20 @@ def begin_intermediate(domain: Any, target: str, base: str, top: str, *, bandwid
                 raise
     elif job["type"] != "commit":
         raise _foreign_job(domain, target, job["type"])
+    elif bandwidth != HELD:
+        release(domain, target, bandwidth)
+
+
+def release(domain: Any, target: str, bandwidth: int) -> None:
+    """Let a job that was begun with :data:`HELD` go on at this speed; nothing where it is over, or is not held."""
+    job = job_of(domain, target)
+    if job is None or job["bandwidth"] != HELD:
+        return
+    try:
+        limit(domain, target, bandwidth)
+    except LibvirtFailed:
+        if job_of(domain, target) is not None:
+            raise
 
 
 def pull(
@@ -244,6 +261,25 @@ def limit(domain: Any, target: str, bandwidth: int) -> None:
     """Set the speed of a disk's running job, in bytes per second; 0 for no limit."""
     with explaining(f"Limiting the block job of disk {target!r} of domain {domain.name()!r}"):
         domain.blockJobSetSpeed(target, bandwidth, constant("VIR_DOMAIN_BLOCK_JOB_SPEED_BANDWIDTH_BYTES") or 0)
+
+
+def limit_running(domain: Any, target: str, bandwidth: int) -> None:
+    """The same for a job that may end meanwhile: then there is nothing to limit any more."""
+    try:
+        limit(domain, target, bandwidth)
+    except LibvirtFailed:
+        job = job_of(domain, target)
+        if job is not None and job["done"] < job["total"]:
+            raise
+
+
+def abort_backup(domain: Any) -> None:
+    """End the domain's backup job, whoever began it; nothing to do when there is none any more."""
+    try:
+        domain.abortJob()
+    except libvirt.libvirtError as error:
+        if code_of(error) not in (constant("VIR_ERR_OPERATION_INVALID"), constant("VIR_ERR_OPERATION_FAILED")):
+            raise LibvirtFailed(f"Aborting the backup job of domain {domain.name()!r}: {message_of(error)}") from error
 
 
 def cancel(domain: Any, target: str, *, seconds: float = 60.0) -> bool:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .._errors import Unsupported, VmkeeperError
 from . import image_node
@@ -59,7 +59,7 @@ def run(
             check=False,
             umask=0o077,
             pass_fds=(*pass_fds, *(keys.descriptors if keys is not None else ())),
-            preexec_fn=end_with_caller() if with_caller else confined.apply if confined is not None else None,
+            preexec_fn=_before(confined, end_with_caller() if with_caller else None),
         )
     except subprocess.TimeoutExpired as error:
         raise ImageToolFailed(f"{doing}: qemu-img did not finish within {timeout:.0f} s") from error
@@ -67,6 +67,17 @@ def run(
         said = " ".join(finished.stderr.decode(errors="replace").split()) or f"exit status {finished.returncode}"
         raise ImageToolFailed(f"{doing}: {said}", stderr=said, status=finished.returncode)
     return finished.stdout.decode(errors="replace")
+
+
+def _before(confined: Confinement | None, tie: Callable[[], None] | None) -> Callable[[], None] | None:
+    """What the child does before the program. Tied last: the kernel unties a process that changes its user."""
+    steps = [step for step in (confined.apply if confined is not None else None, tie) if step is not None]
+
+    def apply() -> None:
+        for step in steps:
+            step()
+
+    return apply if steps else None
 
 
 def create(path: str, size: int, owner: tuple[int, int]) -> None:
@@ -156,17 +167,24 @@ def create_layer(
                     raise
 
 
-def copy_chain(source: Sequence[Image], target: Image, *, compression: str | None = None, doing: str) -> None:
-    """Copy the content of a chain, topmost layer first, into an empty layer that stands on nothing."""
+def copy_chain(
+    source: Sequence[Image], target: Image, *, compression: str | None = None, doing: str, bandwidth: int = 0
+) -> None:
+    """Copy the content of a chain, topmost layer first, into an empty layer that stands on nothing.
+
+    ``bandwidth`` in bytes per second, 0 for no limit.  It dies with this process.
+    """
     with Keys() as keys:
         run(
             [
-                *("convert", "-n", "--target-is-zero", "-q", *_writing(compression), "--target-image-opts"),
+                *("convert", "-n", "--target-is-zero", "-q", *_writing(compression), *limiting(bandwidth)),
+                "--target-image-opts",
                 image_node.as_name(image_node.node(source, keys)),
                 image_node.as_options(image_node.node([target], keys)),
             ],
             doing=doing,
             keys=keys,
+            with_caller=True,
         )
 
 
@@ -178,12 +196,13 @@ def copy_layer(
     backing: str,
     compression: str | None = None,
     doing: str,
-    with_caller: bool = False,
+    bandwidth: int = 0,
 ) -> None:
     """Copy what one layer itself holds, zeros that it states included, into another, which may hold something already.
 
     Compressed clusters do not overwrite anything: :func:`discard` them first.  Neither backing file is opened.  Never copy
-    more than one layer with ``-B``: the lower ones are lost without a word.
+    more than one layer with ``-B``: the lower ones are lost without a word.  ``bandwidth`` as for :func:`copy_chain`; it
+    dies with this process, too.
     """
     blank = image_node.blank_descriptor(size)
     try:
@@ -191,7 +210,17 @@ def copy_layer(
             below = image_node.blank_node(blank)
             run(
                 [
-                    *("convert", "-n", "-B", backing, "-F", "qcow2", "-q", *_writing(compression)),
+                    *(
+                        "convert",
+                        "-n",
+                        "-B",
+                        backing,
+                        "-F",
+                        "qcow2",
+                        "-q",
+                        *_writing(compression),
+                        *limiting(bandwidth),
+                    ),
                     "--target-image-opts",
                     image_node.as_name(image_node.node([source], keys, below=below)),
                     image_node.as_options(image_node.node([target], keys, below=below)),
@@ -199,7 +228,7 @@ def copy_layer(
                 doing=doing,
                 pass_fds=(blank,),
                 keys=keys,
-                with_caller=with_caller,
+                with_caller=True,
             )
     finally:
         os.close(blank)
@@ -241,6 +270,11 @@ def discard(path: str, ranges: Sequence[tuple[int, int]], *, doing: str) -> None
 def _writing(compression: str | None) -> tuple[str, ...]:
     # Compressed clusters are written in order; else several requests at once.
     return ("-c",) if compression is not None else ("-W", "-m", "16")
+
+
+def limiting(bandwidth: int) -> tuple[str, ...]:
+    """The options of ``convert`` that limit what it writes, in bytes per second (QEMU 5.2); 0 for no limit."""
+    return ("-r", str(bandwidth)) if bandwidth else ()
 
 
 def opens(image: Image) -> bool:

@@ -6,26 +6,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from .._errors import VmkeeperError
+from .._errors import NotFound, VmkeeperError
 from ..hypervisor import block_jobs
 from ..hypervisor.block_jobs import TookTooLong
+from ..hypervisor.connection import find_domain
 from ..hypervisor.domain_model import read_domain
-from . import journal, locks, worker
+from . import journal, locks, release, worker
 from .settlement import Settler
-from .worker import FAILED, INTERRUPTED, Job
+from .worker import CANCELLED, FAILED, INTERRUPTED, Job
 
 
-def newest(handle: Any) -> Job | None:
+@dataclass(frozen=True)
+class Subject:
+    """The domain that is asked about; without a ``handle`` one that a worker has yet to define."""
+
+    uuid: str
+    name: str
+    handle: Any | None
+
+
+def subject_of(connection: Any, wanted: str) -> Subject:
+    """The domain ``wanted`` (its name, else its UUID), or the one that a worker makes under that name."""
+    try:
+        handle = find_domain(connection, wanted)
+    except NotFound:
+        for job in worker.all_jobs():
+            for uuid, name in job.domains:
+                if wanted in (name, uuid):
+                    return Subject(uuid, name, None)
+        raise
+    return Subject(handle.UUIDString(), handle.name(), handle)
+
+
+def newest(uuid: str) -> Job | None:
     """The newest worker of the domain: one that runs before one that is over."""
-    jobs = worker.jobs_of(handle.UUIDString())
+    jobs = worker.jobs_of(uuid)
     return next((job for job in jobs if not job.over), jobs[0] if jobs else None)
 
 
-def block_jobs_of(handle: Any) -> list[dict[str, Any]]:
+def block_jobs_of(handle: Any | None) -> list[dict[str, Any]]:
     """``{disk, type, bandwidth, done, total, ready}`` of each disk with a running job."""
-    if not handle.isActive():
+    if handle is None or not handle.isActive():
         return []
     found = []
     for disk in read_domain(handle).disks:
@@ -37,61 +61,77 @@ def block_jobs_of(handle: Any) -> list[dict[str, Any]]:
     return found
 
 
-def limit_all(handle: Any, bandwidth: int, *, check: bool = False) -> bool:
-    """Limit every running block job to ``bandwidth`` bytes per second (0: no limit); True when one was changed."""
+def limit_all(subject: Subject, bandwidth: int, *, check: bool = False) -> bool:
+    """Limit every block job, and those that a worker has yet to begin, to ``bandwidth`` bytes per second (0: no limit).
+
+    True when one that runs was changed.
+    """
     changed = False
-    for job in block_jobs_of(handle):
-        if job["bandwidth"] != bandwidth:
+    job = newest(subject.uuid)
+    if job is not None and not job.over and not check:
+        worker.limit(job.id, bandwidth)  # first: a job that begins in between is among those that run, or knows
+    for running in block_jobs_of(subject.handle):
+        if running["bandwidth"] != bandwidth:
             changed = True
             if not check:
-                block_jobs.limit(handle, job["disk"], bandwidth)
+                block_jobs.limit_running(subject.handle, running["disk"], bandwidth)
     return changed
 
 
-def wait_for(handle: Any, *, seconds: float | None = None) -> None:
-    """Wait until the domain's worker is over; raises if it failed, or is not over after ``seconds``."""
-    job = newest(handle)
-    if job is None:
-        return
-    after = worker.wait(job.id, seconds=seconds)
-    if after is None:
-        return
-    if not after.over:
-        raise TookTooLong(
-            f"The {after.operation} of domain {handle.name()!r} is not over after {seconds:.0f} s",
-            state="It goes on.",
-            advice="Wait again, or cancel it with state: absent",
-            job=after.as_result(),
-        )
-    if after.state in (FAILED, INTERRUPTED):
-        said = (after.error or {}).get("msg", "its worker died")
-        raise VmkeeperError(
-            f"The {after.operation} of domain {handle.name()!r} has not succeeded: {said}",
+def wait_for(job: Job, *, seconds: float | None = None) -> Job:
+    """Wait until a worker is over and return it; raises if it failed, or is not over after ``seconds``."""
+    after = worker.wait(job.id, seconds=seconds) or job
+    names = ", ".join(repr(name) for _uuid, name in job.domains)
+    if after.state in (FAILED, INTERRUPTED, CANCELLED):
+        died = "it was cancelled" if after.state == CANCELLED else "its worker died"
+        said = (after.error or {}).get("msg", died)
+        failure = VmkeeperError(
+            f"The {after.operation} of domain {names} has not succeeded: {said}",
             state="",
             advice="Run its task again" if after.state == INTERRUPTED else "",
             job=after.as_result(),
         )
+        failure.kind = (after.error or {}).get("kind", failure.kind)
+        raise failure
+    if not after.over and seconds is not None:
+        raise TookTooLong(
+            f"The {after.operation} of domain {names} is not over after {seconds:.0f} s",
+            state="It goes on.",
+            advice="Wait for it with domain_job and state: finished, or cancel it with state: absent",
+            job=after.as_result(),
+        )
+    return after
 
 
-def cancel(uri: str, handle: Any, cancellers: Mapping[str, Settler], *, check: bool = False) -> bool:
+def cancel(uri: str, subject: Subject, cancellers: Mapping[str, Settler], *, check: bool = False) -> bool:
     """End the domain's worker and its block jobs; True when there was something to end."""
-    uuid, name = handle.UUIDString(), handle.name()
-    job = newest(handle)
+    job = newest(subject.uuid)
     working = job is not None and not job.over
-    running = block_jobs_of(handle)
+    running = block_jobs_of(subject.handle)
     if check or not (working or running):
         return bool(working or running)
     if working and job is not None:
         worker.stop(job.id)
-    elif locks.holder(uuid) is not None:
+    elif locks.holder(subject.uuid) is not None:
         # A task waits for the job: it sees it end, and leaves everything in order itself.
-        for one in running:
-            block_jobs.cancel(handle, one["disk"])
+        _end_all(subject.handle, running)
         return True
-    with locks.hold([(uuid, name)], "cancelling a job"):
-        pending = journal.unfinished(uuid)
+    with locks.hold([(subject.uuid, subject.name)], "cancelling a job"):
+        release.release_orphans(subject.uuid)  # it may have been ended while the guest was frozen
+        pending = journal.unfinished(subject.uuid)
         if pending is not None and pending.operation.kind in cancellers:
-            cancellers[pending.operation.kind](uri, pending)
-        for one in block_jobs_of(handle):
-            block_jobs.cancel(handle, one["disk"])
+            others = [(one["uuid"], one["name"]) for one in pending.operation.domains if one["uuid"] != subject.uuid]
+            with locks.hold(others, "cancelling a job"):
+                cancellers[pending.operation.kind](uri, pending)
+        _end_all(subject.handle, block_jobs_of(subject.handle))
+    if working and job is not None:
+        worker.mark_cancelled(job.id)
     return True
+
+
+def _end_all(handle: Any | None, running: list[dict[str, Any]]) -> None:
+    for one in running:
+        if one["type"] == "backup":
+            block_jobs.abort_backup(handle)  # all its disks at once
+        else:
+            block_jobs.cancel(handle, one["disk"])

@@ -7,8 +7,8 @@ Each worker has a directory under ``/var/lib``: ``ticket.json`` is what it was a
 become of it, replaced whole.  A worker that dies leaves the journal of its operation, like any other run; the next task, or
 ``recover_domain``, settles that.
 
-An operation offers itself by a module with ``work(uri, request) -> dict``: ``request`` is what the ticket holds, and the
-result is what its task would have answered.
+An operation offers itself by a module with ``work(uri, request) -> dict``: ``request`` is what the ticket holds, with what
+was confidential and is in no file, and the result is what its task would have answered.
 """
 
 from __future__ import annotations
@@ -22,25 +22,34 @@ import shutil
 import signal
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from .._errors import VmkeeperError
+from ..hypervisor.connection import open_connection
 from . import detached, places
+from .handover import Offer, receive
 from .processes import ProcessIdentity, myself
 
 #: A fresh interpreter and a first write: 0.2 s on an idle host.
 _STARTING_SECONDS = 30.0
 _POLL_SECONDS = 0.1
 
-PENDING, RUNNING, FINISHED, FAILED, INTERRUPTED = "pending", "running", "finished", "failed", "interrupted"
-OVER = (FINISHED, FAILED, INTERRUPTED)
+#: For how long the outcome of a worker is kept whose domains are gone.
+KEPT_SECONDS = 7 * 86400.0
+
+PENDING, RUNNING, FINISHED, FAILED = "pending", "running", "finished", "failed"
+INTERRUPTED, CANCELLED = "interrupted", "cancelled"
+OVER = (FINISHED, FAILED, INTERRUPTED, CANCELLED)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A worker as it is now. ``result`` is set when it has finished, ``error`` (a failure's result) when it failed."""
+    """A worker as it is now. ``result`` is set when it has finished, ``error`` (a failure's result) when it failed.
+
+    ``request`` is what it was asked, without what was confidential.
+    """
 
     id: str
     operation: str
@@ -51,6 +60,7 @@ class Job:
     result: Mapping[str, Any] | None = None
     error: Mapping[str, Any] | None = None
     process: ProcessIdentity | None = None
+    request: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def over(self) -> bool:
@@ -71,18 +81,31 @@ class Job:
         }
 
 
-def start(operation: str, uri: str, domains: Sequence[tuple[str, str]], entry: str, request: Mapping[str, Any]) -> Job:
+def start(
+    operation: str,
+    uri: str,
+    domains: Sequence[tuple[str, str]],
+    entry: str,
+    request: Mapping[str, Any],
+    *,
+    confidential: Mapping[str, str] | None = None,
+) -> Job:
     """Start a worker for ``domains`` (pairs of UUID and name) and return it once it is at work.
 
-    ``entry`` is a module of ``module_utils``, such as ``snapshots.committing``; ``request`` must be JSON.  What an earlier
-    worker of these domains has left, and is over, goes.
+    ``entry`` is a module of ``module_utils``, such as ``snapshots.committing``; ``request`` must be JSON.  What is
+    ``confidential`` gets to the worker, as part of its request, without ever being in a file.  What an earlier worker of these
+    domains has left, and is over, goes; so does, after a while, what those of domains have left that are gone.
     """
     for old in (job for uuid, _name in domains for job in jobs_of(uuid)):
         if old.over:
-            shutil.rmtree(os.path.join(places.WORKERS, old.id), ignore_errors=True)
+            _forget(old.id)
+    connection = open_connection(uri)
+    forget_gone({domain.UUIDString() for domain in connection.listAllDomains()})
+    connection.close()
     identifier = secrets.token_hex(6)
     directory = detached.worker_directory(identifier)
     ticket = os.path.join(directory, "ticket.json")
+    offered = os.path.join(directory, "handover") if confidential else None
     places.write_json(
         ticket,
         {
@@ -91,9 +114,19 @@ def start(operation: str, uri: str, domains: Sequence[tuple[str, str]], entry: s
             "domains": [list(domain) for domain in domains],
             "entry": entry,
             "request": dict(request),
+            "handover": offered,
             "started": _now(),
         },
     )
+    with contextlib.ExitStack() as stack:
+        offer = stack.enter_context(Offer(offered, confidential)) if offered and confidential else None
+        return _launch(operation, domains, identifier, ticket, offer)
+
+
+def _launch(
+    operation: str, domains: Sequence[tuple[str, str]], identifier: str, ticket: str, offer: Offer | None
+) -> Job:
+    directory = os.path.dirname(ticket)
     try:
         detached.launch(
             detached.module_name("safety.worker"),
@@ -104,6 +137,8 @@ def start(operation: str, uri: str, domains: Sequence[tuple[str, str]], entry: s
         )
         give_up = time.monotonic() + _STARTING_SECONDS
         while (job := read(identifier)) is None or job.state == PENDING:
+            if offer is not None:
+                offer.serve()
             if time.monotonic() > give_up:
                 raise VmkeeperError(
                     f"The worker for {operation} did not come up within {_STARTING_SECONDS:.0f} s",
@@ -122,10 +157,12 @@ def main(ticket: str) -> None:
     asked = places.read_json(ticket)
     me = myself()
     state: dict[str, Any] = {"state": RUNNING, "process": [me.pid, me.started]}
-    _write(directory, state)
     try:
+        # Before it says that it runs: until then its task offers it.
+        confidential = receive(asked["handover"]) if asked.get("handover") else {}
+        _write(directory, state)
         module = importlib.import_module(detached.module_name(asked["entry"]))
-        state.update(state=FINISHED, result=module.work(asked["uri"], asked["request"]))
+        state.update(state=FINISHED, result=module.work(asked["uri"], {**asked["request"], **confidential}))
     except VmkeeperError as error:
         state.update(state=FAILED, error={**error.as_result(), "msg": str(error)})
     except BaseException as error:
@@ -171,17 +208,43 @@ def read(identifier: str) -> Job | None:
         result=state.get("result"),
         error=state.get("error"),
         process=process,
+        request=asked["request"],
     )
 
 
-def jobs_of(uuid: str) -> list[Job]:
-    """The workers of a domain, the newest first."""
+def all_jobs() -> list[Job]:
+    """The workers of this host, the newest first."""
     try:
         names = os.listdir(places.WORKERS)
     except OSError:
         return []
-    found = [job for job in map(read, names) if job is not None and any(uuid == one for one, _name in job.domains)]
+    found = [job for job in map(read, names) if job is not None]
     return sorted(found, key=lambda job: job.started, reverse=True)
+
+
+def jobs_of(uuid: str) -> list[Job]:
+    """The workers of a domain, the newest first."""
+    return [job for job in all_jobs() if any(uuid == one for one, _name in job.domains)]
+
+
+def forget_gone(existing: Collection[str], *, older_than: float = KEPT_SECONDS) -> list[str]:
+    """Remove what workers have left that are over since ``older_than`` seconds and none of whose domains exists.
+
+    ``existing`` are the UUIDs of the host's domains.  Returns the ids of the workers.
+    """
+    gone = []
+    for job in all_jobs():
+        if job.over and not any(uuid in existing for uuid, _name in job.domains):
+            with contextlib.suppress(OSError):
+                changed = os.stat(os.path.join(places.WORKERS, job.id, "state.json")).st_mtime
+                if time.time() - changed > older_than:
+                    _forget(job.id)
+                    gone.append(job.id)
+    return gone
+
+
+def _forget(identifier: str) -> None:
+    shutil.rmtree(os.path.join(places.WORKERS, identifier), ignore_errors=True)
 
 
 def wait(identifier: str, *, seconds: float | None = None) -> Job | None:
@@ -207,6 +270,32 @@ def stop(identifier: str, *, seconds: float = 30.0) -> bool:
         while job.process.alive and time.monotonic() < give_up:
             time.sleep(_POLL_SECONDS)
     return True
+
+
+def mark_cancelled(identifier: str) -> None:
+    """Say of a worker that was stopped, and what it had begun left in order, that somebody wanted that."""
+    job = read(identifier)
+    if job is not None and job.state == INTERRUPTED:
+        _write(os.path.join(places.WORKERS, identifier), {"state": CANCELLED, "ended": _now()})
+
+
+def limit(identifier: str, bandwidth: int) -> None:
+    """Tell a worker the limit, in bytes per second, of the block jobs that it will begin; 0 for none."""
+    with contextlib.suppress(FileNotFoundError):
+        places.write_json(_limit_file(identifier), bandwidth)
+
+
+def limit_for(uuid: str, begun_with: int) -> int:
+    """The limit of a block job that the domain's worker begins now: the newest that it was told, else ``begun_with``."""
+    for job in jobs_of(uuid):
+        if not job.over:
+            told = places.read_json(_limit_file(job.id))
+            return begun_with if told is None else int(told)
+    return begun_with
+
+
+def _limit_file(identifier: str) -> str:
+    return os.path.join(places.WORKERS, identifier, "bandwidth.json")
 
 
 def _signal(pid: int, number: int) -> None:

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Copyright: vmkeeper.libvirt contributors
+"""A restore that loses its process, libvirtd or QEMU's program: the original is not lost, and the same task finishes it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab import evidence
+from lab.ansible import run_module_process
+from lab.guest import DiskSpec, Guest, GuestSpec
+from lab.spec import MIB
+from lab.waiting import until
+
+from ansible_collections.vmkeeper.libvirt.tests.integration.backup import points
+from ansible_collections.vmkeeper.libvirt.tests.integration.backup.points import ok, point, task
+from ansible_collections.vmkeeper.libvirt.tests.integration.backup.test_interrupted import steps_of
+
+TARGETS = ("vda", "vdb")
+
+
+class Kept:
+    """A stopped domain with a point of what its disks held, which now hold something else."""
+
+    def __init__(self, guest: Guest, repository: Path) -> None:
+        self.guest = guest
+        self.repository = repository
+        self.write("then")
+        self.then = self.contents()
+        self.id = point(guest, repository)["id"]
+        self.write("now")
+        self.now = self.contents()
+        self.xml = guest.xml_text(inactive=True)
+
+    def write(self, when: str) -> None:
+        """Let the disks hold something."""
+        for number, image in enumerate(self.guest.images.values()):
+            pattern = {"then": 0x10, "now": 0x20}[when] + number
+            points.run("qemu-io", "-f", "qcow2", "-c", f"write -P {pattern} 0 3M", image)
+
+    def contents(self) -> dict[str, str]:
+        """What the disks hold, where the definition says that they are."""
+        return {target: points.content(image) for target, image in self.guest.images.items()}
+
+    def assert_not_lost(self, where: Any) -> None:
+        """What every disk held before the restore is there, in its place or aside, unless the restored one is."""
+        for target, image in self.guest.images.items():
+            held = [points.content(path) for path in image.parent.glob(f"{image.name}*") if path.suffix != ".part"]
+            assert self.now[target] in held or held == [self.then[target]], (where, target)
+
+    def assert_as_before(self, where: Any) -> None:
+        """Nothing of the restore is left."""
+        assert self.contents() == self.now, where
+        assert self.litter() == [], where
+        assert self.guest.xml_text(inactive=True) == self.xml, where
+
+    def assert_restored(self, where: Any) -> None:
+        """It is what it was then, and nothing else is left."""
+        assert self.contents() == self.then, where
+        assert self.litter() == [], where
+        assert list(points.JOURNALS.glob("*")) == [], where
+
+    def litter(self) -> list[str]:
+        """What lies beside the images."""
+        wanted = {image.name for image in self.guest.images.values()}
+        return sorted(
+            path.name for path in self.guest.directory.iterdir() if ".qcow2" in path.name and path.name not in wanted
+        )
+
+    @property
+    def in_place(self) -> dict[str, Any]:
+        """The task that puts it back."""
+        return {"repository": str(self.repository), "id": self.id, "in_place": True, "confirm": self.guest.name}
+
+
+@pytest.fixture(scope="module")
+def kept(module_guest_factory, make_repository) -> Kept:
+    disks = tuple(DiskSpec(target, size=4 * MIB, fs=None, writer=False) for target in TARGETS)
+    return Kept(module_guest_factory(GuestSpec("kept", disks=disks), start=False), make_repository())
+
+
+@pytest.fixture(autouse=True)
+def fresh(kept: Kept) -> Iterator[None]:
+    """The domain is as it was before the restore, and stopped."""
+    kept.write("now")
+    yield
+    if kept.guest.is_running():
+        kept.guest.destroy()
+
+
+def held_at(step: str, log: Path, **arguments: Any):
+    """A restore whose process is stopped where it begins a step."""
+    log.unlink(missing_ok=True)
+    held = run_module_process("restore", env=points.killed_at(step, log, how="stop"), **arguments)
+    until(lambda: log.exists() and "!" in log.read_text(), f"the restore reaching {step}")
+    return held
+
+
+def steps(log: Path, **arguments: Any) -> list[str]:
+    """The steps that there are."""
+    listed = run_module_process("restore", env=points.killed_at("", log), **arguments).result()
+    assert not listed["failed"], listed["msg"]
+    return steps_of(log)
+
+
+def test_in_place_killed_at_every_step_the_original_is_not_lost_and_the_next_run_finishes(
+    kept: Kept, tmp_path: Path
+) -> None:
+    log = tmp_path / "steps"
+    for number, step in enumerate(steps(log, **kept.in_place)):
+        kept.write("now")
+        log.unlink()
+        killed = run_module_process("restore", env=points.killed_at(step, log), **kept.in_place)
+        assert killed.wait() == -signal.SIGKILL, step
+        kept.assert_not_lost(step)
+        if number % 2:
+            found = ok("recover_domain", domain=kept.guest.name)["findings"]
+            if [one["action"] for one in found] == ["undone"]:
+                kept.assert_as_before(step)
+                ok("restore", **kept.in_place)
+        else:
+            ok("restore", **kept.in_place)
+        kept.assert_restored(step)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("where", ["in place", "anew"])
+def test_libvirtd_killed_at_a_step_the_next_run_finishes(
+    kept: Kept, where: str, directory: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "steps"
+    anew = {"repository": str(kept.repository), "id": kept.id, "domain": "lab-kept-r", "directory": str(directory)}
+    arguments = kept.in_place if where == "in place" else anew
+    names = ["define"] if points.SCALE == 1 else steps(log, **arguments)
+    for step in names:
+        if list(directory.iterdir()):
+            points.forget_domain(kept.guest, "lab-kept-r")
+            for image in directory.iterdir():
+                image.unlink()
+        kept.write("now")
+        held = held_at(step, log, **arguments)
+        kept.guest.host.kill_libvirtd()
+        os.kill(held.pid, signal.SIGCONT)
+        held.wait()
+        kept.guest.host.start()
+        kept.assert_not_lost(step)
+        again = task("restore", **arguments)
+        if where == "in place":
+            assert not again["failed"], (step, again["msg"])
+            kept.assert_restored(step)
+        else:
+            # The run itself may have come to its end before it needed libvirtd again.
+            assert not again["failed"] or "There is a domain" in again["msg"], (step, again["msg"])
+            found = {target: points.content(directory / f"lab-kept-r.{target}.qcow2") for target in TARGETS}
+            assert found == kept.then, step
+            assert len(list(directory.iterdir())) == len(TARGETS), step
+            assert list(points.JOURNALS.glob("*")) == [], step
+    if where == "anew":
+        points.forget_domain(kept.guest, "lab-kept-r")
+
+
+def test_the_program_that_copies_is_killed_and_nothing_of_the_restore_is_left(kept: Kept) -> None:
+    restoring = run_module_process("restore", **kept.in_place, bandwidth="64K")
+    until(lambda: copying(kept) or not restoring.running(), "the copy")
+    os.kill(copying(kept)[0], signal.SIGKILL)
+    failed = restoring.result()
+    assert failed["failed"]
+    assert "Restoring disk 'vda'" in failed["msg"], failed["msg"]
+    kept.assert_as_before("qemu-img")
+    ok("restore", **kept.in_place)
+    kept.assert_restored("again")
+
+
+def copying(kept: Kept) -> list[int]:
+    """The processes that write an image of the domain."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"convert" in words and any(str(kept.guest.directory).encode() in word for word in words):
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_nothing_is_put_in_place_under_a_guest_that_was_started_meanwhile(kept: Kept, tmp_path: Path) -> None:
+    log = tmp_path / "steps"
+    held = held_at("copy#2", log, **kept.in_place)
+    kept.guest.domain().create()
+    os.kill(held.pid, signal.SIGCONT)
+    refused = held.result()
+    assert refused["failed"]
+    assert "was started while" in refused["msg"], refused["msg"]
+    kept.guest.destroy()
+    kept.assert_as_before("started while it was copied")
+
+    log.unlink()
+    killed = run_module_process("restore", env=points.killed_at("place", log), **kept.in_place)
+    assert killed.wait() == -signal.SIGKILL
+    kept.guest.domain().create()
+    for module, arguments in (
+        ("restore", kept.in_place),
+        ("backup", {"domain": kept.guest.name, "repository": str(kept.repository)}),
+        ("recover_domain", {"domain": kept.guest.name}),
+    ):
+        refused = task(module, **arguments)
+        assert refused["failed"], module
+        assert "Shut it down" in refused["msg"], refused["msg"]
+    kept.guest.destroy()
+    kept.assert_not_lost("started half done")
+    ok("restore", **kept.in_place)
+    kept.assert_restored("shut down again")
+
+
+def test_a_block_device_is_not_replaced_and_the_refusal_says_what_to_do(
+    module_guest_factory, make_repository, directory: Path
+) -> None:
+    disks = (
+        DiskSpec("vda", size=4 * MIB, fs=None, writer=False),
+        DiskSpec("vdb", size=4 * MIB, fs=None, writer=False, format="raw", kind="block"),
+    )
+    guest: Guest = module_guest_factory(GuestSpec("device", disks=disks), start=False)
+    points.run("qemu-io", "-f", "raw", "-c", "write -P 0x33 0 2M", guest.images["vdb"])
+    repository = make_repository()
+    made = point(guest, repository)
+    device = guest.active_paths()["vdb"]
+    assert device.is_block_device()
+    before = evidence.host_state(guest.connection(), [guest.directory])
+    arguments = {"repository": str(repository), "id": made["id"]}
+    # A path that leads to a device is one too.
+    link = directory / "link"
+    link.symlink_to(device)
+    for path in (device, link):
+        guest.connection().defineXML(guest.xml_text(inactive=True).replace(str(guest.active_paths()["vdb"]), str(path)))
+        for disks_asked in ({}, {"disks": ["vdb"]}):
+            refused = task("restore", **arguments, in_place=True, confirm=guest.name, **disks_asked)
+            assert refused["failed"]
+            assert f"block device {path}" in refused["msg"], refused["msg"]
+            assert "qemu-img convert" in refused["msg"]
+    guest.connection().defineXML(guest.xml_text(inactive=True).replace(str(link), str(device)))
+    assert before.differences(evidence.host_state(guest.connection(), [guest.directory])) == []
+    # Beside the original it is a file, and is said to be one.
+    new = ok("restore", **arguments, domain="lab-device-r", network="disconnected", directory=str(directory))
+    assert [one["format"] for one in new["restored"]] == ["qcow2", "raw"]
+    restored = directory / "lab-device-r.vdb.raw"
+    assert points.sha256(restored) == points.sha256(device)
+    root = guest.connection().lookupByName("lab-device-r").XMLDesc()
+    assert f"file='{restored}'" in root
+    assert str(device) not in root
+    points.forget_domain(guest, "lab-device-r")
+    whereto = task("restore", check=True, **arguments, domain="lab-device-r", network="disconnected")
+    assert any(f"was on the block device {device}" in warning for warning in whereto["warnings"]), whereto["warnings"]
