@@ -84,7 +84,12 @@ def test_a_backups_request_survives_its_ticket(host, monkeypatch):
             return uuid
 
     monkeypatch.setattr(workers, "open_connection", lambda uri: Connection())
-    monkeypatch.setattr(workers.taking, "take", lambda *arguments, check: taken.append((*arguments[2:], check)) or [])
+
+    def take(_connection, _uri, *arguments, check):
+        taken.append((*arguments, check))
+        return []
+
+    monkeypatch.setattr(workers.taking, "take", take)
     request = plan.Request(disks=("vda",), tags={"a": "b"}, min_age=3.0, bandwidth=7, passphrase=Passphrase(b"x" * 9))
     stored = json.loads(json.dumps(workers._without_secrets(vars(request))))
     asked = {"domains": [["u1", "web"]], "repository": "/srv/backup", "request": stored}
