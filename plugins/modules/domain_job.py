@@ -15,21 +15,23 @@ description:
     block jobs of its disks, whoever started them.
 options:
   domain:
-    description: Name or UUID of the domain, also of one that a restore has yet to define.
+    description: Name or UUID of the domain, also of one that a restore or an import has yet to define.
     type: str
     required: true
   state:
     description:
       - V(finished) waits until the operation is over, and fails if it failed. Its result is in RV(job.result).
       - V(absent) cancels it. What can be left as it is at once is left so, with every chain whole; what cannot is finished.
-      - Of a backup or a restore that is cancelled nothing is left, unless everything was copied and checked already. Then it is finished.
+      - Of a backup, restore, export or import that is cancelled nothing is left, unless everything was copied and checked already.
+        Then it is finished.
       - Left out, nothing is waited for or cancelled.
     type: str
     choices: [finished, absent]
   bandwidth:
     description:
       - Limit the running block jobs to this many bytes per second, such as V(100M). V(0) takes a limit away.
-      - A backup of a running guest is one, but not while it is moved on from a scratch directory. Neither is a restore.
+      - A backup of a running guest is one, but not while it is moved on from a scratch directory. The copy that an export makes of a
+        running guest is one, but not what is made of that copy. A restore or an import is none.
       - What an instant restore has yet to pull is limited too.
     type: str
   wait_timeout:
@@ -103,6 +105,7 @@ block_jobs:
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import settle
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images import settle as images
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.domain_jobs import (
     block_jobs_of,
@@ -120,6 +123,8 @@ CANCELLERS = {
     merging.REMOVAL: merging.abandon,
     settle.BACKUP: settle.settle_backup,
     settle.RESTORE: settle.settle_restore,
+    images.EXPORT: images.settle_export,
+    images.IMPORT: images.settle_import,
 }
 
 

@@ -69,6 +69,7 @@ options:
       - An existing local directory in which a running guest's disks are copied first. QEMU's user must be able to reach it.
       - By default QEMU copies straight to O(dest) if that is a local directory that its user can reach, else to
         C(/var/lib/libvirt/images).
+      - With O(encryption) never to O(dest). Then copies that are sealed, also of a stopped domain, are made here too.
     type: path
   seal:
     description:
@@ -104,6 +105,20 @@ options:
       - A duration such as V(90s) or V(2m), or seconds.
     type: str
     default: 60s
+  wait:
+    description:
+      - With V(false) the task is checked and answers at once with RV(job), while a worker on the hypervisor does all of it, from the
+        freeze to the manifest. M(vmkeeper.libvirt.domain_job) shows it, waits for it or cancels it, and limits the copy of a
+        running guest's disks.
+    type: bool
+    default: true
+  wait_timeout:
+    description:
+      - How long to wait, such as V(2h). No limit when left out.
+      - When it passes the task fails with RV(job). The export goes on, and the same task waits for it again.
+        With O(encryption) wait for it with
+        M(vmkeeper.libvirt.domain_job), since its passphrase is kept nowhere to be recognized by.
+    type: str
 extends_documentation_fragment:
   - vmkeeper.libvirt.hypervisor
   - vmkeeper.libvirt.hypervisor.changing
@@ -128,6 +143,7 @@ notes:
 seealso:
   - module: vmkeeper.libvirt.import_image
   - module: vmkeeper.libvirt.push_image
+  - module: vmkeeper.libvirt.domain_job
   - module: vmkeeper.libvirt.snapshot
 author:
   - vmkeeper.libvirt contributors (@vmkeeper)
@@ -156,6 +172,20 @@ EXAMPLES = r"""
     dest: /srv/images
     name: web01-before-upgrade
 
+- name: Begin a long export
+  vmkeeper.libvirt.export_image:
+    domain: db01
+    dest: /srv/images
+    name: db01-2026-11
+    compression: zstd
+    wait: false
+
+- name: Wait for it
+  vmkeeper.libvirt.domain_job:
+    domain: db01
+    state: finished
+    wait_timeout: 6h
+
 - name: Export one data disk for another kind of hypervisor
   vmkeeper.libvirt.export_image:
     domain: db01
@@ -168,7 +198,7 @@ EXAMPLES = r"""
 RETURN = r"""
 image:
   description: The image.
-  returned: success
+  returned: success, except where a worker goes on
   type: dict
   contains:
     path:
@@ -212,6 +242,10 @@ image:
       description: What was taken out of it.
       type: list
       elements: str
+job:
+  description: The worker, with its C(id), C(operation), C(domains), C(state) (V(pending)) and C(started).
+  returned: O(wait=false), unless there was nothing to do; and when O(wait_timeout) has passed
+  type: dict
 """
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
@@ -219,9 +253,10 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import In
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domain
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.image_node import passphrase_option
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.export_plan import Request
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.exporting import export
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.sealing import OPERATIONS
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.workers import export
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.long_operation import Waiting
 
 SHORTEST_DEADLINE = 2.0
 
@@ -253,15 +288,23 @@ def request_of(call: _module.Call) -> Request:
 
 def handle(call: _module.Call) -> _module.Answer:
     """See that the image exists."""
-    request = request_of(call)
-    done = export(
-        call.connection, call.uri, find_domain(call.connection, call.params["domain"]), request, check=call.check
+    request, limit = request_of(call), call.params["wait_timeout"]
+    answer = export(
+        call.connection,
+        call.uri,
+        find_domain(call.connection, call.params["domain"]),
+        request,
+        Waiting(call.params["wait"], names.parse_duration(limit, "wait_timeout") if limit else None),
+        check=call.check,
     )
+    if "job" in answer:
+        return _module.Answer(changed=answer["changed"], result={"job": answer["job"]})
+    image = answer["image"]
     return _module.Answer(
-        changed=done.changed,
-        result={"image": done.image},
-        warnings=done.warnings,
-        diff=({} if done.changed else {request.path: done.image}, {request.path: done.image}),
+        changed=answer["changed"],
+        result={"image": image},
+        warnings=answer["warnings"],
+        diff=({} if answer["changed"] else {request.path: image}, {request.path: image}),
     )
 
 
@@ -286,6 +329,8 @@ def main() -> None:
             },
             "tags": {"type": "raw"},
             "deadline": {"type": "str", "default": "60s"},
+            "wait": {"type": "bool", "default": True},
+            "wait_timeout": {"type": "str"},
         },
         handle,
     )

@@ -64,6 +64,20 @@ options:
     type: str
     choices: [defined, running]
     default: defined
+  wait:
+    description:
+      - With V(false) the task is checked and answers at once with RV(job), while a worker on the hypervisor does all of it, the
+        domain's start included. M(vmkeeper.libvirt.domain_job) shows it, waits for it or cancels it, also before the domain is
+        defined.
+    type: bool
+    default: true
+  wait_timeout:
+    description:
+      - How long to wait, such as V(2h). No limit when left out.
+      - When it passes the task fails with RV(job). The import goes on, and the same task waits for it again.
+        With O(passphrase) wait for it with
+        M(vmkeeper.libvirt.domain_job), since it is kept nowhere to be recognized by.
+    type: str
 extends_documentation_fragment:
   - vmkeeper.libvirt.hypervisor
   - vmkeeper.libvirt.hypervisor.changing
@@ -75,10 +89,12 @@ attributes:
       - A domain that was launched from this very image is left alone, and started if it has to run.
 notes:
   - The host never mounts or parses the guest's filesystems.
-  - A base of V(linked) disks stays when the last domain on it is gone. It lies in C(.vmkeeper-bases) below O(directory).
+  - A base of V(linked) disks lies in C(.vmkeeper-bases) below O(directory). It stays when the last domain on it is gone, until
+    M(vmkeeper.libvirt.recover_domain) without O(vmkeeper.libvirt.recover_domain#module:domains) removes it.
 seealso:
   - module: vmkeeper.libvirt.export_image
   - module: vmkeeper.libvirt.pull_image
+  - module: vmkeeper.libvirt.domain_job
 author:
   - vmkeeper.libvirt contributors (@vmkeeper)
 """
@@ -105,7 +121,7 @@ EXAMPLES = r"""
 RETURN = r"""
 domain:
   description: The domain.
-  returned: success
+  returned: success, except where a worker goes on
   type: dict
   contains:
     name:
@@ -129,7 +145,11 @@ domain:
       elements: dict
 image:
   description: The image that it was launched from, as M(vmkeeper.libvirt.export_image) returns it.
-  returned: success
+  returned: success, except where a worker goes on
+  type: dict
+job:
+  description: The worker, with its C(id), C(operation), C(domains), C(state) (V(pending)) and C(started).
+  returned: O(wait=false), unless there was nothing to do; and when O(wait_timeout) has passed
   type: dict
 """
 
@@ -137,9 +157,11 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import pools
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.image_node import passphrase_option
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.importing import Request, import_image
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.importing import Request
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.manifest import LARGEST_MEMORY, MOST_VCPUS
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.workers import import_image
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.long_operation import Waiting
 
 LEAST_MEMORY = 1 << 20
 
@@ -180,13 +202,17 @@ def request_of(call: _module.Call) -> Request:
 
 def handle(call: _module.Call) -> _module.Answer:
     """See that the domain exists."""
-    done = import_image(call.connection, call.uri, request_of(call), check=call.check)
-    name = done.domain["name"]
+    limit = call.params["wait_timeout"]
+    waiting = Waiting(call.params["wait"], names.parse_duration(limit, "wait_timeout") if limit else None)
+    answer = import_image(call.connection, call.uri, request_of(call), waiting, check=call.check)
+    if "job" in answer:
+        return _module.Answer(changed=answer["changed"], result={"job": answer["job"]})
+    domain = answer["domain"]
     return _module.Answer(
-        changed=done.changed,
-        result={"domain": done.domain, "image": done.image},
-        warnings=done.warnings,
-        diff=({} if done.changed else {name: done.domain}, {name: done.domain}),
+        changed=answer["changed"],
+        result={"domain": domain, "image": answer["image"]},
+        warnings=answer["warnings"],
+        diff=({} if answer["changed"] else {domain["name"]: domain}, {domain["name"]: domain}),
     )
 
 
@@ -205,6 +231,8 @@ def main() -> None:
             "passphrase": {"type": "str", "no_log": True},
             "virt_type": {"type": "str", "choices": ["auto", "kvm", "qemu"], "default": "auto"},
             "state": {"type": "str", "choices": ["defined", "running"], "default": "defined"},
+            "wait": {"type": "bool", "default": True},
+            "wait_timeout": {"type": "str"},
         },
         handle,
     )

@@ -15,7 +15,11 @@ description:
     that was interrupted, by what is true on the hypervisor now.
   - The modules do the same for operations of their own kind before they change a domain. This one knows all of them, and can be
     run after a crash of the hypervisor or from a schedule.
-  - Without O(domains) this includes what was left for domains that are not defined here, such as restore points being removed.
+  - Without O(domains) this includes what was left for domains that are not defined here, such as restore points being removed,
+    and by pulls and pushes of images. A base of linked disks (M(vmkeeper.libvirt.import_image)) goes when no definition, snapshot
+    or saved state on this host, no image in the directory of the disks or in a pool, and no process uses it any more.
+  - A domain that was still being made, by M(vmkeeper.libvirt.import_image) or M(vmkeeper.libvirt.restore), can be named in
+    O(domains) too.
   - In check mode it only tells what it found.
 extends_documentation_fragment:
   - vmkeeper.libvirt.hypervisor
@@ -50,7 +54,7 @@ findings:
   elements: dict
   contains:
     domain:
-      description: Name of the domain.
+      description: Name of the domain. The path of what belongs to none, such as an image that was being pulled.
       type: str
     what:
       description: What was found.
@@ -61,33 +65,58 @@ findings:
     settled:
       description: Whether it is over.
       type: bool
+    left:
+      description:
+        - Files and directories that lay around because of it, where its operation can tell. They are gone when it was taken back.
+      type: list
+      elements: str
 """
+
+from typing import Any
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import Unfinished
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import settlers as backup
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domains
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images import bases
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images import settle as images
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.recovery import recover, recover_undefined
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.recovery import (
+    recover,
+    recover_undefined,
+    unfinished_without_domain,
+)
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing import settle as sizing
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots import settlers
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.leftovers import finish_removals
 
 #: Every trade's; kinds of operations have different names.
-SETTLERS = {**settlers.SETTLERS, **backup.SETTLERS, **images.SETTLERS, **sizing.SETTLERS}
+SETTLERS = {**settlers.SETTLERS, **backup.SETTLERS, **images.RECOVERERS, **sizing.SETTLERS}
+
+#: Those that can say what lies around.
+TELLERS = {**images.TELLERS}
+
+
+def find(call: _module.Call) -> tuple[list[Any], list[str]]:
+    """The domains that are meant and defined, and the names of those that something was left for before they were."""
+    wanted = call.params["domains"]
+    if not wanted:
+        return sorted(call.connection.listAllDomains(), key=lambda one: one.name()), []
+    undefined = {
+        name for _uuid, name, _operation in unfinished_without_domain(call.connection.listAllDomains(), wanted)
+    }
+    return find_domains(call.connection, [name for name in wanted if name not in undefined]), sorted(undefined)
 
 
 def handle(call: _module.Call) -> _module.Answer:
     """Settle what was left."""
-    wanted = call.params["domains"]
-    handles = (
-        find_domains(call.connection, wanted)
-        if wanted
-        else sorted(call.connection.listAllDomains(), key=lambda one: one.name())
-    )
-    findings = recover(call.uri, handles, SETTLERS, check=call.check)
-    if not wanted:
-        findings += recover_undefined(call.uri, handles, SETTLERS, check=call.check)
+    handles, undefined = find(call)
+    findings = recover(call.uri, handles, SETTLERS, TELLERS, check=call.check)
+    if undefined or not call.params["domains"]:
+        defined = call.connection.listAllDomains()
+        names = undefined or None
+        findings += recover_undefined(call.uri, defined, SETTLERS, TELLERS, names=names, check=call.check)
+    if not call.params["domains"]:
+        findings += bases.remove_unused(call.connection, check=call.check)
     for one in handles:
         findings += finish_removals(call.uri, one, check=call.check)
     failed = [one for one in findings if not one["settled"]]

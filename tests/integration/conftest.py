@@ -5,13 +5,18 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Protocol
 
+import libvirt
 import pytest
 from lab import probe
 from lab.guest import Guest, GuestSpec
 from lab.host import TestHost, is_inside
+
+IMAGES = Path("/var/lib/libvirt/images")
 
 _LIVE: list[Guest] = []
 
@@ -84,6 +89,24 @@ def module_guest_factory(host: TestHost) -> Iterator[GuestFactory]:
     """Makes guests that the tests of one file share; they are removed after the last."""
     with _factory(host) as make:
         yield make
+
+
+@pytest.fixture
+def launched(host: TestHost) -> Iterator[list[str]]:
+    """Names of domains that the test has modules make; they go after it, with disks and bases in libvirt's own directory."""
+    names: list[str] = []
+    yield names
+    connection = host.connect()
+    for name in names:
+        with contextlib.suppress(libvirt.libvirtError):
+            domain = connection.lookupByName(name)
+            if domain.isActive():
+                domain.destroy()
+            domain.undefine()
+        for path in IMAGES.glob(f"{name}.*"):
+            path.unlink()
+    connection.close()
+    shutil.rmtree(IMAGES / ".vmkeeper-bases", ignore_errors=True)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -60,6 +60,7 @@ class Qcow2Header:
     incompatible_features: int
     bitmaps: tuple[Bitmap, ...]
     crypt_method: int = 0  #: 0 none, 1 AES (which QEMU gave up), 2 LUKS
+    crypto_header: tuple[int, int] | None = None  #: offset and length of the LUKS header
 
     @property
     def has_data_file(self) -> bool:
@@ -121,6 +122,7 @@ def _parse(descriptor: int) -> Qcow2Header:
         backing_file = os.pread(descriptor, backing_length, backing_offset).decode()
     backing_format = extensions.get(_EXTENSION_BACKING_FORMAT)
     data_file = extensions.get(_EXTENSION_DATA_FILE)
+    crypto = extensions.get(_EXTENSION_CRYPTO)
     return Qcow2Header(
         version=version,
         virtual_size=size,
@@ -130,6 +132,7 @@ def _parse(descriptor: int) -> Qcow2Header:
         data_file=data_file.decode() if data_file else None,
         encrypted=crypt != 0,
         crypt_method=crypt,
+        crypto_header=struct.unpack(">QQ", crypto) if crypto is not None else None,
         internal_snapshots=snapshots,
         incompatible_features=incompatible,
         bitmaps=_bitmaps(descriptor, extensions.get(_EXTENSION_BITMAPS)),

@@ -1,7 +1,11 @@
 # Copyright: vmkeeper.libvirt contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Write disks in the formats of an image, and compare what is written with what it was made of."""
+"""Write disks in the formats of an image, and compare what is written with what it was made of.
+
+Every ``qemu-img`` here ends with its caller: it would go on to fill the host's disk with what nobody wants any more, and a stopped
+domain whose disks it reads could not be started.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +45,15 @@ def convert(
     else:
         # Clusters in the order in which they are read: several requests at once, and a target that stays sparse.
         arguments += ["-W", "-m", "16"]
-    qemu_img.run([*arguments, source, destination], doing=doing, confined=confined)
+    qemu_img.run([*arguments, source, destination], doing=doing, confined=confined, with_caller=True)
 
 
 def content_size(path: str, image_format: str) -> int:
     """Bytes that the image's content takes as a plain qcow2."""
     said = qemu_img.run(
-        ["measure", "--output=json", "-f", image_format, "-O", "qcow2", path], doing=f"Measuring {path}"
+        ["measure", "--output=json", "-f", image_format, "-O", "qcow2", path],
+        doing=f"Measuring {path}",
+        with_caller=True,
     )
     return int(json.loads(said)["required"])
 
@@ -58,7 +64,7 @@ def encrypt(source: str, source_format: str, destination: Image, size: int, *, d
     with Keys() as keys:
         options = image_node.as_options(image_node.node([destination], keys))
         arguments = ["convert", "-q", "-n", "--target-is-zero", "-W", "-m", "16", "-f", source_format]
-        qemu_img.run([*arguments, "--target-image-opts", source, options], doing=doing, keys=keys)
+        qemu_img.run([*arguments, "--target-image-opts", source, options], doing=doing, keys=keys, with_caller=True)
 
 
 def decrypt(source: Image, destination: str, *, doing: str, confined: Confinement) -> None:
@@ -70,7 +76,7 @@ def decrypt(source: Image, destination: str, *, doing: str, confined: Confinemen
         name = image_node.as_name(image_node.node([source], keys))
         arguments = ["convert", "-q", "-n", "--target-is-zero", "-O", "qcow2", name, destination]
         try:
-            qemu_img.run(arguments, doing=doing, keys=keys, confined=confined)
+            qemu_img.run(arguments, doing=doing, keys=keys, confined=confined, with_caller=True)
         except qemu_img.ImageToolFailed as error:
             # QEMU's crypto/block-luks.c; the one message of it that must be told from the others.
             if "Invalid password" in str(error.facts.get("stderr")):
@@ -89,7 +95,12 @@ def same_as_encrypted(one: str, one_format: str, other: Image) -> bool:
         first = image_node.as_options({"driver": one_format, "file": {"driver": "file", "filename": one}})
         second = image_node.as_options(image_node.node([other], keys))
         try:
-            qemu_img.run(["compare", "-q", "--image-opts", first, second], doing=f"Comparing {other.path}", keys=keys)
+            qemu_img.run(
+                ["compare", "-q", "--image-opts", first, second],
+                doing=f"Comparing {other.path}",
+                keys=keys,
+                with_caller=True,
+            )
         except VmkeeperError as error:
             if error.facts.get("status") == 1:
                 return False
@@ -140,6 +151,7 @@ def digest_as_raw(source: str, source_format: str, directory: str) -> str:
             ["convert", "-q", "-n", "--target-is-zero", "-f", source_format, "-O", "raw", source, copy],
             doing=f"Reading {source}",
             pass_fds=(descriptor,),
+            with_caller=True,
         )
         return content_digest(copy)
 
@@ -150,6 +162,7 @@ def same_content(one: str, one_format: str, other: str, other_format: str) -> bo
         qemu_img.run(
             ["compare", "-q", "-f", one_format, "-F", other_format, one, other],
             doing=f"Comparing {one} with {other}",
+            with_caller=True,
         )
     except VmkeeperError as error:
         if error.facts.get("status") == 1:

@@ -168,8 +168,9 @@ def _snapshot_facts(handle: Any, current: Domain, name: str) -> Facts:
     held = {disk.get("name"): disk.get("snapshot", "no") for disk in root.iterfind("disks/disk")}
     if "internal" in held.values() or inner is None:
         raise Unsupported(
-            f"Snapshot {name!r} of domain {current.name!r} lies inside its images",
-            advice="Revert to it and export the domain, or take an external snapshot",
+            f"Snapshot {name!r} of domain {current.name!r} lies inside its images, which QEMU reads only as they are now",
+            advice="Revert to it (snapshot with state: reverted, and keep_present_as to come back), export the domain, and revert to"
+            " the present; or take an external snapshot, which can be exported at any time",
         )
     then = parse_domain(ElementTree.tostring(inner, encoding="unicode"), DomainState("shutoff", "from-snapshot"))
     written = {os.path.realpath(disk.path) for disk in current.disks if disk.path}
@@ -227,8 +228,8 @@ class DiskPlan:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Everything that an export will do. ``copy_directory`` is where a running guest's disks are copied to first;
-    None when that is the bundle itself."""
+    """Everything that an export will do. ``copy_directory`` is where a running guest's disks are copied to first, and where
+    copies are sealed; None when that is the bundle itself."""
 
     domain: Domain
     machine: Machine
@@ -248,13 +249,12 @@ class ExportPlan:
     def needs(self, dest: str) -> list[tuple[str, int]]:
         """``(directory, bytes)`` that must be free."""
         total = sum(disk.estimate for disk in self.disks) + (64 << 20)
+        copies = self.copy_directory or dest
         needs = [(dest, total)]
-        if self.live and self.copy_directory is not None:
-            needs.append((self.copy_directory, total))
-        elif self.live and self.converts:
-            needs.append((dest, total))
+        if self.live and (self.copy_directory is not None or self.converts):
+            needs.append((copies, total))
         if self.seals:
-            needs.append((dest, total))
+            needs.append((copies, total))
         return needs
 
 
@@ -329,7 +329,7 @@ def family_of(machine: str | None) -> str:
 
 
 def plan_export(request: Request, facts: Facts, *, direct: bool, scratch: str) -> ExportPlan:
-    """Decide what an export does. ``direct``: QEMU may write into the destination; else it writes to ``scratch``."""
+    """Decide what an export does. ``direct``: copies may lie in the destination; else they are made in ``scratch``."""
     domain = facts.domain
     check_request(request)
     if facts.live and facts.job:
@@ -387,7 +387,7 @@ def plan_export(request: Request, facts: Facts, *, direct: bool, scratch: str) -
         why_not_frozen=freeze.why_not,
         expected_level=level,
         converts=converts,
-        copy_directory=None if direct or not facts.live else scratch,
+        copy_directory=scratch if not direct and (facts.live or request.seal) else None,
         seals=bool(request.seal),
         nvram=facts.nvram,
         not_captured=tuple(not_captured),

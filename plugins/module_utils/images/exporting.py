@@ -18,7 +18,7 @@ from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import message_of
 from ..hypervisor.domain_model import Layer, qemu_owner, read_domain
 from ..hypervisor.image_node import Image
-from ..safety import consistency, instant, locks, settlement, space
+from ..safety import consistency, instant, locks, settlement, space, worker
 from ..safety.journal import Journal
 from . import bundle, conversion, export_plan, foreign_header, live_copy, sealing, settle
 from .bundle import lock_key
@@ -44,7 +44,7 @@ def export(connection: Any, uri: str, handle: Any, request: Request, *, check: b
         settled = settlement.settle_before_change(uri, [handle], settle.SETTLERS, check=check)
         if any(one.get("finished") == request.path for one in settled):
             # The interrupted run had got so far that its image is whole; it is what this task wants.
-            return _existing(request.path, changed=True)
+            return Exported(existing(request.path), changed=True)
         if request.seal:
             appliance.require("Sealing an image")
         facts = export_plan.read_facts(handle, request)
@@ -52,6 +52,7 @@ def export(connection: Any, uri: str, handle: Any, request: Request, *, check: b
         scratch = request.scratch or export_plan.SCRATCH
         direct = (
             request.scratch is None
+            and request.passphrase is None  # what is to be encrypted is nowhere in the destination as it is
             and not export_plan.is_remote(request.dest)
             and export_plan.reachable_by(request.dest, *owner)
         )
@@ -64,10 +65,11 @@ def export(connection: Any, uri: str, handle: Any, request: Request, *, check: b
         return _Export(uri, handle, request, facts, plan, owner).run()
 
 
-def _existing(path: str, *, changed: bool) -> Exported:
+def existing(path: str) -> dict[str, Any]:
+    """The ``image`` of a module's result for one that is there, by what its manifest says."""
     with bundle.Opened(path) as opened:
         manifest, digest = opened.read_manifest()
-    return Exported(as_result(path, manifest, digest), changed)
+    return as_result(path, manifest, digest)
 
 
 def _compare_existing(request: Request, facts: Facts, plan: ExportPlan) -> Exported:
@@ -297,6 +299,7 @@ class _Export:
                 advice="Look at what thawed it (the agent's log), or give a longer deadline",
             )
         journal.step("copy")
+        live_copy.limit(self._handle, targets, worker.limit_for(now.uuid, 0))
         live_copy.finish(self._handle, self._copies)
         if not outcome.thawed:
             raise VmkeeperError(
@@ -337,13 +340,13 @@ class _Export:
             [self._sealed_of(disk.target) for disk in plan.disks],
             self._request.seal,
             doing=doing,
-            scratch=self._staging,
-            discards=not export_plan.is_remote(self._staging),
+            scratch=self._copies,
+            discards=not export_plan.is_remote(self._copies),
         )
         return digests
 
     def _sealed_of(self, target: str) -> str:
-        return os.path.join(self._staging, f"{target}.to-seal")
+        return os.path.join(self._copies, f"{target}.to-seal")
 
     def _write(self, journal: Journal) -> list[ImageDisk]:
         """The disks in the image's format, each looked at as an importer will."""

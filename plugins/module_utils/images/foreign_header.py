@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable
 
 from ..hypervisor.image_header import BadHeader, read_qcow2
+from ..hypervisor.luks_header import check_luks
 from .manifest import refuse
 
 #: https://github.com/libyal/libvmdk documentation, and VMware's "Virtual Disk Format 5.0"
@@ -43,9 +44,12 @@ def check(path: str, image_format: str, virtual_size: int, name: str, encryption
     """
     try:
         if image_format == "qcow2":
-            said = {0: "none", 2: "luks"}.get(read_qcow2(path).crypt_method, "of an unknown kind")
+            header = read_qcow2(path)
+            said = {0: "none", 2: "luks"}.get(header.crypt_method, "of an unknown kind")
             if said != encryption:
                 raise BadHeader(f"its encryption is {said}, and the manifest says {encryption}")
+            if said == "luks":
+                check_luks(path, header)
         found = _READERS[image_format](path)
     except (BadHeader, struct.error, UnicodeDecodeError) as error:
         raise refuse(f"{name} is not a self-contained {image_format} image: {error}") from error

@@ -12,12 +12,12 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import stat
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._errors import Conflict, InvalidInput, NotFound, Refused, Unsupported, VmkeeperError
+from .._errors import Conflict, InvalidInput, NotFound, Unsupported, VmkeeperError
 from ..hypervisor import definition as definitions
 from ..hypervisor import qemu_img
 from ..hypervisor.binding import libvirt
@@ -26,21 +26,15 @@ from ..hypervisor.confinement import Confinement
 from ..hypervisor.connection import explaining, find_domain
 from ..hypervisor.domain_model import Layer, qemu_owner, read_domain, read_state
 from ..hypervisor.image_node import Image, Passphrase
-from ..safety import locks, places, space
+from ..safety import locks, places, settlement, space
 from ..safety.journal import Journal
 from ..safety.names import file_stem
-from . import bundle, conversion, exporting, foreign_header, machine, settle
+from . import bases, bundle, conversion, exporting, foreign_header, machine, settle
 from .manifest import ImageDisk, Manifest, Nvram
 from .manifest import refuse as refusal
 
 #: A linked disk's overlay begins nearly empty; room for what the guest writes first.
 OVERLAY_ROOM = 64 << 20
-
-#: VIR_DOMAIN_UNDEFINE_KEEP_NVRAM: the file is removed by name and inode with the others.
-_KEEP_NVRAM = 1 << 3
-
-#: Bases of linked disks, below the directory of the disks.
-BASES = ".vmkeeper-bases"
 
 
 @dataclass(frozen=True)
@@ -69,13 +63,18 @@ class Imported:
     warnings: list[str] = field(default_factory=list)
 
 
-def import_image(connection: Any, uri: str, request: Request, *, check: bool = False) -> Imported:
-    """See that the domain exists, launched from the image. Nothing is changed with ``check``."""
+def import_image(
+    connection: Any, uri: str, request: Request, *, identity: str | None = None, check: bool = False
+) -> Imported:
+    """See that the domain exists, launched from the image. Nothing is changed with ``check``.
+
+    ``identity`` is the UUID of a domain that is made.
+    """
     key = bundle.lock_key(f"/domain/{request.domain}")
     with contextlib.ExitStack() as stack:
         if not check:
             stack.enter_context(locks.hold([(key, request.domain)], f"import of {request.src}"))
-        settle.settle_path(uri, key, check=check)
+        settlement.settle_named(uri, [(key, request.domain)], settle.SETTLERS, check=check)
         opened = stack.enter_context(bundle.Opened(request.src))
         manifest, digest = opened.read_manifest()
         image = exporting.as_result(request.src, manifest, digest)
@@ -90,11 +89,17 @@ def import_image(connection: Any, uri: str, request: Request, *, check: bool = F
         machine.check_network(connection, request.network)
         kvm = os.access("/dev/kvm", os.R_OK | os.W_OK)
         host = machine.choose_host(connection, manifest.machine, request.virt_type, kvm_usable=kvm)
-        plan = _plan(request, manifest, digest)
+        if request.mode == "linked" and not check:
+            stack.enter_context(bases.in_use(request.directory, f"import of {request.src}"))
+        plan = _plan(
+            request, manifest, digest, identity or str(uuid.uuid4()), going=settle.placed_by(key) if check else set()
+        )
         space.require(plan.needs(manifest), f"Importing {request.src}")
         warnings = _warnings(request, manifest)
         if check:
             return Imported(_predicted(request, plan), image, True, warnings)
+        # Whoever finds the domain as soon as it is defined waits until it is whole.
+        stack.enter_context(locks.hold([(plan.launch.uuid, request.domain)], f"import of {request.src}"))
         run = _Import(
             connection, uri, key, request, opened, manifest, plan, host, qemu_owner(connection.getCapabilities())
         )
@@ -121,12 +126,13 @@ def limit_of(disk: ImageDisk) -> int:
     return min(disk.content_size, disk.virtual_size + (disk.virtual_size >> 6)) + (16 << 20)
 
 
-def _plan(request: Request, manifest: Manifest, digest: str) -> _Plan:
+def _plan(request: Request, manifest: Manifest, digest: str, identity: str, *, going: Collection[str]) -> _Plan:
+    """``going``: files that are there, and will not be when it is done."""
     paths = {
         disk.target: os.path.join(request.directory, f"{file_stem(request.domain, disk.target)}.qcow2")
         for disk in manifest.disks
     }
-    taken = [path for path in paths.values() if os.path.lexists(path)]
+    taken = [path for path in paths.values() if os.path.lexists(path) and path not in going]
     if taken:
         raise Conflict(
             f"{', '.join(taken)} exists already",
@@ -135,32 +141,29 @@ def _plan(request: Request, manifest: Manifest, digest: str) -> _Plan:
         )
     if manifest.nvram is not None:
         path = os.path.join(request.directory, f"{file_stem(request.domain, 'nvram')}.fd")
-        if os.path.lexists(path):
+        if os.path.lexists(path) and path not in going:
             raise Conflict(f"{path} exists already", advice="Choose another name for the domain or another directory")
         nvram = path
     else:
         nvram = None
-    bases = {}
+    linked = {}
     if request.mode == "linked":
-        bases = {
-            disk.target: os.path.join(request.directory, BASES, f"{digest}-{disk.target}.qcow2")
-            for disk in manifest.disks
-        }
+        linked = {disk.target: bases.path_of(request.directory, digest, disk.target) for disk in manifest.disks}
     return _Plan(
         launch=machine.Launch(
             name=request.domain,
-            uuid=str(uuid.uuid4()),
+            uuid=identity,
             digest=digest,
             vcpus=request.vcpus or manifest.machine.vcpus,
             memory=request.memory or manifest.machine.memory,
             network=request.network,
             paths=paths,
-            bases=bases,
+            bases=linked,
             nvram=nvram,
         ),
         staging=os.path.join(request.directory, f".{file_stem(request.domain)}.import-{secrets.token_hex(6)}"),
         missing=tuple(
-            disk for disk in manifest.disks if disk.target not in bases or not os.path.exists(bases[disk.target])
+            disk for disk in manifest.disks if disk.target not in linked or not os.path.exists(linked[disk.target])
         ),
     )
 
@@ -264,7 +267,8 @@ class _Import:
         launch, staging = self._plan.launch, self._plan.staging
         journal = Journal.begin(
             settle.IMPORT,
-            [(self._key, launch.name)],
+            # The domain's own, too: until this is over nobody else changes it.
+            [(self._key, launch.name), (launch.uuid, launch.name)],
             {"domain": launch.name, "uuid": launch.uuid, "staging": staging},
         )
         try:
@@ -287,7 +291,7 @@ class _Import:
                 os.unlink(path)
             bundle.remove(staging)
             places.fsync_directory(self._request.directory)
-            journal.step("define")
+            journal.step("define", nvram=self._manifest.nvram.size if self._manifest.nvram is not None else None)
             xml = machine.definition(launch, self._manifest.machine, self._manifest.disks, self._host)
             definitions.define(
                 self._connection, xml, doing=f"Defining domain {launch.name!r}", state="Nothing of the image was kept."
@@ -337,18 +341,14 @@ class _Import:
         return path
 
     def _check_nvram(self) -> None:
-        """Firmware and variables have to be of one size, else QEMU does not start; raises with what does not fit."""
+        """Raise where the domain could not start with the image's UEFI variables; undoing takes it away again."""
         if self._manifest.nvram is None:
             return
-        xml = self._connection.lookupByUUIDString(self._plan.launch.uuid).XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
-        template = machine.nvram_template(xml)
-        if template is None:
-            return  # chosen at the start, by an older libvirt
-        size = os.stat(template).st_size
-        if size != self._manifest.nvram.size:
-            self._connection.lookupByUUIDString(self._plan.launch.uuid).undefineFlags(_KEEP_NVRAM)
+        handle = self._connection.lookupByUUIDString(self._plan.launch.uuid)
+        wanted = machine.nvram_misfit(handle, self._manifest.nvram.size)
+        if wanted is not None:
             raise Unsupported(
-                f"The image's UEFI variables have {self._manifest.nvram.size} bytes, and this host's firmware takes {size}",
+                f"The image's UEFI variables have {self._manifest.nvram.size} bytes, and this host's firmware takes {wanted}",
                 state="Nothing of the image was kept.",
                 advice="Install firmware of the same build as where it was exported (Debian: ovmf, Fedora and RHEL: edk2-ovmf)",
             )
@@ -356,12 +356,7 @@ class _Import:
     def _keep_bases(self, journal: Journal, made: dict[str, str]) -> None:
         """Put new bases where later launches find them, read-only for QEMU's user and owned by root."""
         journal.step("bases")
-        directory = os.path.join(self._request.directory, BASES)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(directory, 0o711)
-        status = os.lstat(directory)
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-            raise Refused(f"{directory} is not a directory of this user", advice="Remove it; it is made again")
+        directory = bases.make_directory(self._request.directory)
         for target, path in made.items():
             os.chown(path, os.geteuid(), self._owner[1])
             os.chmod(path, 0o440)

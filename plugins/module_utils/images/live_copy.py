@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from xml.etree import ElementTree
 
@@ -44,6 +44,13 @@ def backup_xml(targets: Mapping[str, str], all_disks: list[str]) -> str:
 def begin(handle: Any, xml: str) -> None:
     """The cut: one call."""
     handle.backupBegin(xml, None, constant("VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL") or 0)
+
+
+def limit(handle: Any, targets: Iterable[str], bandwidth: int) -> None:
+    """Limit the copy of each disk to ``bandwidth`` bytes per second; 0 for no limit."""
+    if bandwidth:
+        for target in targets:
+            block_jobs.limit_running(handle, target, bandwidth)
 
 
 def finish(handle: Any, directory: str) -> None:

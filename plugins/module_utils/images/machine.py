@@ -9,6 +9,7 @@ it can come back: there is no way for one to be in :class:`~.manifest.Machine`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -164,10 +165,18 @@ def _disk(launch: Launch, disk: ImageDisk, bus: str, order: int) -> ElementTree.
     return element
 
 
-def nvram_template(xml: str) -> str | None:
-    """The empty variable store that this host's libvirt chose for a domain's firmware, once it has chosen."""
-    element = ElementTree.fromstring(xml).find("os/nvram")
-    return element.get("template") if element is not None else None
+def nvram_misfit(handle: Any, size: int | None) -> int | None:
+    """The bytes of UEFI variables that the firmware of a defined domain takes, where an image's ``size`` is another.
+
+    Firmware and variables have to be of one size, else QEMU does not start.  None also where an older libvirt chooses the
+    firmware only at the start.
+    """
+    if size is None:
+        return None
+    element = ElementTree.fromstring(handle.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)).find("os/nvram")
+    template = element.get("template") if element is not None else None
+    wanted = os.stat(template).st_size if template is not None else size
+    return wanted if wanted != size else None
 
 
 def launched_from(xml: str) -> str | None:

@@ -18,14 +18,17 @@ from ..hypervisor.connection import code_of, open_connection
 from ..safety import journal as journals
 from ..safety import places, release
 from ..safety import ticket as tickets
-from ..safety.journal import Journal
-from . import bundle, live_copy
+from ..safety.journal import Journal, Operation
+from . import bundle, live_copy, machine
 from .manifest import FILE_NAME
 
 EXPORT = "export_image"
 IMPORT = "import_image"
 PULL = "pull_image"
 PUSH = "push_image"
+
+#: VIR_DOMAIN_UNDEFINE_KEEP_NVRAM: the file is removed by name and inode with the others.
+_KEEP_NVRAM = 1 << 3
 
 
 def settle_export(uri: str, pending: Journal) -> dict[str, str]:
@@ -52,30 +55,59 @@ def settle_export(uri: str, pending: Journal) -> dict[str, str]:
 
 
 def settle_import(uri: str, pending: Journal) -> dict[str, str]:
-    """An import is whole once its domain is defined; before that no file of it stays."""
+    """An import is whole once its domain is defined, and can start; before that no file of it stays."""
     plan = pending.operation.plan
-    defined = _lookup(open_connection(uri), plan["uuid"]) is not None
-    placed = pending.operation.last("place")
-    if placed is not None and not defined:
+    handle = _lookup(open_connection(uri), plan["uuid"])
+    placed, defining = pending.operation.last("place"), pending.operation.last("define")
+    if handle is not None and defining is not None and machine.nvram_misfit(handle, defining.get("nvram")):
+        handle.undefineFlags(_KEEP_NVRAM)
+        handle = None
+    if placed is not None and handle is None:
         _remove_placed(placed["files"])
     bundle.remove(plan["staging"])
     pending.finish()
     what = f"an interrupted import of {plan['domain']!r}"
-    return {"what": what, "action": "finished" if defined else "taken back"}
+    return {"what": what, "action": "finished: it is defined" if handle is not None else "taken back"}
 
 
 def settle_pull(_uri: str, pending: Journal) -> dict[str, str]:
-    """A pull is whole once its bundle has its name; the blobs that were fetched are kept for the same task."""
+    """A pull is whole once its bundle has its name. What was fetched before that is kept for the same task.
+
+    While it is kept the journal is, too, so that ``recover_domain`` knows of it (see :func:`abandon_pull`).
+    """
     plan = pending.operation.plan
+    whole = _end_pull(plan)
+    if os.path.lexists(plan["blobs"]):
+        return {"what": _pull(plan), "action": "taken back; what was fetched is kept"}
+    pending.finish()
+    return {"what": _pull(plan), "action": "finished" if whole else "taken back"}
+
+
+def abandon_pull(_uri: str, pending: Journal) -> dict[str, str]:
+    """The same, and nothing is kept for a task that may never be run again."""
+    plan = pending.operation.plan
+    whole = _end_pull(plan)
+    bundle.remove(plan["blobs"])
+    pending.finish()
+    return {"what": _pull(plan), "action": "finished" if whole else "taken back"}
+
+
+def _end_pull(plan: Mapping[str, Any]) -> bool:
     bundle.remove(plan["staging"])
     whole = os.path.lexists(plan["path"])
     if whole:
         bundle.remove(plan["blobs"])
-    pending.finish()
-    return {
-        "what": f"an interrupted pull to {plan['path']}",
-        "action": "finished" if whole else "taken back; what was fetched is kept",
-    }
+    return whole
+
+
+def _pull(plan: Mapping[str, Any]) -> str:
+    return f"an interrupted pull to {plan['path']}"
+
+
+def fetched_before(key: str) -> str | None:
+    """The directory of what an interrupted pull has fetched, by its key. Call it under its lock."""
+    pending = journals.unfinished(key)
+    return pending.operation.plan["blobs"] if pending is not None and pending.operation.kind == PULL else None
 
 
 def settle_push(_uri: str, pending: Journal) -> dict[str, str]:
@@ -84,14 +116,6 @@ def settle_push(_uri: str, pending: Journal) -> dict[str, str]:
     bundle.remove(plan["staging"])
     pending.finish()
     return {"what": f"an interrupted push to {plan['reference']}", "action": "taken back"}
-
-
-def settle_path(uri: str, key: str, *, check: bool) -> dict[str, str] | None:
-    """Settle what is journalled under a path or a domain's name (see :func:`.bundle.lock_key`), under its lock."""
-    if check:
-        return None
-    pending = journals.unfinished(key)
-    return SETTLERS[pending.operation.kind](uri, pending) if pending is not None else None
 
 
 def _lookup(connection: Any, uuid: str) -> Any:
@@ -111,16 +135,43 @@ def _manifest_is(path: str, sha256: str) -> bool:
         return False
 
 
+def placed_by(key: str) -> set[str]:
+    """The disks that an interrupted import has put in their places, by its key, and that settling it removes."""
+    pending = journals.peek(key)
+    placed = pending.last("place") if pending is not None else None
+    return {file["path"] for file in placed["files"] if _is_placed(file)} if placed is not None else set()
+
+
+def _is_placed(file: Mapping[str, Any]) -> bool:
+    """Whether a file is still the very one that the run had put there."""
+    try:
+        status = os.lstat(file["path"])
+    except FileNotFoundError:
+        return False
+    return bool([status.st_dev, status.st_ino] == file["inode"])
+
+
 def _remove_placed(files: list[Mapping[str, Any]]) -> None:
-    """Remove files by name only where they are the very files that the run had made."""
     for file in files:
-        try:
-            status = os.lstat(file["path"])
-        except FileNotFoundError:
-            continue
-        if [status.st_dev, status.st_ino] == file["inode"]:
+        if _is_placed(file):
             places.unlink_quietly(file["path"])
 
 
-#: For :func:`..safety.settlement.settle_before_change` and ``recover_domain``.
+def left_by(operation: Operation) -> list[str]:
+    """What an interrupted operation has left lying around. Changes nothing."""
+    plan = operation.plan
+    paths = [*plan.get("directories", ()), *(plan[name] for name in ("staging", "blobs") if name in plan)]
+    placed = operation.last("place")
+    if placed is not None:
+        paths += [file["path"] for file in placed["files"] if _is_placed(file)]
+    return sorted(path for path in paths if os.path.lexists(path))
+
+
+#: For :func:`..safety.settlement.settle_before_change`.
 SETTLERS = {EXPORT: settle_export, IMPORT: settle_import, PULL: settle_pull, PUSH: settle_push}
+
+#: For ``recover_domain``: after it nothing lies around any more.
+RECOVERERS = {**SETTLERS, PULL: abandon_pull}
+
+#: For ``recover_domain``, to say what lies around.
+TELLERS = dict.fromkeys(SETTLERS, left_by)

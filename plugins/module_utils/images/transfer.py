@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._errors import Conflict, NotFound
-from ..safety import locks, places, space
+from ..safety import locks, places, settlement, space
 from ..safety.journal import Journal
 from . import bundle, exporting, foreign_header, oci, settle
 from .manifest import FILE_NAME, refuse
@@ -35,7 +35,7 @@ def push(uri: str, src: str, reference: oci.Reference, access: Access, *, check:
     with contextlib.ExitStack() as stack:
         if not check:
             stack.enter_context(locks.hold([(key, src)], f"push of {src}"))
-        settle.settle_path(uri, key, check=check)
+        settlement.settle_named(uri, [(key, src)], settle.SETTLERS, check=check)
         registry = stack.enter_context(open_registry(reference, access))
         opened = stack.enter_context(bundle.Opened(src))
         manifest, digest = opened.read_manifest()
@@ -68,7 +68,7 @@ def pull(uri: str, reference: oci.Reference, path: str, access: Access, *, check
     with contextlib.ExitStack() as stack:
         if not check:
             stack.enter_context(locks.hold([(key, path)], f"pull of {reference}"))
-        settle.settle_path(uri, key, check=check)
+        settlement.settle_named(uri, [(key, path)], settle.SETTLERS, check=check)
         registry = stack.enter_context(open_registry(reference, access))
         raw = registry.inspect(reference)
         if raw is None:
@@ -86,6 +86,9 @@ def pull(uri: str, reference: oci.Reference, path: str, access: Access, *, check
             return Transferred(str(reference), remote.digest, None, changed=True)
         # Named after the digest, so that a later run finds the layers that an interrupted one has fetched.
         blobs = os.path.join(parent, f".{name}.blobs-{remote.digest[7:19]}")
+        kept = settle.fetched_before(key)
+        if kept not in (None, blobs):
+            bundle.remove(str(kept))  # the tag names something else now
         staging = bundle.staging_of(path, secrets.token_hex(6))
         journal = Journal.begin(settle.PULL, [(key, path)], {"path": path, "staging": staging, "blobs": blobs})
         try:
@@ -96,7 +99,8 @@ def pull(uri: str, reference: oci.Reference, path: str, access: Access, *, check
             os.mkdir(staging, 0o700)
             manifest = oci.unpack(blobs, remote, staging)
             for disk in manifest.disks:
-                foreign_header.check(os.path.join(staging, disk.file), disk.format, disk.virtual_size, disk.file)
+                file = os.path.join(staging, disk.file)
+                foreign_header.check(file, disk.format, disk.virtual_size, disk.file, disk.encryption)
             for name in [FILE_NAME, *(file for file, _size, _sha256 in manifest.files())]:
                 places.fsync_file(os.path.join(staging, name))
             journal.step("publish")

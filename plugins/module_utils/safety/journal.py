@@ -73,11 +73,11 @@ class Journal:
             Operation(kind, [{"uuid": uuid, "name": name} for uuid, name in domains], plan),
             directory=directory,
         )
-        journal.step("begin")
+        # The links first: one that names nothing yet is not taken for an operation, and none may be missing later.
         for link in journal._links:
             places.unlink_quietly(link)
             os.symlink(os.path.basename(journal._path), link)
-        places.fsync_directory(directory)
+        journal.step("begin")
         return journal
 
     def step(self, name: str, **data: Any) -> None:

@@ -94,7 +94,10 @@ def _read(path: str) -> dict[str, object]:
 
 def _busy(path: str, name: str) -> Busy:
     found = _read(path)
-    what = f"The {name}" if os.path.basename(path).startswith("chain-") else f"Domain {name!r}"
+    if os.path.basename(path).startswith("chain-"):
+        what = f"The {name}"
+    else:
+        what = name if name.startswith("/") else f"Domain {name!r}"
     return Busy(
         f"{what} is in use by another run: {found.get('operation', 'an operation')} (process {found.get('pid', 'unknown')})",
         advice="Wait for it to finish, then run this again",

@@ -24,6 +24,7 @@ from .._errors import Refused
 JOURNAL = "/var/lib/vmkeeper.libvirt/journal"
 WORKERS = "/var/lib/vmkeeper.libvirt/workers"
 SCRATCH = "/var/lib/vmkeeper.libvirt/scratch"
+BASES = "/var/lib/vmkeeper.libvirt/bases"
 GUARDS = "/run/vmkeeper.libvirt/guards"
 LOCKS = "/run/lock/vmkeeper.libvirt"
 

@@ -14,7 +14,7 @@ from .removing import Request, remove
 
 
 def finish_removals(uri: str, handle: Any, *, check: bool = False) -> list[dict[str, Any]]:
-    """Remove them; returns ``{domain, what, action, settled}`` as :func:`..safety.recovery.recover` does."""
+    """Remove them; returns ``{domain, what, action, settled, left}`` as :func:`..safety.recovery.recover` does."""
     findings: list[dict[str, Any]] = []
     with explaining("Reading the name of a domain"):
         domain = handle.name()
@@ -29,5 +29,5 @@ def finish_removals(uri: str, handle: Any, *, check: bool = False) -> list[dict[
                 action, settled = "removed", True
             except VmkeeperError as error:
                 action = f"failed: {error}"
-        findings.append({"domain": domain, "what": what, "action": action, "settled": settled})
+        findings.append({"domain": domain, "what": what, "action": action, "settled": settled, "left": []})
     return findings

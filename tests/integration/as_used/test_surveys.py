@@ -4,19 +4,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
-import libvirt
 import pytest
 from lab import evidence
 from lab.ansible import CHECKOUT
 from lab.guest import DiskSpec, Guest, GuestSpec
-from lab.host import TestHost
 from lab.spec import MIB
 
 from ansible_collections.vmkeeper.libvirt.tests.integration.as_used.runner import PLAYBOOKS, Controller
@@ -34,20 +30,6 @@ def archive(module_guest_factory: GuestFactory) -> Guest:
     """A machine that is shut off."""
     disk = DiskSpec("vda", size=8 * MIB, fs=None, writer=False)
     return module_guest_factory(GuestSpec("archive", disks=(disk,)), start=False)
-
-
-@pytest.fixture
-def launched(host: TestHost) -> Iterator[list[str]]:
-    """Names of domains that a test launches; they go after it."""
-    names: list[str] = []
-    yield names
-    connection = host.connect()
-    for name in names:
-        with contextlib.suppress(libvirt.libvirtError):
-            domain = connection.lookupByName(name)
-            if domain.isActive():
-                domain.destroy()
-            domain.undefine()
 
 
 def test_all_playbooks_are_tried_here() -> None:

@@ -3,12 +3,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import libvirt
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.tests.lab.guest import Guest, GuestSpec
@@ -16,6 +14,7 @@ from ansible_collections.vmkeeper.libvirt.tests.lab.host import TestHost
 from ansible_collections.vmkeeper.libvirt.tests.lab.spec import DiskSpec
 
 from .bootable import make_bootable
+from .registries import Registry, serving
 
 IMAGES = Path("/var/lib/libvirt/images")
 
@@ -29,27 +28,9 @@ def library() -> Iterator[Path]:
     shutil.rmtree(directory)
 
 
-@pytest.fixture
-def launched(host: TestHost) -> Iterator[list[str]]:
-    """Names of domains that the test launches; they go with their disks and bases."""
-    names: list[str] = []
-    yield names
-    connection = host.connect()
-    for name in names:
-        with contextlib.suppress(libvirt.libvirtError):
-            domain = connection.lookupByName(name)
-            with contextlib.suppress(libvirt.libvirtError):
-                domain.destroy()
-            domain.undefine()
-        for path in IMAGES.glob(f"{name}.*.qcow2"):
-            path.unlink()
-    connection.close()
-    shutil.rmtree(IMAGES / ".vmkeeper-bases", ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def running(host: TestHost) -> Iterator[Guest]:
-    """A guest that boots from its own first disk and writes on both."""
+    """A guest that boots from its own first disk and writes on both. No test stops it or leaves it changed."""
     guest = Guest(host, GuestSpec("origin", disks=(DiskSpec("vda", partitioned=True), DiskSpec("vdb", format="raw"))))
     try:
         guest.define()
@@ -59,12 +40,19 @@ def running(host: TestHost) -> Iterator[Guest]:
         guest.cleanup()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def still(host: TestHost) -> Iterator[Guest]:
-    """A guest that was never started."""
+    """A guest that was never started, and whose disks hold nothing yet that a test relies on."""
     disks = (DiskSpec("vda", size=24 << 20), DiskSpec("vdb", size=16 << 20, format="raw"))
     guest = Guest(host, GuestSpec("still", disks=disks))
     try:
         yield guest.define()
     finally:
         guest.cleanup()
+
+
+@pytest.fixture(scope="package")
+def registry(host: TestHost, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    """A registry that knows one user."""
+    with serving(tmp_path_factory.mktemp("registry")) as found:
+        yield found

@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ansible_collections.vmkeeper.libvirt.tests.lab.waiting import until
 
 ROOT = Path(__file__).resolve().parents[3]
 KILLHOOK = ROOT / "tests" / "lab" / "killhook"
@@ -49,27 +53,48 @@ def _ansible() -> str:
     return str(Path(ansible.__file__).parent.parent)
 
 
-def run(module: str, *, check: bool = False, env: dict[str, str] | None = None, **options: Any) -> Result:
-    """Run it to its end, whichever that is."""
+def start(
+    module: str, *, check: bool = False, env: dict[str, str] | None = None, **options: Any
+) -> subprocess.Popen[str]:
+    """Start it; its options are on their way to it."""
     paths = [str(ROOT / ".ansible" / "collections"), _only_ansible()]
     code = (
         f"import sys; sys.path[:0] = {paths!r}\n"
         f"from ansible_collections.vmkeeper.libvirt.plugins.modules.{module} import main; main()"
     )
     arguments = {"ANSIBLE_MODULE_ARGS": {**options, "_ansible_check_mode": check, "_ansible_diff": True}}
-    done = subprocess.run(
+    process = subprocess.Popen(
         [PYTHON, "-c", code],
-        input=json.dumps(arguments),
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=TIMEOUT,
         cwd="/",
-        check=False,
         env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", **(env or {})},
     )
-    answer = json.loads(done.stdout[done.stdout.index("{") :]) if "{" in done.stdout else {}
-    assert answer or done.returncode, (done.stdout, done.stderr)
-    return Result(answer, done.returncode, done.stderr)
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(arguments))
+    process.stdin.close()
+    process.stdin = None  # communicate() would flush it again
+    return process
+
+
+def result_of(process: subprocess.Popen[str]) -> Result:
+    """What it answered, once it has ended."""
+    try:
+        stdout, stderr = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
+    answer = json.loads(stdout[stdout.index("{") :]) if "{" in stdout else {}
+    assert answer or process.returncode, (stdout, stderr)
+    return Result(answer, process.returncode, stderr)
+
+
+def run(module: str, *, check: bool = False, env: dict[str, str] | None = None, **options: Any) -> Result:
+    """Run it to its end, whichever that is."""
+    return result_of(start(module, check=check, env=env, **options))
 
 
 @functools.cache
@@ -100,10 +125,10 @@ def refused(module: str, *words: str, **options: Any) -> Result:
     return result
 
 
-def steps_of(module: str, log: Path, **options: Any) -> list[str]:
+def steps_of(module: str, log: Path, *, env: dict[str, str] | None = None, **options: Any) -> list[str]:
     """The steps that a whole run goes through, the second time of one as ``step#2``."""
     log.unlink(missing_ok=True)
-    ok(module, env={"PYTHONPATH": str(KILLHOOK), "VMK_KILL_LOG": str(log)}, **options)
+    ok(module, env={**(env or {}), "PYTHONPATH": str(KILLHOOK), "VMK_KILL_LOG": str(log)}, **options)
     names: list[str] = []
     for name in log.read_text().split():
         count = sum(one.partition("#")[0] == name for one in names) + 1
@@ -111,10 +136,60 @@ def steps_of(module: str, log: Path, **options: Any) -> list[str]:
     return names
 
 
-def kill_at(step: str, module: str, log: Path, **options: Any) -> None:
+def kill_at(step: str, module: str, log: Path, *, env: dict[str, str] | None = None, **options: Any) -> None:
     """Run it and kill it when it has recorded the step; asserts that the kill landed there."""
     log.unlink(missing_ok=True)
-    env = {"PYTHONPATH": str(KILLHOOK), "VMK_KILL_LOG": str(log), "VMK_KILL_AT": step}
-    result = run(module, env=env, **options)
+    hook = {"PYTHONPATH": str(KILLHOOK), "VMK_KILL_LOG": str(log), "VMK_KILL_AT": step}
+    result = run(module, env={**(env or {}), **hook}, **options)
     assert result.rc == -9, (step, result)
     assert log.read_text().split()[-1] == f"!{step.partition('#')[0]}"
+
+
+def programs_below(pid: int) -> set[int]:
+    """The processes that a process has started, and theirs."""
+    children: dict[int, set[int]] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, set()).add(int(process.name))
+    found: set[int] = set()
+    new = {pid}
+    while new:
+        new = set().union(*(children.get(one, set()) for one in new)) - found
+        found |= new
+    return found
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and not dead."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+def kill_with(
+    program: str, word: str, module: str, *, hold: bool, env: dict[str, str] | None = None, **options: Any
+) -> None:
+    """Kill it when it has started ``program`` with ``word`` among its arguments; what it has started must end with it.
+
+    ``hold``: that program is stopped first, so that it does not end by itself.
+    """
+    process = start(module, env=env, **options)
+    started: set[int] = set()
+
+    def has_started() -> bool:
+        assert process.poll() is None, result_of(process)
+        for pid in programs_below(process.pid):
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                if os.path.basename(words[0]) == program and word in words:
+                    if hold:
+                        os.kill(pid, signal.SIGSTOP)
+                    started.add(pid)
+        return bool(started)
+
+    until(has_started, f"{module} starting {program}", interval=0.005)
+    started |= programs_below(process.pid)
+    process.kill()
+    assert result_of(process).rc == -9
+    until(lambda: not any(map(runs, started)), "what the killed run had started ending")

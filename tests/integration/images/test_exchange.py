@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,31 @@ def test_linked_launches_share_a_base_that_no_guest_can_write(
     assert job_ended
     domain.destroy()
     assert [(path.stat().st_uid, path.stat().st_mode, digest_of(path)) for path in bases] == before
+
+    # A base stays as long as anything stands on it, and is told of and removed when nothing does any more.
+    def unused() -> set[Path]:
+        found = tasks.ok("recover_domain", check=True)["findings"]
+        return {Path(path) for one in found if "base" in one["what"] for path in one["left"]}
+
+    assert unused() == set(), "both are defined"
+    for name in ("lab-linked1", "lab-linked2"):
+        connection.lookupByName(name).undefine()
+    overlays = sorted(Path("/var/lib/libvirt/images").glob("lab-linked*.qcow2"))
+    assert len(overlays) == 4
+    assert unused() == set(), "their disks are there, without a definition"
+    for overlay in overlays:
+        overlay.unlink()
+    with bases[0].open("rb"):
+        assert unused() == {bases[1]}, "somebody has the other open"
+        assert tasks.ok("recover_domain").changed
+    assert not bases[1].exists()
+    assert unused() == {bases[0]}
+    assert bases[0].exists(), "check mode removes nothing"
+    assert tasks.ok("recover_domain").changed
+    assert not bases[0].parent.exists()
+    assert tasks.ok("recover_domain")["findings"] == []
+    assert tasks.ok("import_image", domain="lab-linked1", **options).changed
+    assert len(list(bases[0].parent.iterdir())) == 2
     connection.close()
 
 
@@ -240,6 +266,24 @@ def test_a_machine_is_launched_into_a_pool(still: Guest, library: Path, launched
         shutil.rmtree(place)
 
 
+def test_a_snapshot_inside_the_images_is_refused_with_a_way_that_works(
+    guest_factory: Callable[..., Guest], library: Path
+) -> None:
+    spec = GuestSpec("inside", disks=(DiskSpec("vda", size=24 << 20),))
+    guest = guest_factory(spec, start=False)
+    tasks.ok("snapshot", domains=[guest.name], name="then", mode="internal")
+    then = guest.directory / "then"
+    shutil.copy(guest.images["vda"], then)
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 20M 1M", guest.images["vda"]], check=True)
+    export = {"domain": guest.name, "dest": str(library), "name": "past"}
+    tasks.refused("export_image", "keep_present_as", snapshot="then", **export)
+    assert list(library.iterdir()) == []
+    # The way out that it names.
+    tasks.ok("snapshot", domains=[guest.name], name="then", state="reverted", keep_present_as="now")
+    tasks.ok("export_image", **export)
+    assert evidence.same_content(library / "past" / "vda.qcow2", then)
+
+
 def test_what_cannot_be_kept_is_refused_before_anything_changes(still: Guest, library: Path) -> None:
     base = {"domain": still.name, "dest": str(library), "name": "one"}
     tasks.refused("export_image", "quiesce is required", **base, quiesce="required")
@@ -327,6 +371,17 @@ def test_an_import_that_is_killed_at_any_step_is_finished_by_the_same_task(
             assert evidence.same_content(still.images[disk["target"]], Path(disk["path"])), step
         assert leftovers(images) in ([], [".vmkeeper-bases"]), step
         assert not list(JOURNAL.iterdir()), step
+    if mode == "linked":
+        # A definition whose disk is somewhere else now still counts.
+        (images / "lab-k.vda.qcow2").rename(images / "library" / "moved")
+        (images / "lab-k.vdb.qcow2").rename(images / "library" / "moved-too")
+        connection = host.connect()
+        for name in launched[1:]:
+            connection.lookupByName(name).undefine()
+            for path in images.glob(f"{name}.*"):
+                path.unlink()
+        connection.close()
+        assert tasks.ok("recover_domain", check=True)["findings"] == []
 
 
 def test_a_uefi_machine_takes_its_variables_along(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,30 @@ from typing import Any
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.tests.lab.host import TestHost
+from ansible_collections.vmkeeper.libvirt.tests.lab.waiting import until
 
 from . import tasks
 
 MIB = 1 << 20
 CANARY = "the canary's own words"
+KEY = "correct horse battery"
+
+
+@functools.cache
+def encrypted_disk() -> bytes:
+    """A qcow2 of 4 MiB that :data:`KEY` opens."""
+    with tempfile.TemporaryDirectory() as work:
+        key, disk = Path(work) / "key", Path(work) / "disk"
+        key.write_text(KEY)
+        options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=50"
+        secret = ["--object", f"secret,id=key,file={key}", "-o", options]
+
+        def is_made() -> bool:
+            create = ["qemu-img", "create", "-q", "-f", "qcow2", *secret, disk, "4M"]
+            return subprocess.run(create, capture_output=True, check=False).returncode == 0
+
+        until(is_made, "QEMU measuring how fast this host is")  # which it cannot do every time on a busy one
+        return disk.read_bytes()
 
 
 class Bundle:
@@ -51,6 +72,7 @@ class Bundle:
             "nvram": None, "not_captured": [], "tags": {}, "sealed": [],
         }  # fmt: skip
         self.text: bytes | None = None
+        self.passphrase: str | None = None
         self.is_summed = True
 
     @property
@@ -71,6 +93,18 @@ class Bundle:
         with self.disk.open("r+b") as stream:
             stream.seek(offset)
             stream.write(content)
+
+    def encrypt(self) -> None:
+        """Make the disk one that :data:`KEY` opens, and say so everywhere."""
+        self.disk.write_bytes(encrypted_disk())
+        self.entry["encryption"] = "luks"
+        self.passphrase = KEY
+
+    def patch_luks(self, offset: int, content: bytes) -> None:
+        """Change the LUKS header, which is encrypted with nothing."""
+        extension = self.disk.read_bytes().index(struct.pack(">II", 0x0537BE77, 16))
+        (start,) = struct.unpack_from(">Q", self.disk.read_bytes(), extension + 8)
+        self.patch(start + offset, content)
 
     def write(self) -> None:
         """The manifest with the true size and sum of the disk, so that only the disk itself is at fault."""
@@ -293,6 +327,122 @@ def endless_manifest(bundle: Bundle) -> None:
     bundle.text = b" " * (2 * MIB)
 
 
+#: Offsets in a LUKS header of version 1 (see the specification), and the size of a key slot.
+KEY_BYTES, MASTER_ROUNDS, SLOTS, SLOT = 108, 164, 208, 48
+SLOT_ON = struct.pack(">I", 0x00AC71F3)
+
+
+@hostile("is encrypted")
+def luks_and_nobody_gave_a_passphrase(bundle: Bundle) -> None:
+    bundle.encrypt()
+    bundle.passphrase = None
+
+
+@hostile("the passphrase does not open it")
+def luks_of_another_passphrase(bundle: Bundle) -> None:
+    bundle.encrypt()
+    bundle.passphrase = "another passphrase"
+
+
+@hostile("the passphrase does not open it")
+def luks_with_spoiled_key_material(bundle: Bundle) -> None:
+    bundle.encrypt()
+    bundle.patch_luks(4096, b"\xff" * 4096)
+
+
+@hostile("the manifest says none")
+def luks_that_the_manifest_denies(bundle: Bundle) -> None:
+    bundle.encrypt()
+    bundle.entry["encryption"] = "none"
+
+
+@hostile("its encryption is none")
+def plaintext_that_says_it_is_encrypted(bundle: Bundle) -> None:
+    bundle.entry["encryption"] = "luks"
+    bundle.passphrase = KEY
+
+
+@hostile("of an unknown kind")
+def encryption_that_qemu_gave_up(bundle: Bundle) -> None:
+    bundle.patch(32, struct.pack(">I", 1))
+    bundle.entry["encryption"] = "luks"
+    bundle.passphrase = KEY
+
+
+@hostile("stands on another file")
+def luks_over_a_backing_file(bundle: Bundle) -> None:
+    bundle.encrypt()
+    content = bundle.disk.read_bytes()
+    name = str(bundle.canary).encode()
+    bundle.patch(8, struct.pack(">QI", 60000, len(name)))
+    bundle.patch(60000, name)
+    assert len(content) > 60000 + len(name)
+
+
+@hostile("has no LUKS header")
+def luks_without_a_header(bundle: Bundle) -> None:
+    bundle.patch(32, struct.pack(">I", 2))
+    bundle.entry["encryption"] = "luks"
+    bundle.passphrase = KEY
+
+
+@hostile("outside of the file")
+def luks_header_past_the_end(bundle: Bundle) -> None:
+    bundle.encrypt()
+    extension = bundle.disk.read_bytes().index(struct.pack(">II", 0x0537BE77, 16))
+    bundle.patch(extension + 8, struct.pack(">Q", 1 << 40))
+
+
+@hostile("not one of version 1")
+def luks_header_that_is_something_else(bundle: Bundle) -> None:
+    bundle.encrypt()
+    bundle.patch_luks(0, b"SKUL")
+
+
+@hostile("none that QEMU makes")
+def luks_that_encrypts_nothing(bundle: Bundle) -> None:
+    bundle.encrypt()
+    bundle.patch_luks(8, b"cipher_null".ljust(32, b"\0") + b"ecb".ljust(32, b"\0"))
+
+
+@hostile("rounds of key derivation")
+def luks_that_calculates_for_hours(bundle: Bundle) -> None:
+    bundle.encrypt()
+    bundle.patch_luks(SLOTS + 4, b"\xff" * 4)
+
+
+@hostile("rounds of key derivation")
+def luks_whose_master_key_calculates_for_hours(bundle: Bundle) -> None:
+    bundle.encrypt()
+    bundle.patch_luks(MASTER_ROUNDS, b"\xff" * 4)
+
+
+@hostile("rounds of key derivation")
+def luks_with_every_slot_in_use(bundle: Bundle) -> None:
+    """Each alone would be bearable."""
+    bundle.encrypt()
+    for slot in range(8):
+        bundle.patch_luks(SLOTS + slot * SLOT, SLOT_ON + struct.pack(">I", 1 << 24))
+
+
+@hostile("key slot is out of range")
+def luks_with_a_gigantic_key(bundle: Bundle) -> None:
+    bundle.encrypt()
+    bundle.patch_luks(SLOTS + 44, b"\xff" * 4)  # stripes: that many copies of the key in memory
+
+
+@hostile("out of range")
+def luks_with_a_key_of_gigabytes(bundle: Bundle) -> None:
+    bundle.encrypt()
+    bundle.patch_luks(KEY_BYTES, b"\x7f" + b"\xff" * 3)
+
+
+@hostile("key slot is out of range")
+def luks_with_a_key_outside_of_its_header(bundle: Bundle) -> None:
+    bundle.encrypt()
+    bundle.patch_luks(SLOTS + 40, b"\x7f" + b"\xff" * 3)
+
+
 @pytest.fixture
 def canary(tmp_path: Path) -> Iterator[Path]:
     """A file and a listening socket beside it; neither may have been touched in the end."""
@@ -322,6 +472,17 @@ def test_a_bundle_that_nobody_spoiled_is_accepted(
     assert tasks.ok("import_image", src=str(bundle.path), domain="lab-good", virt_type="qemu").changed
 
 
+def test_an_encrypted_bundle_that_nobody_spoiled_is_accepted(
+    host: TestHost, tmp_path: Path, canary: Path, launched: list[str]
+) -> None:
+    bundle = Bundle(tmp_path / "bundle", canary)
+    bundle.encrypt()
+    bundle.write()
+    launched.append("lab-good")
+    options = {"src": str(bundle.path), "domain": "lab-good", "virt_type": "qemu"}
+    assert tasks.ok("import_image", passphrase=KEY, **options).changed
+
+
 @pytest.mark.parametrize("name", sorted(CLASSES))
 def test_a_hostile_bundle_is_refused_and_leaves_nothing(
     host: TestHost, tmp_path: Path, canary: Path, name: str
@@ -333,7 +494,8 @@ def test_a_hostile_bundle_is_refused_and_leaves_nothing(
     before = canary.stat().st_atime_ns
     images = Path("/var/lib/libvirt/images")
     present = sorted(images.iterdir())
-    tasks.refused("import_image", why, src=str(bundle.path), domain="lab-bad", virt_type="qemu")
+    options = {"src": str(bundle.path), "domain": "lab-bad", "virt_type": "qemu", "passphrase": bundle.passphrase}
+    tasks.refused("import_image", why, **options)
     assert canary.stat().st_atime_ns == before
     assert sorted(images.iterdir()) == present
     connection = host.connect()

@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import libvirt
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.tests.lab import appliance
@@ -21,10 +22,12 @@ from ansible_collections.vmkeeper.libvirt.tests.lab.guest import Guest, GuestSpe
 from ansible_collections.vmkeeper.libvirt.tests.lab.host import TestHost
 from ansible_collections.vmkeeper.libvirt.tests.lab.images import run
 from ansible_collections.vmkeeper.libvirt.tests.lab.spec import DiskSpec
+from ansible_collections.vmkeeper.libvirt.tests.lab.waiting import until
 
 from . import tasks
 
 EVERYTHING = ["machine-id", "ssh-hostkeys", "dhcp-leases", "logs", "histories", "cloud-init", "passwords"]
+JOURNAL = Path("/var/lib/vmkeeper.libvirt/journal")
 SIZE = 48 << 20
 START = 1 << 20
 
@@ -62,30 +65,44 @@ def environment() -> dict[str, str]:
     return appliance.environment()
 
 
+def put_debian(guest: Guest, work: Path) -> None:
+    """A small Debian on the partition of a defined guest's first disk."""
+    tree = work / "tree"
+    for name in DIRECTORIES:
+        (tree / name).mkdir(parents=True)
+    for name, content in FILES.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(content)
+    filesystem = work / "fs"
+    with filesystem.open("wb") as stream:
+        stream.truncate(SIZE - 2 * START)
+    run("mkfs.ext4", "-q", "-F", "-b", "1024", "-L", "root", "-d", tree, filesystem)
+    disk = work / "disk"
+    with disk.open("wb") as stream:
+        stream.truncate(SIZE)
+    run("sfdisk", "-q", disk, stdin="label: dos\nstart=1MiB, type=83, bootable\n")
+    run("dd", f"if={filesystem}", f"of={disk}", "bs=1M", "seek=1", "conv=notrunc,sparse", "status=none")
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", disk, guest.images["vda"])
+
+
 @pytest.fixture(scope="module")
 def machine(host: TestHost, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     """A domain that was never started, with a small Debian on a partition of its disk and data on another disk."""
     guest = Guest(host, GuestSpec("template", disks=(DiskSpec("vda", size=SIZE), DiskSpec("vdb", size=16 << 20))))
     try:
-        guest.define()
-        work = tmp_path_factory.mktemp("debian")
-        tree = work / "tree"
-        for name in DIRECTORIES:
-            (tree / name).mkdir(parents=True)
-        for name, content in FILES.items():
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            (tree / name).write_text(content)
-        filesystem = work / "fs"
-        with filesystem.open("wb") as stream:
-            stream.truncate(SIZE - 2 * START)
-        run("mkfs.ext4", "-q", "-F", "-b", "1024", "-L", "root", "-d", tree, filesystem)
-        disk = work / "disk"
-        with disk.open("wb") as stream:
-            stream.truncate(SIZE)
-        run("sfdisk", "-q", disk, stdin="label: dos\nstart=1MiB, type=83, bootable\n")
-        run("dd", f"if={filesystem}", f"of={disk}", "bs=1M", "seek=1", "conv=notrunc,sparse", "status=none")
-        run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", disk, guest.images["vda"])
+        put_debian(guest.define(), tmp_path_factory.mktemp("debian"))
         yield guest
+    finally:
+        guest.cleanup()
+
+
+@pytest.fixture(scope="module")
+def at_work(host: TestHost, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
+    """A guest that runs and writes on the disk that has a small Debian on its partition."""
+    guest = Guest(host, GuestSpec("at-work", disks=(DiskSpec("vda", size=SIZE, partitioned=True),)))
+    try:
+        put_debian(guest.define(), tmp_path_factory.mktemp("debian"))
+        yield guest.start()
     finally:
         guest.cleanup()
 
@@ -106,6 +123,28 @@ def debugfs(raw: Path, command: str) -> str:
 def names_in(raw: Path, directory: str) -> set[str]:
     lines = debugfs(raw, f"ls -p {directory}").splitlines()
     return {line.split("/")[5] for line in lines if line.count("/") > 5} - {".", ".."}
+
+
+def assert_sealed(image: Path, work: Path) -> None:
+    """Nothing of :data:`FILES` that is secret is in there, also not in free space, and what is not is."""
+    raw = raw_of(image, work)
+    content = raw.read_bytes()
+    assert b"SECRET" not in content, content[content.index(b"SECRET") - 20 :][:60]
+    assert b"5ec2e75ec2e75e" not in content
+    assert content.count(b"KEPT-data") == FILES["home/bob/data"].count("KEPT-data")
+    assert debugfs(raw, "cat /etc/machine-id") == ""
+    assert "machine-id" in names_in(raw, "/etc")
+    assert names_in(raw, "/etc/ssh") == {"sshd_config"}
+    assert names_in(raw, "/var/log") == {"postgresql"}
+    assert not names_in(raw, "/var/log/postgresql")
+    assert not names_in(raw, "/var/lib/cloud")
+    assert debugfs(raw, "cat /etc/shadow").splitlines() == [
+        "root:*:19000:0:99999:7:::",
+        "daemon:*:19000:0:99999:7:::",
+        "bob:!:1::::::",
+    ]
+    run("e2fsck", "-fn", f"{raw}?offset={START}")
+    raw.unlink()
 
 
 def test_everything_is_sealed_in_the_image_and_nothing_in_the_machine(
@@ -130,23 +169,7 @@ def test_everything_is_sealed_in_the_image_and_nothing_in_the_machine(
     manifest = json.loads((library / "template" / "manifest.json").read_text())
     assert manifest["sealed"] == EVERYTHING
 
-    raw = raw_of(library / "template" / "vda.qcow2", tmp_path)
-    content = raw.read_bytes()
-    assert b"SECRET" not in content, content[content.index(b"SECRET") - 20 :][:60]
-    assert b"5ec2e75ec2e75e" not in content
-    assert content.count(b"KEPT-data") == FILES["home/bob/data"].count("KEPT-data")
-    assert debugfs(raw, "cat /etc/machine-id") == ""
-    assert "machine-id" in names_in(raw, "/etc")
-    assert names_in(raw, "/etc/ssh") == {"sshd_config"}
-    assert names_in(raw, "/var/log") == {"postgresql"}
-    assert not names_in(raw, "/var/log/postgresql")
-    assert not names_in(raw, "/var/lib/cloud")
-    assert debugfs(raw, "cat /etc/shadow").splitlines() == [
-        "root:*:19000:0:99999:7:::",
-        "daemon:*:19000:0:99999:7:::",
-        "bob:!:1::::::",
-    ]
-    run("e2fsck", "-fn", f"{raw}?offset={START}")
+    assert_sealed(library / "template" / "vda.qcow2", tmp_path)
     run("qemu-img", "compare", "-q", library / "template" / "vdb.qcow2", machine.images["vdb"])
 
     assert {target: image.read_bytes() for target, image in machine.images.items()} == before
@@ -187,3 +210,60 @@ def test_disks_without_an_operating_system_are_not_called_sealed(
         domain=machine.name, dest=str(library), name="data", disks=["vdb"], seal=["logs"],
     )  # fmt: skip
     assert not list(library.iterdir())
+
+
+def assert_untouched(guest: Guest, run_id: int, definition: str) -> None:
+    """The guest is the same run of the same machine on the same disks, it writes, and has all its secrets."""
+    assert (guest.domain().ID(), guest.xml_text()) == (run_id, definition)
+    assert guest.is_running()
+    assert guest.frozen_filesystems() == []
+    assert guest.writer_errors("vda") == []
+    written = guest.gaps("vda").count
+    until(lambda: guest.gaps("vda").count > written, "the writer going on")
+    for name, content in FILES.items():
+        assert guest.read_file(f"/disk/vda/{name}") == content.encode(), name
+
+
+def test_a_running_machine_is_sealed_in_its_image_only_wherever_the_export_is_killed(
+    at_work: Guest, environment: dict[str, str], library: Path, tmp_path: Path
+) -> None:
+    run_id, definition, log = at_work.domain().ID(), at_work.xml_text(), tmp_path / "log"
+    options = {
+        "domain": at_work.name,
+        "dest": str(library),
+        "name": "sealed",
+        "quiesce": "required",
+        "seal": EVERYTHING,
+    }
+    steps = tasks.steps_of("export_image", log, env=environment, **options)
+    assert {"targets", "frozen", "cut", "copy", "copy-to-seal", "clean", "write", "seal", "sealed"} <= set(steps)
+    bundle = library / "sealed"
+    assert json.loads((bundle / "manifest.json").read_text())["sealed"] == EVERYTHING
+    assert_sealed(bundle / "vda.qcow2", tmp_path)
+    assert_untouched(at_work, run_id, definition)
+    # It is another moment's content now: an image is never replaced by it, and the refusal says so.
+    sums = {path.name: path.read_bytes() for path in bundle.iterdir()}
+    tasks.refused("export_image", "its content is another one now", env=environment, **options)
+    assert {path.name: path.read_bytes() for path in bundle.iterdir()} == sums
+
+    shutil.rmtree(bundle)
+    for step in steps[:-1]:
+        tasks.kill_at(step, "export_image", log, env=environment, **options)
+        found = tasks.ok("recover_domain", domains=[at_work.name])["findings"]
+        assert found, step
+        assert all(one["settled"] for one in found), step
+        assert list(library.iterdir()) == [], step
+        assert not list(JOURNAL.iterdir()), step
+        assert at_work.frozen_filesystems() == [], step
+    with pytest.raises(libvirt.libvirtError):
+        at_work.domain().backupGetXMLDesc(0)
+
+    # In the middle of the appliance's work: it goes with the module.
+    tasks.kill_with("guestfish", "", "export_image", hold=False, env=environment, **options)
+
+    tasks.kill_at(steps[-1], "export_image", log, env=environment, **options)
+    assert tasks.ok("export_image", env=environment, **options).changed
+    assert [path.name for path in library.iterdir()] == ["sealed"]
+    assert not list(JOURNAL.iterdir())
+    assert_sealed(bundle / "vda.qcow2", tmp_path)
+    assert_untouched(at_work, run_id, definition)

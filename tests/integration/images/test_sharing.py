@@ -8,75 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import signal
-import socket
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from ansible_collections.vmkeeper.libvirt.tests.lab import evidence
 from ansible_collections.vmkeeper.libvirt.tests.lab.guest import Guest
-from ansible_collections.vmkeeper.libvirt.tests.lab.waiting import until
 
 from . import tasks
+from .registries import Registry
 
 JOURNAL = Path("/var/lib/vmkeeper.libvirt/journal")
 SECRETS = Path("/run/vmkeeper.libvirt/secrets")
 NOBODY = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
 DAEMON = ["setpriv", "--reuid=daemon", "--regid=daemon", "--clear-groups"]
-
-
-@dataclass(frozen=True)
-class Registry:
-    """A registry on loopback that knows one user."""
-
-    address: str
-    access: dict[str, Any]
-    storage: Path
-
-
-@pytest.fixture(scope="module")
-def registry(host: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    """Debian's docker-registry with htpasswd and TLS."""
-    home = tmp_path_factory.mktemp("registry")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext",
-         "subjectAltName=DNS:localhost", "-keyout", home / "key.pem", "-out", home / "cert.pem"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    table = subprocess.run(["htpasswd", "-Bbn", "pusher", "right"], check=True, capture_output=True).stdout
-    (home / "htpasswd").write_bytes(table)
-    configuration = {
-        "version": "0.1",
-        "storage": {"filesystem": {"rootdirectory": str(home / "data")}},
-        "http": {
-            "addr": f"127.0.0.1:{port}",
-            "tls": {"certificate": str(home / "cert.pem"), "key": str(home / "key.pem")},
-        },
-        "auth": {"htpasswd": {"realm": "lab", "path": str(home / "htpasswd")}},
-    }
-    (home / "config.yml").write_text(json.dumps(configuration))
-    with (home / "log").open("w") as log:
-        server = subprocess.Popen(["docker-registry", "serve", home / "config.yml"], stdout=log, stderr=log)
-    try:
-        until(lambda: _listens(port), "the registry listening")
-        access = {"username": "pusher", "password": "right", "ca_cert": str(home / "cert.pem")}
-        yield Registry(f"localhost:{port}", access, home / "data")
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(30)
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def content(bundle: Path) -> dict[str, str]:
@@ -117,6 +61,22 @@ def test_an_image_goes_through_the_registry_byte_by_byte(
     new = tasks.ok("import_image", src=str(library / "came"), domain="lab-came", virt_type="qemu")
     for disk in new["domain"]["disks"]:
         assert evidence.same_content(still.images[disk["target"]], Path(disk["path"]))
+
+
+def test_an_encrypted_image_goes_through_the_registry_and_stays_closed(
+    still: Guest, library: Path, registry: Registry, launched: list[str]
+) -> None:
+    key = {"passphrase": "correct-Horse-battery-51"}
+    tasks.ok("export_image", domain=still.name, dest=str(library), name="sent", disks=["vdb"], encryption=key)
+    reference = f"{registry.address}/images/closed:v1"
+    tasks.ok("push_image", src=str(library / "sent"), reference=reference, **registry.access)
+    tasks.ok("pull_image", dest=str(library), name="came", reference=reference, **registry.access)
+    assert content(library / "came") == content(library / "sent")
+    launched.append("lab-came")
+    launch = {"src": str(library / "came"), "domain": "lab-came", "virt_type": "qemu"}
+    tasks.refused("import_image", "is encrypted", **launch)
+    new = tasks.ok("import_image", **launch, **key)["domain"]
+    assert evidence.same_content(still.images["vdb"], Path(new["disks"][0]["path"]))
 
 
 def test_the_same_reference_is_a_container_disk(
