@@ -95,27 +95,32 @@ def run_playbook(
     playbook: Path | str | Sequence[Mapping[str, Any]],
     *,
     extra_vars: Mapping[str, Any] | None = None,
+    more_hosts: Mapping[str, Mapping[str, Any]] | None = None,
     check: bool = False,
     diff: bool = False,
     arguments: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
     timeout: float = TIMEOUT,
 ) -> PlaybookRun:
-    """Run a playbook against localhost: a path, a name like ``vmkeeper.libvirt.backup``, or a list of plays."""
+    """Run a playbook against localhost: a path, a name like ``vmkeeper.libvirt.backup``, or a list of plays.
+
+    ``more_hosts`` are in the inventory, too, with their variables.
+    """
     with tempfile.TemporaryDirectory(prefix="lab-playbook-") as directory:
         if not isinstance(playbook, (str, Path)):
             file = Path(directory) / "playbook.yml"
             file.write_text(json.dumps(list(playbook)))  # JSON is YAML
             playbook = file
-        inventory = "localhost,"
-        variables = {"ansible_connection": "local", "ansible_python_interpreter": INTERPRETER, **(extra_vars or {})}
+        local = {"ansible_connection": "local", "ansible_python_interpreter": INTERPRETER}
+        inventory = Path(directory) / "inventory.json"
+        inventory.write_text(json.dumps({"all": {"hosts": {"localhost": local, **(more_hosts or {})}}}))
         command = [
             _program("ansible-playbook"),
             "-i",
-            inventory,
+            str(inventory),
             str(playbook),
             "-e",
-            json.dumps(variables),
+            json.dumps(dict(extra_vars or {})),
             *arguments,
         ]
         command += ["--check"] * check + ["--diff"] * diff

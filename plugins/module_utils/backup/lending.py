@@ -77,7 +77,8 @@ def _refuse_encrypted(path: str, identifier: str) -> None:
         return  # told by the check of the link
     if encrypted:
         raise Unsupported(
-            f"Point {identifier} is encrypted, and a guest cannot stand on it as it lies",
+            f"Point {identifier} is encrypted, and a guest cannot stand on it as it lies: each layer would need the passphrase as a"
+            " libvirt secret for as long as it does",
             advice="Restore it with mode: copy; prove it with level: structure and its passphrase",
         )
 

@@ -10,6 +10,7 @@ tens of seconds emulated).  It is optional: :func:`require` says what is missing
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import select
@@ -23,8 +24,13 @@ from types import TracebackType
 from typing import IO
 
 from .._errors import Unsupported, VmkeeperError
+from .lifeline import end_with_caller
 
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+
+#: Where an appliance has its files, unless it is told otherwise.
+SCRATCH = "/var/tmp"
+_PREFIX = "vmkeeper-appliance-"
 
 #: A kernel that hangs in a broken /dev/kvm never says so.
 LAUNCH_SECONDS = 600.0
@@ -65,8 +71,38 @@ def quote(word: str | bytes) -> str:
 def _environment(directory: str) -> dict[str, str]:
     """What guestfish sees. What a host's owner set for libguestfs and for its appliance's kernel is kept."""
     kept = {name: value for name, value in os.environ.items() if name.startswith(("LIBGUESTFS_", "SUPERMIN_"))}
-    ours = {"LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_CACHEDIR": "/var/tmp", "LIBGUESTFS_TMPDIR": directory}
+    ours = {"LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_CACHEDIR": SCRATCH, "LIBGUESTFS_TMPDIR": directory}
     return {**ours, **kept, "LC_ALL": "C.UTF-8", "PATH": _PATH, "HOME": directory}
+
+
+def sweep(scratch: str = SCRATCH) -> None:
+    """Remove the directories of appliances whose process was killed. Those in use are locked by theirs."""
+    try:
+        names = [name for name in os.listdir(scratch) if name.startswith(_PREFIX)]
+    except FileNotFoundError:
+        return
+    for name in names:
+        path = os.path.join(scratch, name)
+        with contextlib.suppress(OSError):  # it goes by itself, or is not ours
+            if os.lstat(path).st_uid != os.geteuid():
+                continue  # anybody may make a name in /var/tmp
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def _private_directory(scratch: str) -> tuple[str, int]:
+    """A new directory, and the descriptor that holds its lock as long as this process lives."""
+    while True:
+        path = tempfile.mkdtemp(prefix=_PREFIX, dir=scratch)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.path.isdir(path):
+            return path, descriptor
+        os.close(descriptor)  # somebody's sweep was between the two
 
 
 class Appliance:
@@ -74,11 +110,11 @@ class Appliance:
 
     ``disks`` are pairs of path and format, which nobody else may write; with ``readonly`` nothing of them is changed.
     Its own files go to a directory below ``scratch``.  Errors begin with ``doing``.  It ends with this process, whatever
-    becomes of it: its standard input is closed then.
+    becomes of it; what a killed one left in ``scratch`` is removed first.
     """
 
     def __init__(
-        self, disks: Iterable[tuple[str, str]], *, doing: str, readonly: bool = False, scratch: str = "/var/tmp"
+        self, disks: Iterable[tuple[str, str]], *, doing: str, readonly: bool = False, scratch: str = SCRATCH
     ) -> None:
         self._disks = tuple(disks)
         self._doing = doing
@@ -88,10 +124,11 @@ class Appliance:
 
     def __enter__(self) -> Appliance:
         require(self._doing)
-        self._directory = tempfile.mkdtemp(prefix="vmkeeper-appliance-", dir=self._scratch)
+        sweep(self._scratch)
+        self._directory, self._lock = _private_directory(self._scratch)
         self._errors: IO[bytes] = tempfile.TemporaryFile(dir=self._directory)
         try:
-            self._process = subprocess.Popen(  # pylint: disable=ansible-bad-function,consider-using-with
+            self._process = subprocess.Popen(  # pylint: disable=ansible-bad-function,consider-using-with,subprocess-popen-preexec-fn
                 [str(shutil.which("guestfish", path=_PATH))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -100,6 +137,7 @@ class Appliance:
                 cwd="/",
                 umask=0o077,
                 start_new_session=True,
+                preexec_fn=end_with_caller(),
             )
             # Discards of any length, so that small filesystems' blocks of 1 KiB go too; QEMU's own choice is 4 KiB.
             self.do("config", "-global", "scsi-hd.discard_granularity=512", seconds=LAUNCH_SECONDS)
@@ -208,3 +246,4 @@ class Appliance:
         self._process = None
         self._errors.close()
         shutil.rmtree(self._directory, ignore_errors=True)
+        os.close(self._lock)

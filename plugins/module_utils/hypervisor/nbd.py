@@ -9,10 +9,8 @@ Protocol: https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md (fi
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -23,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from .._errors import Unsupported, VmkeeperError
 from . import image_node
 from .image_node import Image, Keys
+from .lifeline import end_with_caller
 
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _START_SECONDS = 120.0
@@ -34,7 +33,6 @@ _FLAG_NO_ZEROES = 2
 _REQUEST_MAGIC = 0x25609513
 _REPLY_MAGIC = 0x67446698
 _READ = 0
-_PR_SET_PDEATHSIG = 1
 
 
 class Client:
@@ -100,7 +98,6 @@ def reading(layers: Sequence[Image], *, connections: int, doing: str) -> Iterato
             "qemu-nbd is not installed on this host; compressed and encrypted images are read through it",
             advice="Install it (Debian: qemu-utils, Fedora and RHEL: qemu-img)",
         )
-    die_with_parent = ctypes.CDLL(None).prctl
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="vmkeeper-nbd-"))
         keys = stack.enter_context(Keys())
@@ -113,7 +110,7 @@ def reading(layers: Sequence[Image], *, connections: int, doing: str) -> Iterato
             stderr=subprocess.PIPE,
             env={"LC_ALL": "C.UTF-8", "PATH": _PATH},
             pass_fds=keys.descriptors,
-            preexec_fn=lambda: die_with_parent(_PR_SET_PDEATHSIG, signal.SIGKILL),
+            preexec_fn=end_with_caller(),
         )
         stack.callback(_end, server)
         clients = _connect(server, path, connections, doing)

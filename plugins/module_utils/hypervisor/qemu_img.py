@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
-import signal
 import subprocess
 from collections.abc import Callable, Sequence
 
@@ -17,11 +15,10 @@ from .._errors import Unsupported, VmkeeperError
 from . import image_node
 from .confinement import Confinement
 from .image_node import Image, Keys
+from .lifeline import end_with_caller
 
 # Messages are shown to people; C.UTF-8 keeps them in one language.
 _ENVIRONMENT = {"LC_ALL": "C.UTF-8", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class ImageToolFailed(VmkeeperError):
@@ -62,7 +59,7 @@ def run(
             check=False,
             umask=0o077,
             pass_fds=(*pass_fds, *(keys.descriptors if keys is not None else ())),
-            preexec_fn=_before(confined, _end_with(os.getpid()) if with_caller else None),
+            preexec_fn=_before(confined, end_with_caller() if with_caller else None),
         )
     except subprocess.TimeoutExpired as error:
         raise ImageToolFailed(f"{doing}: qemu-img did not finish within {timeout:.0f} s") from error
@@ -81,18 +78,6 @@ def _before(confined: Confinement | None, tie: Callable[[], None] | None) -> Cal
             step()
 
     return apply if steps else None
-
-
-def _end_with(parent: int) -> Callable[[], None]:
-    """What the child does before the program, so that the kernel kills it when ``parent`` dies."""
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-
-    def apply() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)  # it died before it could be told
-
-    return apply
 
 
 def create(path: str, size: int, owner: tuple[int, int]) -> None:
@@ -275,7 +260,7 @@ def discard(path: str, ranges: Sequence[tuple[int, int]], *, doing: str) -> None
         capture_output=True,
         env=_ENVIRONMENT,
         check=False,
-        preexec_fn=_end_with(os.getpid()),
+        preexec_fn=end_with_caller(),
     )
     said = " ".join(finished.stderr.decode(errors="replace").split())
     if finished.returncode or said:

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import ctypes
 import json
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .._errors import InvalidInput, Unsupported, VmkeeperError
+from ..hypervisor.lifeline import end_with_caller
 from ..safety import places
 from . import bundle
 from .oci import Reference
@@ -25,7 +24,6 @@ from .oci import Reference
 _SECRETS = "/run/vmkeeper.libvirt/secrets"
 _POLICY = "/etc/containers/policy.json"
 _PATH = "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_PR_SET_PDEATHSIG = 1
 _INSPECT_SECONDS = 120
 
 #: What registries and skopeo say -> what to do about it.
@@ -133,7 +131,7 @@ class Registry:
                 timeout=timeout,
                 check=False,
                 umask=0o077,
-                preexec_fn=_die_with_parent,
+                preexec_fn=end_with_caller(),  # else it would write where the next run does
             )
         except subprocess.TimeoutExpired as error:
             raise RegistryFailed(
@@ -149,12 +147,6 @@ def advice_for(said: str) -> str:
     """What to do about an error of skopeo's. Pure."""
     lowered = said.lower()
     return next((advice for words, advice in _ADVICE if any(word in lowered for word in words)), "Run this again")
-
-
-def _die_with_parent() -> None:
-    """A module that is killed must not leave a transfer behind that writes where the next run does."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _proxies() -> dict[str, str]:

@@ -12,7 +12,7 @@ from ..hypervisor import chain, qemu_img
 from ..hypervisor.connection import constant, explaining
 from ..hypervisor.domain_model import Layer
 from ..safety.space import human
-from .change_set import DiskGrowth
+from .change import DiskGrowth
 
 
 def grow_live(handle: Any, action: DiskGrowth) -> None:

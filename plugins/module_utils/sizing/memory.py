@@ -16,7 +16,7 @@ from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import constant, explaining, message_of
 from ..hypervisor.domain_model import read_domain
 from ..safety.space import human
-from .change_set import MemoryAction
+from .change import MemoryAction
 from .facts import balloon, guest_memory, offline_blocks
 from .outcome import Outcome, wait_for
 

@@ -6,17 +6,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from .._errors import Refused, VmkeeperError
-from ..hypervisor import health
+from ..hypervisor import health, power
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import explaining, find_domain, message_of
 from ..hypervisor.definition import define
 from ..hypervisor.domain_model import read_domain
 from ..safety.journal import Journal
 from . import shrinking
-from .outcome import wait_for
 
 #: The old size is known to boot: it gets time whatever the task allowed the new one.
 _OLD_SIZE_SECONDS = 300.0
@@ -116,10 +116,7 @@ def keep(handle: Any, journal: Journal) -> None:
 
 def shut_down(handle: Any, seconds: float) -> None:
     """Ask the guest to shut down and wait; it goes on running when it does not."""
-    with explaining(f"Shutting down domain {handle.name()!r}"):
-        if handle.isActive():
-            handle.shutdown()
-    if not wait_for(lambda: not handle.isActive(), seconds):
+    if power.shut_down([handle], seconds=seconds):
         raise VmkeeperError(
             f"Domain {handle.name()!r} did not shut down within {seconds:.0f} s",
             state="It runs with its old size, and may still be shutting down.",
@@ -150,9 +147,16 @@ def roll_back(connection: Any, journal: Journal) -> str | None:
     handle = find_domain(connection, domain["uuid"])
     if not (journal.operation.reached("start-old") and handle.isActive()):
         _return(connection, handle, journal, plan["old_xml"])
-    if not plan["judge"] or not plan.get("was_running", True):
+    return wait_for_old_size(handle, plan) if plan.get("was_running", True) else None
+
+
+def wait_for_old_size(handle: Any, plan: Mapping[str, Any]) -> str | None:
+    """None when the domain is well with its old size, or nobody can tell, else what is missing.
+
+    The agent alone is asked: health_command may speak of what only the new size would have made true.
+    """
+    if not plan["judge"]:
         return None
-    # The agent alone is asked: health_command may speak of what only the new size would have made true.
     return health.wait_until_well(handle, None, max(plan["health_timeout"], _OLD_SIZE_SECONDS))
 
 

@@ -17,7 +17,7 @@ from ..hypervisor.definition import define, persistent_xml
 from ..safety import locks, settlement
 from ..safety.journal import Journal
 from . import disks, guest_filesystem, memory, shrinking, vcpus
-from .change_set import (
+from .change import (
     LIVE,
     NEXT_BOOT,
     NONE,
@@ -29,12 +29,12 @@ from .change_set import (
     DiskShrink,
     MemoryAction,
     VcpuAction,
-    compute,
-    live_memory,
 )
+from .change_set import compute
 from .definition import configured_memory, resized
 from .facts import Facts, read_facts
 from .guest_filesystem import Filesystem
+from .memory_plan import live_memory
 from .outcome import Outcome
 from .request import Request
 from .restart import RolledBack, restart

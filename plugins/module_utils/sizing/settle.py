@@ -9,12 +9,14 @@ the domain turns out to be well with its new size, else the old definition comes
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._errors import VmkeeperError
-from ..hypervisor import health
+from ..hypervisor import appliance, health
 from ..hypervisor.connection import explaining, find_domain, open_connection
 from ..hypervisor.domain_model import read_domain
+from ..safety import processes
 from ..safety.journal import Journal
 from . import restart, shrinking
 from .outcome import wait_for
@@ -43,6 +45,8 @@ def _settle(connection: Any, pending: Journal) -> str:
         return "left as far as it had got"
     handle = find_domain(connection, operation.domains[0]["uuid"])
     shrinks = operation.plan.get("shrinks", ())
+    if shrinks:
+        _end_of_shrinking(handle, shrinks)
     if operation.reached("drop"):
         restart.keep(handle, pending)
         return "finished: it was well with its new size"
@@ -60,14 +64,31 @@ def _settle(connection: Any, pending: Journal) -> str:
             return "left saved"
         with explaining(f"Starting domain {handle.name()!r} again", state="It is shut off."):
             handle.create()
-        return "started again with its old size"
+        return f"started again with its old size{_but(restart.wait_for_old_size(handle, operation.plan))}"
     if operation.reached("start") and not operation.reached("rollback") and handle.isActive():
         plan = operation.plan
         if not plan["judge"] or health.wait_until_well(handle, plan["health_command"], plan["health_timeout"]) is None:
             restart.keep(handle, pending)
             return "found well with its new size"
-    restart.roll_back(connection, pending)
-    return "taken back: it runs with its old definition"
+    problem = restart.roll_back(connection, pending)
+    where = "runs" if operation.plan.get("was_running", True) else "is off"
+    return f"taken back: it {where} with its old definition{_but(problem)}"
+
+
+def _but(problem: str | None) -> str:
+    return "" if problem is None else f", but {problem}"
+
+
+def _end_of_shrinking(handle: Any, shrinks: Sequence[Mapping[str, Any]]) -> None:
+    """libguestfs' QEMU ends a moment after its process, and holds the images' locks until then."""
+    if not handle.isActive() and not processes.wait_released(shrink["path"] for shrink in shrinks):
+        raise VmkeeperError(
+            f"An image of domain {handle.name()!r} is still in use by a program of this host",
+            state="The domain is off, and its disks are whole.",
+            advice="See which one (fuser), end it, then run this again",
+            paths=[shrink["path"] for shrink in shrinks],
+        )
+    appliance.sweep()
 
 
 def _started_by_somebody(handle: Any, pending: Journal) -> str:

@@ -13,7 +13,7 @@ import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .._errors import Refused, Unsupported, VmkeeperError
@@ -21,8 +21,9 @@ from ..hypervisor import qemu_img
 from ..hypervisor.appliance import Appliance
 from ..safety import places, space
 from ..safety.space import human
+from . import partition_table
+from .partition_table import SECTOR, Partition
 
-SECTOR = 512
 MIB = 1 << 20
 
 _EXT = ("ext2", "ext3", "ext4")
@@ -30,15 +31,6 @@ _FIELD = re.compile(r"^\s*(part_num|part_start|part_end): (\d+)$")
 
 #: An appliance knows the one disk by this name.
 _DISK = "/dev/sda"
-
-
-@dataclass(frozen=True)
-class Partition:
-    """One entry of a partition table; ``start`` and ``end`` (inclusive) in bytes."""
-
-    number: int
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -54,14 +46,20 @@ class Layout:
         return f"{_DISK}{self.partition.number}" if self.partition else _DISK
 
     def room(self, size: int) -> int:
-        """The most bytes that the filesystem can have on a disk of ``size``. Pure.
+        """The most bytes that the filesystem can have on a disk of ``size``, and not more than it has. Pure.
 
         A GPT keeps its copy in the last 33 sectors; partitions end on whole MiB, as the tools that made them do it.
         """
         if self.partition is None:
             return size - size % 4096
         end = size - (33 * SECTOR if self.table == "gpt" else 0)
-        return end - end % MIB - self.partition.start
+        return min(end - end % MIB, self.partition.end + 1) - self.partition.start
+
+    def on(self, size: int) -> Layout:
+        """The same on a smaller disk of ``size`` bytes. Pure."""
+        if self.partition is None:
+            return self
+        return replace(self, partition=replace(self.partition, end=self.partition.start + self.room(size) - 1))
 
 
 def parse_partitions(lines: Sequence[str]) -> tuple[Partition, ...]:
@@ -81,13 +79,8 @@ def choose_layout(table: str | None, partitions: Sequence[Partition]) -> Layout:
     if table not in ("msdos", "gpt") or not partitions:
         raise Unsupported(f"a partition table of type {table} with {len(partitions)} partitions cannot be shortened")
     last = max(partitions, key=lambda one: one.start)
-    free = next(
-        number
-        for number in range(1, len(partitions) + 2)
-        if number not in {one.number for one in partitions} - {last.number}
-    )
-    if free != last.number:
-        raise Unsupported(f"its last partition, number {last.number}, would get the number {free} when it is shortened")
+    if table == "msdos" and last.number > 4:
+        raise Unsupported(f"its last partition, number {last.number}, is a logical one of a DOS table")
     return Layout(table, last)
 
 
@@ -104,11 +97,7 @@ class _Look:
         else:
             table = "".join(do("part-get-parttype", _DISK)).strip()
             layout = choose_layout(table, parse_partitions(do("part-list", _DISK)))
-            if table == "msdos" and layout.partition:
-                kind = "".join(do("part-get-mbr-part-type", _DISK, str(layout.partition.number))).strip()
-                if kind != "primary":
-                    raise Unsupported(f"its last partition is a {kind[:32]} one")
-        kind = "".join(self._appliance.do("vfs-type", layout.device)).strip()
+        kind = "".join(do("vfs-type", layout.device)).strip()
         if kind not in _EXT:
             raise Unsupported(
                 "XFS cannot be made smaller"
@@ -131,29 +120,8 @@ class _Look:
         return int(said["Inode count"]) - int(said["Free inodes"])
 
     def shorten(self, layout: Layout, size: int) -> None:
-        """The filesystem, then its partition, with everything that is known of it."""
-        do, part = self._appliance.do, layout.partition
-        do("resize2fs-size", layout.device, str(layout.room(size)))
-        if part is None:
-            return
-        number = str(part.number)
-        kept = [("part-get-bootable", "part-set-bootable")]
-        if layout.table == "gpt":
-            kept = [
-                ("part-get-gpt-type", "part-set-gpt-type"),
-                ("part-get-gpt-guid", "part-set-gpt-guid"),
-                ("part-get-gpt-attributes", "part-set-gpt-attributes"),
-                ("part-get-name", "part-set-name"),
-            ]
-        else:
-            kept.append(("part-get-mbr-id", "part-set-mbr-id"))
-        values = [(setter, "".join(do(getter, _DISK, number)).strip()) for getter, setter in kept]
-        do("part-del", _DISK, number)
-        last = part.start + layout.room(size) - SECTOR
-        do("part-add", _DISK, "p", str(part.start // SECTOR), str(last // SECTOR))
-        for setter, value in values:
-            if value or setter != "part-set-name":
-                do(setter, _DISK, number, value)
+        """Let the filesystem end where a disk of ``size`` lets it."""
+        self._appliance.do("resize2fs-size", layout.device, str(layout.room(size)))
 
 
 def check_fits(path: str, image_format: str, size: int, *, doing: str) -> None:
@@ -185,21 +153,24 @@ def make_copy(shrink: Mapping[str, Any], *, doing: str) -> None:
     check_fits(path, image_format, size, doing=doing)
     places.unlink_quietly(work)
     os.close(os.open(work, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-    qemu_img.run(["convert", "-q", "-f", image_format, "-O", "raw", path, work], doing=doing)
+    qemu_img.run(["convert", "-q", "-f", image_format, "-O", "raw", path, work], doing=doing, with_caller=True)
     with _explained(doing), Appliance([(work, "raw")], doing=doing) as appliance:
         look = _Look(appliance)
         layout = look.layout()
         look.repair(layout)
         files = look.files(layout)
         look.shorten(layout, size)
-    os.truncate(work, size)
+    shorter = layout.on(size)
+    with _explained(doing):
+        if layout.table is None or shorter.partition is None:
+            os.truncate(work, size)
+        else:
+            partition_table.shorten(work, layout.table, shorter.partition, size)
     with _explained(doing), Appliance([(work, "raw")], doing=doing) as appliance:
         look = _Look(appliance)
-        if layout.table == "gpt":
-            appliance.do("part-expand-gpt", _DISK)  # its copy of the table goes to the new end
         after = look.layout()
         look.repair(after)  # ends badly for anything but the trivial
-        if look.files(after) != files or after.device != layout.device:
+        if look.files(after) != files or after != shorter:
             raise VmkeeperError(f"{doing}: the smaller copy does not hold as many files", advice="Look at the disk")
     _finish(work, shrink, doing)
 
@@ -211,8 +182,8 @@ def _finish(work: str, shrink: Mapping[str, Any], doing: str) -> None:
         os.rename(work, copy)
     else:
         places.unlink_quietly(copy)
-        qemu_img.run(["convert", "-q", "-f", "raw", "-O", image_format, work, copy], doing=doing)
-        qemu_img.run(["compare", "-q", "-f", "raw", "-F", image_format, work, copy], doing=doing)
+        qemu_img.run(["convert", "-q", "-f", "raw", "-O", image_format, work, copy], doing=doing, with_caller=True)
+        qemu_img.run(["compare", "-q", "-f", "raw", "-F", image_format, work, copy], doing=doing, with_caller=True)
         os.unlink(work)
     status = os.stat(shrink["path"])
     os.chown(copy, status.st_uid, status.st_gid)

@@ -14,7 +14,7 @@ from ..hypervisor.agent import AgentInfo
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import code_of, constant, explaining
 from ..hypervisor.domain_model import read_domain
-from .change_set import VcpuAction
+from .change import VcpuAction
 from .facts import GuestCpus, guest_cpus
 from .outcome import Outcome, wait_for
 

@@ -73,11 +73,15 @@ def device_hash(guest: Guest, target: str) -> str:
 
 
 def fill(guest: Guest, target: str, mark: str, offset: int, blocks: int) -> None:
-    """Write ``blocks`` of 64 KiB of a text at an offset in blocks, past the guest's cache."""
+    """Write ``blocks`` of 64 KiB of a text at an offset in blocks, past the guest's cache, and flush: the rest is nobody's promise.
+
+    libvirt kills a QEMU that does not end within ten seconds of ``destroy``, as on a busy host.
+    """
     node = guest.exec(f"cat /run/disk/{target}").text
-    guest.exec(
-        f"yes {mark} | dd of={node} bs=65536 seek={offset} count={blocks} iflag=fullblock oflag=direct conv=notrunc 2>/dev/null; sync"
+    writing = (
+        f"dd of={node} bs=65536 seek={offset} count={blocks} iflag=fullblock oflag=direct conv=notrunc 2>/dev/null"
     )
+    guest.exec(f"yes {mark} | {writing} && sync && sync {node}")
 
 
 def pattern(mark: str, blocks: int) -> bytes:

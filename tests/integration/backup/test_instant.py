@@ -219,7 +219,8 @@ def test_libvirtd_and_qemu_and_the_host_go_away_and_nothing_is_lost(
     ok("restore", **slowly)
     restored.wait_ready()
     write(restored, "before", 100, 10)
-    host.restart_libvirtd()
+    host.kill_libvirtd()
+    host.start()
     assert points.device_hash(restored, "vdb") == expected_vdb(lent, tmp_path, [("before", 100, 10)])
     assert ok("domain_job", domain="lab-lent")["job"]["state"] == "running"
 
@@ -261,6 +262,51 @@ def test_libvirtd_and_qemu_and_the_host_go_away_and_nothing_is_lost(
     assert_independent(lent, restored, directory)
     assert points.content(directory / "lab-lent.vdb.qcow2") == expected_vdb(lent, tmp_path, writes)
     assert evidence.fsck(directory / "lab-lent.vda.qcow2").clean
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "libvirtd",
+        pytest.param("QEMU", marks=pytest.mark.skipif(points.SCALE == 1, reason="runs in make test-long")),
+    ],
+)
+def test_libvirtd_or_qemu_killed_at_a_step_the_next_run_finishes_it(
+    host: TestHost, lent: Lent, restored: Guest, directory: Path, tmp_path: Path, victim: str
+) -> None:
+    log = tmp_path / "steps"
+    steps = ["define"] if victim == "libvirtd" else ["pull"]
+    if points.SCALE > 1:
+        listed = run_module_process("restore", env=points.killed_at("", log), **arguments(lent, directory)).result()
+        assert not listed["failed"], listed["msg"]
+        seen = steps_of(log)
+        steps = seen if victim == "libvirtd" else seen[seen.index("running") :]
+    for step in steps:
+        if list(directory.iterdir()):
+            points.forget_domain(restored, "lab-lent")
+        for path in directory.iterdir():
+            path.unlink()
+        log.unlink(missing_ok=True)
+        environment = points.killed_at(step, log, how="stop")
+        held = run_module_process("restore", env=environment, **arguments(lent, directory))
+        until(lambda: log.exists() and "!" in log.read_text(), f"the restore reaching {step}")
+        if victim == "libvirtd":
+            host.kill_libvirtd()
+        else:
+            os.kill(host.qemu_pids()["lab-lent"], signal.SIGKILL)
+            restored.wait_shutoff()
+        os.kill(held.pid, signal.SIGCONT)
+        if victim == "libvirtd":
+            host.start()
+        held.wait()
+        again = task("restore", **arguments(lent, directory))
+        # The run itself may have come to its end before it needed what was killed.
+        assert not again["failed"] or "There is a domain" in again["msg"], (step, again["msg"])
+        assert_independent(lent, restored, directory)
+        if restored.is_running():
+            restored.destroy()
+        assert points.content(directory / "lab-lent.vdb.qcow2") == lent.vdb, step
 
 
 def unmount_views() -> None:

@@ -98,6 +98,7 @@ def test_restore_killed_at_every_step_is_finished_or_leaves_nothing(
         "domain": "lab-killed-r",
         "directory": str(directory),
         "network": "disconnected",
+        "state": "running",
     }
     listed = run_module_process("restore", env=points.killed_at("", log), **arguments).result()
     assert not listed["failed"], listed["msg"]
@@ -110,6 +111,9 @@ def test_restore_killed_at_every_step_is_finished_or_leaves_nothing(
         killed = run_module_process("restore", env=points.killed_at(step, log), **arguments)
         assert killed.wait() == -signal.SIGKILL, step
         ok("restore", **arguments)
+        restored = guest.connection().lookupByName("lab-killed-r")
+        assert restored.isActive(), step
+        restored.destroy()
         assert sorted(path.suffix for path in directory.iterdir()) == [".qcow2", ".qcow2"], step
         assert points.content(directory / "lab-killed-r.vdb.qcow2") == expected, step
         points.forget_domain(guest, "lab-killed-r")

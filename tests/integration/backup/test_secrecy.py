@@ -398,3 +398,48 @@ def test_an_encrypted_disk_of_a_stopped_domain_is_copied_and_put_back(locked: Gu
     assert decoded(image) == expected
     locked.start()
     assert points.device_hash(locked, "vda") == expected
+
+
+def test_an_encrypted_restore_killed_at_every_step_keeps_the_keys_that_are_used_and_no_other(
+    locked: Guest, directory: Path, tmp_path: Path
+) -> None:
+    if locked.is_running():
+        locked.shutdown()
+    made = ok("backup", domain=locked.name, repository=str(directory))["restore_point"]
+    image, log = locked.images["vda"], tmp_path / "steps"
+    expected = decoded(image)
+    where = {"repository": str(directory), "id": made["id"], "passphrase": PASSPHRASE}
+    in_place = {**where, "in_place": True, "confirm": locked.name}
+    listed = run_module_process("restore", env=points.killed_at("", log), **in_place).result()
+    assert not listed["failed"], listed["msg"]
+    steps = log.read_text().split()
+    assert "secrets" in steps
+    for number, step in enumerate(steps if points.SCALE > 1 else ["secrets", "copy"]):
+        log.unlink(missing_ok=True)
+        killed = run_module_process("restore", env=points.killed_at(step, log), **in_place)
+        assert killed.wait() == -signal.SIGKILL, step
+        if number % 2:
+            ok("recover_domain", domain=locked.name)
+            assert secret_of(locked) in locked.connection().listSecrets(), step
+            assert decoded(image) == expected, step
+        ok("restore", **in_place)
+        assert secret_of(locked) in locked.connection().listSecrets(), step
+        assert decoded(image) == expected, step
+        assert [path.name for path in image.parent.glob("vda.qcow2*")] == [image.name], step
+    known = sorted(locked.connection().listSecrets())
+    (directory / "new").mkdir()
+    log.unlink(missing_ok=True)
+    anew = {**where, "domain": "lab-locked-r", "directory": str(directory / "new")}
+    killed = run_module_process("restore", env=points.killed_at("copy", log), **anew)
+    assert killed.wait() == -signal.SIGKILL
+    assert len(locked.connection().listSecrets()) == len(known) + 1
+    ok("recover_domain")
+    assert sorted(locked.connection().listSecrets()) == known
+    assert list((directory / "new").iterdir()) == []
+
+
+def secret_of(guest: Guest) -> str:
+    """The libvirt secret that opens the disk at the next start."""
+    found = guest.xml(inactive=True).find("devices/disk/source/encryption/secret")
+    assert found is not None
+    return found.attrib["uuid"]

@@ -14,7 +14,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def guest(module_guest_factory: GuestFactory) -> Guest:
-    """One vCPU of four, 224 MiB of 1 GiB; a plain ext4 disk, a partitioned ext4 disk and an XFS disk."""
+    """One vCPU of four, 224 MiB of 1 GiB. It boots from the ext4 disk vda (DOS table); an ext4 in a GPT and an XFS."""
     return module_guest_factory(
         GuestSpec(
             "sizes",
@@ -23,7 +23,7 @@ def guest(module_guest_factory: GuestFactory) -> Guest:
             memory=224,
             max_memory=1024,
             disks=(
-                DiskSpec("vda"),
+                DiskSpec("vda", size=192 * MIB, boot=True),
                 DiskSpec("vdb", partitioned=True),
                 DiskSpec("vdc", format="raw", size=320 * MIB, fs="xfs"),
             ),

@@ -76,12 +76,24 @@ def test_a_vcpu_that_cannot_be_unplugged_is_taken_offline(guest: Guest, calm: fl
 def test_the_balloon_takes_memory_and_gives_it_back(guest: Guest, calm: float) -> None:
     before = memory_total(guest)
     with writes(guest) as window:
-        taken = twice(guest, memory="208M")
+        taken = twice(guest, memory="208M", apply="live")
         assert change(taken, "memory")["guest_sees"] == memory_total(guest)
         assert before - memory_total(guest) == 16 * MIB
         twice(guest, memory="224M")
     assert memory_total(guest) == before
     assert undisturbed(window.longest, calm), (window, calm)
+
+
+def test_for_the_next_boot_only_the_definition_changes(guest: Guest) -> None:
+    before = online_cpus(guest), memory_total(guest)
+    made = twice(guest, vcpus=3, memory="256M", max_vcpus=6, max_memory="2G", apply="next_boot")
+    assert {one["what"]: one["applied"] for one in made["changes"]} == dict.fromkeys(
+        ("vcpus", "memory", "max_vcpus", "max_memory"), "next_boot"
+    )
+    assert made["restart_required"]
+    assert (online_cpus(guest), memory_total(guest)) == before
+    twice(guest, vcpus=1, memory="224M", max_vcpus=4, max_memory="1G", apply="next_boot")
+    assert not resize(guest, vcpus=1, memory="224M")["changed"]
 
 
 def test_a_dimm_is_plugged_and_its_way_out_is_explained(guest: Guest, calm: float) -> None:
@@ -114,16 +126,28 @@ def test_virtio_mem_grows_and_shrinks(guest: Guest, calm: float) -> None:
     assert undisturbed(window.longest, calm), (window, calm)
 
 
-@pytest.mark.parametrize(("target", "size"), [("vda", 160), ("vdb", 176), ("vdc", 384)])
-def test_a_disk_grows_with_its_partition_and_filesystem(guest: Guest, calm: float, target: str, size: int) -> None:
+@pytest.mark.parametrize(("target", "size", "begins"), [("vda", 224, 65), ("vdb", 176, 1), ("vdc", 384, 0)])
+def test_a_disk_grows_with_its_partition_and_filesystem(
+    guest: Guest, calm: float, target: str, size: int, begins: int
+) -> None:
+    """``vda`` is the disk that the guest boots from. ``size`` of the disk and where its filesystem ``begins``, in MiB."""
     with writes(guest, target) as window:
         made = twice(guest, disks=[{"target": target, "size": f"{size}M"}])
     assert change(made, f"disk {target}")["guest_sees"] == size * MIB
     grown = change(made, f"filesystem {target}")
-    assert size * MIB - 6 * MIB <= grown["guest_sees"] <= size * MIB
+    room = (size - begins) * MIB
+    assert room - 6 * MIB <= grown["guest_sees"] <= room
     blocks = int(guest.exec(["/bin/df", "-k", f"/disk/{target}"]).text.split()[-5])
-    assert blocks * 1024 > 0.8 * size * MIB
+    assert blocks * 1024 > 0.8 * room
     assert undisturbed(window.longest, calm), (window, calm)
+
+
+def test_a_disk_grows_alone_when_its_filesystem_is_to_stay(guest: Guest) -> None:
+    alone = {"target": "vdc", "size": "400M", "grow_filesystem": False}
+    assert [one["what"] for one in twice(guest, disks=[alone])["changes"]] == ["disk vdc"]
+    grown = twice(guest, disks=[{"target": "vdc"}])
+    assert [one["what"] for one in grown["changes"]] == ["filesystem vdc"]
+    assert change(grown, "filesystem vdc")["guest_sees"] > 390 * MIB
 
 
 def test_a_disk_with_overlays_grows_and_its_checkpoints_end(guest: Guest, tmp_path: Path) -> None:
@@ -135,7 +159,7 @@ def test_a_disk_with_overlays_grows_and_its_checkpoints_end(guest: Guest, tmp_pa
     domain.checkpointCreateXML(_checkpoint("vmk-0123abcd-two"))
     domain.snapshotCreateXML(cut + "</disks></domainsnapshot>", libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY)
     domain.checkpointCreateXML(_checkpoint("somebody-elses"))
-    wanted = {"disks": [{"target": "vda", "size": "192M"}]}
+    wanted = {"disks": [{"target": "vda", "size": "256M"}]}
 
     before = host_state(guest.connection())
     refused = start(guest, **wanted).result()
@@ -144,11 +168,13 @@ def test_a_disk_with_overlays_grows_and_its_checkpoints_end(guest: Guest, tmp_pa
     assert not before.differences(host_state(guest.connection()))
 
     domain.checkpointLookupByName("somebody-elses").delete()
-    killed = start(guest, kill_at="disk vda", **wanted)
-    assert killed.wait() < 0  # the checkpoints have ended, the disk has not grown
-    made = resize(guest, **wanted)
-    assert change(made, "disk vda")["after"] == 192 * MIB
+    assert start(guest, kill_at="checkpoints disk vda", **wanted).wait() < 0
+    assert len(domain.listAllCheckpoints()) == 2
+    assert start(guest, kill_at="disk vda", **wanted).wait() < 0
     assert not domain.listAllCheckpoints()
+    assert domain.blockInfo("vda")[0] == 224 * MIB
+    made = resize(guest, **wanted)
+    assert change(made, "disk vda")["after"] == 256 * MIB
     assert not resize(guest, **wanted)["changed"]
 
 
@@ -208,10 +234,11 @@ def test_all_that_the_guest_wrote_is_there_in_sound_filesystems(guest: Guest) ->
     images = guest.active_paths()
     guest.shutdown()
     for target, count in logs.items():
-        partition = 1 if target == "vdb" else None
+        partition = {"vda": 2, "vdb": 1}.get(target)
         checked = evidence.fsck(images[target], partition)
         assert checked.clean, checked.output
         if target != "vdc":  # debugfs reads ext4 only
             log = evidence.writer_log(images[target], partition)
             assert log.is_intact
             assert log.last.count >= count
+    guest.start()  # from the disk that has grown

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lab import appliance
+from lab import appliance, evidence
+from lab.ansible import run_module
 from lab.guest import DiskSpec, Guest, GuestSpec
 from lab.images import run
+from lab.waiting import until
 
 from ansible_collections.vmkeeper.libvirt.tests.integration.conftest import GuestFactory
 from ansible_collections.vmkeeper.libvirt.tests.integration.sizing.resizing import (
@@ -27,6 +29,11 @@ from ansible_collections.vmkeeper.libvirt.tests.integration.sizing.resizing impo
 
 #: One boot of libguestfs takes tens of seconds in emulation: all but one shrink are for `make test-long`.
 LONG = int(os.environ.get("VMK_SCALE", "1")) > 1
+pytestmark = pytest.mark.timeout(3600)  # a busy machine makes minutes of them
+CHECKPOINT = (
+    "<domaincheckpoint><name>vmk-0123abcd-one</name><disks><disk name='vda' checkpoint='bitmap'/>"
+    "<disk name='vdb' checkpoint='no'/><disk name='vdc' checkpoint='no'/></disks></domaincheckpoint>"
+)
 FREELY = {"allow_shrink": True, "allow_restart": True}
 
 
@@ -39,6 +46,12 @@ def roomy(module_guest_factory: GuestFactory) -> Guest:
         DiskSpec("vdc", size=320 * MIB, fs="xfs", writer=False),
     )
     return module_guest_factory(GuestSpec("roomy", memory=160, disks=disks))
+
+
+@pytest.fixture(scope="module")
+def kept(roomy: Guest) -> str:
+    """The sums of files that lie at the end of vda."""
+    return fill(roomy, "/disk/vda")
 
 
 @pytest.fixture(autouse=True)
@@ -106,17 +119,19 @@ def test_a_disk_that_others_need_is_not_made_smaller(roomy: Guest) -> None:
         clone.unlink()
 
 
-def test_a_disk_that_fits_gets_smaller_and_keeps_every_file(roomy: Guest) -> None:
-    before = fill(roomy, "/disk/vda")
+def test_a_disk_that_fits_gets_smaller_and_keeps_every_file(roomy: Guest, kept: str) -> None:
     wanted = {"disks": [{"target": "vda", "size": "96M"}], **FREELY}
     foreseen = resize(roomy, check=True, **wanted)
     assert change(foreseen, "disk vda")["applied"] == "restart"
+    roomy.domain().checkpointCreateXML(CHECKPOINT)
     made = resize(roomy, **wanted)
+    assert any("the next backup is a full one" in warning for warning in made["warnings"]), made["warnings"]
+    assert not roomy.domain().listAllCheckpoints()
     assert made["restarted"]
     assert made["downtime_ms"] > 0
     assert roomy.domain().blockInfo("vda")[0] == 96 * MIB
     assert int(roomy.exec("cat /sys/block/vda/size").text) * 512 == 96 * MIB
-    assert sums(roomy, "/disk/vda") == before
+    assert sums(roomy, "/disk/vda") == kept
     assert roomy.writer_log("vda").is_intact
     assert not beside(roomy)
     assert not resize(roomy, **wanted)["changed"]
@@ -160,8 +175,9 @@ def test_xfs_is_refused_with_the_reason(roomy: Guest) -> None:
 
 
 @pytest.mark.skipif(not LONG, reason="make test-long")
-def test_a_stopped_domain_is_started_to_prove_it_and_gets_its_disk_back_if_it_is_not_well(roomy: Guest) -> None:
-    before = sums(roomy, "/disk/vda")
+def test_a_stopped_domain_is_started_to_prove_it_and_gets_its_disk_back_if_it_is_not_well(
+    roomy: Guest, kept: str
+) -> None:
     roomy.shutdown()
     inode = roomy.images["vda"].stat().st_ino
     smaller = {"disks": [{"target": "vda", "size": "80M"}], **FREELY}
@@ -177,21 +193,86 @@ def test_a_stopped_domain_is_started_to_prove_it_and_gets_its_disk_back_if_it_is
     assert not roomy.is_running()
     assert not beside(roomy)
     roomy.start()
-    assert sums(roomy, "/disk/vda") == before
+    assert sums(roomy, "/disk/vda") == kept
+
+
+STEPS = ["begin", "shutdown", "shrink", "swap", "define", "start", "health", "drop"]
 
 
 @pytest.mark.skipif(not LONG, reason="make test-long")
-def test_a_kill_at_any_step_of_a_shrink_is_repaired(roomy: Guest, tmp_path: Path) -> None:
-    before = sums(roomy, "/disk/vda")
-    for number, step in enumerate(["begin", "shutdown", "shrink", "swap", "define", "start", "health", "drop"]):
-        wanted = {"disks": [{"target": "vda", "size": f"{79 - number}M"}], **FREELY}
-        log = tmp_path / str(number)
-        assert start(roomy, kill_at=step, log=log, **wanted).wait() < 0, step
-        assert log.read_text().splitlines()[-1] == f"!{step}"
-        resize(roomy, **wanted)
-        roomy.wait_ready()
-        assert roomy.domain().blockInfo("vda")[0] == (79 - number) * MIB, step
-        assert not beside(roomy), step
-        assert sums(roomy, "/disk/vda") == before, step
+@pytest.mark.parametrize("step", STEPS)
+def test_a_kill_at_any_step_of_a_shrink_is_repaired(roomy: Guest, kept: str, tmp_path: Path, step: str) -> None:
+    size = 79 - STEPS.index(step)
+    wanted = {"disks": [{"target": "vda", "size": f"{size}M"}], **FREELY}
+    log = tmp_path / "steps"
+    assert start(roomy, kill_at=step, log=log, **wanted).wait() < 0
+    assert log.read_text().splitlines() == [*STEPS[: STEPS.index(step)], f"!{step}"]
+    resize(roomy, **wanted)
+    roomy.wait_ready()
+    assert roomy.domain().blockInfo("vda")[0] == size * MIB
+    assert not resize(roomy, **wanted)["changed"]
+    assert not beside(roomy)
+    assert sums(roomy, "/disk/vda") == kept
     assert roomy.writer_log("vda").is_intact
     assert not unfinished(roomy)
+
+
+@pytest.mark.skipif(not LONG, reason="make test-long")
+def test_a_kill_before_a_proved_domain_is_off_again_is_repaired(roomy: Guest, kept: str) -> None:
+    roomy.shutdown()
+    wanted = {"disks": [{"target": "vda", "size": "71M"}], **FREELY}
+    assert start(roomy, kill_at="stop", **wanted).wait() < 0
+    assert roomy.is_running()
+    assert not resize(roomy, **wanted)["changed"]
+    assert not roomy.is_running()
+    assert not beside(roomy)
+    roomy.start()
+    assert sums(roomy, "/disk/vda") == kept
+
+
+@pytest.mark.skipif(not LONG, reason="make test-long")
+def test_a_kill_while_libguestfs_works_leaves_nothing_of_it(roomy: Guest, kept: str) -> None:
+    inode = roomy.images["vda"].stat().st_ino
+    killed = start(roomy, disks=[{"target": "vda", "size": "70M"}], **FREELY)
+    scratch = until(lambda: scratch_of(killed.pid), "guestfish working on the image", 600)
+    killed.kill()
+    assert scratch.is_dir()
+    (recovered,) = run_module("recover_domain", domain=roomy.name)["findings"]
+    assert recovered["settled"], recovered
+    assert not scratch.exists()
+    roomy.wait_ready()
+    assert roomy.images["vda"].stat().st_ino == inode
+    assert not beside(roomy)
+    assert sums(roomy, "/disk/vda") == kept
+    assert not unfinished(roomy)
+
+
+def scratch_of(pid: int) -> Path | None:
+    """The directory of the appliance that the module with this pid has booted and given its image to."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"PPid:\t{pid}\n" not in (process / "status").read_text():
+                continue
+            environment = (process / "environ").read_bytes().split(b"\0")
+            for word in environment:
+                if word.startswith(b"LIBGUESTFS_TMPDIR=") and list(Path(os.fsdecode(word[18:])).glob("*/*")):
+                    return Path(os.fsdecode(word[18:]))
+    return None
+
+
+@pytest.mark.skipif(not LONG, reason="make test-long")
+def test_a_disk_with_a_dos_table_gets_smaller_and_still_boots(guest_factory: GuestFactory) -> None:
+    machine = guest_factory(GuestSpec("dosboot", disks=(DiskSpec("vda", size=224 * MIB, boot=True),)))
+    before = fill(machine, "/disk/vda")
+    identity = machine.exec("blkid /dev/vda*").text
+    made = resize(machine, disks=[{"target": "vda", "size": "160M"}], **FREELY)
+    assert made["restarted"]
+    machine.wait_ready()
+    assert machine.domain().blockInfo("vda")[0] == 160 * MIB
+    assert machine.exec("blkid /dev/vda*").text == identity
+    assert int(machine.exec("cat /sys/block/vda/vda2/size").text) * 512 == 95 * MIB
+    assert sums(machine, "/disk/vda") == before
+    assert machine.writer_log("vda").is_intact
+    machine.shutdown()
+    assert evidence.fsck(machine.images["vda"], 2).clean
+    assert not beside(machine)

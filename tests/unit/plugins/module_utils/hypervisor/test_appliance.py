@@ -3,6 +3,11 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,3 +83,46 @@ def test_one_that_hangs_is_given_up(guestfish: Path, tmp_path: Path, monkeypatch
         Appliance([], doing="Looking", scratch=str(tmp_path)),
     ):
         pytest.fail("it began")
+
+
+def test_what_a_killed_run_left_goes_and_what_is_in_use_stays(guestfish: Path, tmp_path: Path) -> None:
+    killed, foreign = tmp_path / "vmkeeper-appliance-killed", tmp_path / "somebodys"
+    for directory in (killed, foreign):
+        directory.mkdir()
+        (directory / "overlay1.qcow2").touch()
+    (tmp_path / "vmkeeper-appliance-link").symlink_to(foreign)
+    (tmp_path / "vmkeeper-appliance-file").touch()
+    with Appliance([("/x", "raw")], doing="Looking", scratch=str(tmp_path)):
+        assert not killed.exists()
+        used = set(tmp_path.glob("vmkeeper-appliance-????????"))
+        assert len(used) == 1
+        appliance.sweep(str(tmp_path))
+        assert all(one.is_dir() for one in used)
+    assert not any(one.exists() for one in used)
+    assert (foreign / "overlay1.qcow2").exists()
+    assert (tmp_path / "vmkeeper-appliance-file").exists()
+    appliance.sweep(str(tmp_path / "none"))
+
+
+def test_guestfish_ends_in_the_middle_of_its_work_when_its_process_is_killed(guestfish: Path, tmp_path: Path) -> None:
+    works = tmp_path / "works"
+    guestfish.write_text(ECHO.replace("    fails*)", f"    resize*) echo $$ >{works}; exec sleep 600 ;;\n    fails*)"))
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException), Appliance([], doing="Looking", scratch=str(tmp_path)) as session:
+            session.do("resize2fs", "/dev/sda")
+        os._exit(0)
+    _until(lambda: works.exists() and works.read_text().strip() != "")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    _until(lambda: not Path("/proc", works.read_text().strip(), "exe").exists())
+    assert list(tmp_path.glob("vmkeeper-appliance-*"))
+    appliance.sweep(str(tmp_path))
+    assert not list(tmp_path.glob("vmkeeper-appliance-*"))
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.02)

@@ -40,8 +40,9 @@ def test_the_last_partition_by_place_is_shortened_and_keeps_its_number() -> None
     esp, boot, root = Partition(15, MIB, 8 * MIB), Partition(14, 8 * MIB, 9 * MIB), Partition(1, 9 * MIB, 99 * MIB)
     assert shrinking.choose_layout("gpt", (esp, boot, root)).partition == root
     assert shrinking.choose_layout(None, ()).device == "/dev/sda"
-    with pytest.raises(Unsupported, match="would get the number 1"):
-        shrinking.choose_layout("gpt", (Partition(3, MIB, 9 * MIB),))
+    assert shrinking.choose_layout("gpt", (Partition(3, MIB, 9 * MIB),)).device == "/dev/sda3"
+    with pytest.raises(Unsupported, match="number 5, is a logical one of a DOS table"):
+        shrinking.choose_layout("msdos", (boot, Partition(2, 9 * MIB, 99 * MIB), Partition(5, 10 * MIB, 99 * MIB)))
     with pytest.raises(Unsupported, match="mac"):
         shrinking.choose_layout("mac", (root,))
 
@@ -51,6 +52,13 @@ def test_the_filesystem_ends_before_the_copy_of_the_gpt() -> None:
     assert Layout("gpt", part).room(64 * MIB) == 62 * MIB
     assert Layout("msdos", part).room(64 * MIB) == 63 * MIB
     assert Layout(None, None).room(64 * MIB + 512) == 64 * MIB
+    assert Layout("gpt", part).on(64 * MIB) == Layout("gpt", Partition(1, MIB, 63 * MIB - 1))
+
+
+def test_a_partition_with_free_space_behind_it_stays_as_it_is() -> None:
+    layout = Layout("msdos", Partition(1, MIB, 40 * MIB - 1))
+    assert layout.room(64 * MIB) == 39 * MIB
+    assert layout.on(64 * MIB) == layout
 
 
 @pytest.fixture

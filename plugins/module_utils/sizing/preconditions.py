@@ -1,0 +1,90 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What must hold before a domain's size is changed: its own condition, what the host has left, who tells whether it is well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .._errors import AgentSilent, Busy, Refused
+from ..safety.space import human
+from .change import NEXT_BOOT, Change
+from .facts import Facts
+from .request import Request
+
+
+def check_condition(request: Request, facts: Facts) -> None:
+    """Raise for a domain in whose condition nothing may change, or that could not take it."""
+    domain = facts.live or facts.configured
+    if domain.managed_save:
+        raise Refused(
+            f"Domain {domain.name!r} has a saved state, whose RAM would resume on other hardware",
+            advice="Start it, or drop the saved state (virsh managedsave-remove), then run this again",
+        )
+    if facts.job:
+        raise Busy(f"Domain {domain.name!r} is busy with {facts.job}", advice="Wait for it to end, then run this again")
+    if facts.frozen:
+        raise Refused(
+            f"The filesystems of domain {domain.name!r} are frozen", advice="Thaw it with fsfreeze: state: thawed"
+        )
+    if facts.live is not None and not facts.live.state.running and request.apply != NEXT_BOOT:
+        raise Refused(
+            f"Domain {domain.name!r} is {domain.state.name} ({domain.state.reason}), so its guest cannot take anything",
+            advice="Resume it first, or use apply: next_boot",
+        )
+    if not domain.persistent and request.apply == NEXT_BOOT:
+        raise Refused(
+            f"Domain {domain.name!r} is transient: it has no next boot", advice="Use apply: live, or define it first"
+        )
+
+
+def check_host(request: Request, facts: Facts, changes: Iterable[Change]) -> None:
+    """Raise where the host has less than the domain would take, unless the task over-commits."""
+    if request.overcommit:
+        return
+    conf, host = facts.configured, facts.host
+    for change in changes:
+        if not change.due or change.before is None or change.after is None or change.after <= change.before:
+            continue
+        if change.what == "vcpus" and change.after > host.cpus:
+            raise Refused(
+                f"Domain {facts.name!r} would have {change.after} vCPUs, and this host has {host.cpus} CPUs",
+                advice="Give fewer, or overcommit: true",
+            )
+        if change.what == "memory":
+            growth = change.after - change.before
+            page = conf.hugepages or host.default_hugepage
+            free = host.free_memory if conf.hugepages is None else host.free_hugepages.get(page, 0) * page
+            if growth > free:
+                kind = "memory" if conf.hugepages is None else f"hugepages of {human(page)}"
+                raise Refused(
+                    f"Domain {facts.name!r} would take {human(growth)} more, and this host has {human(free)} of {kind} available",
+                    advice="Give less, or overcommit: true",
+                )
+
+
+def check_restart(request: Request, facts: Facts) -> None:
+    """Before a restart there must be a way to tell whether it went well."""
+    if facts.live is None:
+        # Only a shrink starts a domain that is off. What its agent allows is known when it answers.
+        if not facts.configured.agent_configured:
+            raise AgentSilent(
+                f"Domain {facts.name!r} must be started, and nothing would tell whether it is well then:"
+                " it has no guest agent channel",
+                advice="Give it one, and qemu-guest-agent in the guest",
+            )
+        return
+    if request.health_command is not None:
+        if facts.agent is None or not facts.agent.can_execute:
+            raise AgentSilent(
+                f"health_command cannot be run in domain {facts.name!r}: "
+                + (facts.agent_problem or "the guest agent does not allow guest-exec"),
+                advice="Enable guest-exec in the guest's agent, or leave health_command out",
+            )
+        return
+    if request.rollback and facts.agent is None:
+        raise AgentSilent(
+            f"Domain {facts.name!r} must be restarted, and nothing would tell whether it is well then: {facts.agent_problem}",
+            advice="Install qemu-guest-agent in the guest, or use rollback: false",
+        )

@@ -1,0 +1,73 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What must hold before a size is changed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import (
+    AgentSilent,
+    Busy,
+    Refused,
+)
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.agent import AgentInfo
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain_model import (
+    DomainState,
+)
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.change_set import compute
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.facts import (
+    Host,
+)
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.request import Request
+from ansible_collections.vmkeeper.libvirt.tests.unit.plugins.module_utils.sizing.a_domain import (
+    GIB,
+    MIB,
+    domain,
+    facts,
+)
+
+
+def test_a_restart_needs_somebody_who_tells_whether_it_went_well():
+    silent = facts(agent=None, agent_problem="no channel", cpus=None)
+    with pytest.raises(AgentSilent):
+        compute(Request(vcpus=8, allow_restart=True), silent)
+    assert compute(Request(vcpus=8, allow_restart=True, rollback=False), silent).restart
+
+
+def test_a_health_command_needs_guest_exec():
+    closed = facts(agent=AgentInfo("7", frozenset({"guest-ping"})), cpus=None)
+    with pytest.raises(AgentSilent, match="guest-exec"):
+        compute(Request(vcpus=8, allow_restart=True, health_command=("true",)), closed)
+
+
+@pytest.mark.parametrize("request_", [Request(vcpus=4), Request(memory=2 * GIB)])
+def test_more_than_the_host_has_is_refused_unless_asked_for(request_):
+    known = facts(host=Host(cpus=2, free_memory=MIB))
+    with pytest.raises(Refused, match="overcommit"):
+        compute(request_, known)
+    assert compute(replace(request_, overcommit=True), known).due
+
+
+def test_hugepages_are_counted_for_a_domain_that_uses_them():
+    live = domain(hugepages=2 * MIB)
+    poor = facts(live=live, host=Host(cpus=8, free_memory=64 * GIB, free_hugepages={2 * MIB: 3}))
+    with pytest.raises(Refused, match="hugepages"):
+        compute(Request(memory=2 * GIB), poor)
+
+
+@pytest.mark.parametrize(
+    ("known", "error"),
+    [
+        (facts(live=domain(managed_save=True)), Refused),
+        (facts(job="a backup"), Busy),
+        (facts(frozen=True), Refused),
+        (facts(live=domain(state=DomainState("paused", "user"))), Refused),
+    ],
+)
+def test_a_condition_in_which_nothing_may_change_is_refused(known, error):
+    with pytest.raises(error):
+        compute(Request(vcpus=4), known)

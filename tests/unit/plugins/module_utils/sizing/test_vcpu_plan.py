@@ -1,0 +1,61 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""How vCPUs come and go, from facts alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain_model import (
+    Vcpu,
+)
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.change import (
+    VcpuAction,
+)
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.change_set import compute
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.facts import (
+    GuestCpus,
+)
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.request import Request
+from ansible_collections.vmkeeper.libvirt.tests.unit.plugins.module_utils.sizing.a_domain import (
+    domain,
+    facts,
+    only,
+    ways,
+)
+
+
+def test_vcpus_within_the_maximum_are_plugged_live():
+    assert only(Request(vcpus=4), facts()).action == VcpuAction(4, 4)
+
+
+def test_vcpus_that_the_guest_left_offline_are_brought_online():
+    known = facts(cpus=GuestCpus(frozenset({0}), frozenset({1}), frozenset()))
+    assert only(Request(vcpus=2), known).action == VcpuAction(None, 2)
+
+
+HOTPLUGGED = tuple(Vcpu(number, number < 4, number > 0) for number in range(4))
+
+
+def test_hotpluggable_vcpus_are_unplugged_under_kvm_and_taken_offline_under_emulation():
+    kvm = domain(vcpus_current=4, vcpus=HOTPLUGGED)
+    assert only(Request(vcpus=1), facts(live=kvm)).action == VcpuAction(1, 1)
+    emulated = replace(kvm, domain_type="qemu")
+    change = only(Request(vcpus=1), facts(live=emulated))
+    assert change.action == VcpuAction(None, 1)
+    assert change.completes_at_restart
+
+
+def test_vcpus_of_the_boot_need_a_restart_where_the_agent_cannot_help():
+    assert ways(Request(vcpus=1, allow_restart=True), facts(cpus=None)) == {"vcpus": "restart"}
+
+
+def test_vcpus_that_are_offline_in_the_guest_already_change_nothing_again():
+    known = facts(
+        conf=domain(vcpus_current=1),
+        cpus=GuestCpus(frozenset({0}), frozenset({1}), frozenset()),
+    )
+    planned = compute(Request(vcpus=1), known)
+    assert not planned.due
+    assert "next start" in planned.pending[0]
