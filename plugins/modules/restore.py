@@ -208,6 +208,8 @@ job:
   type: dict
 """
 
+from typing import Any
+
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import workers
@@ -247,7 +249,7 @@ def request_of(call: _module.Call) -> Request:
 def handle(call: _module.Call) -> _module.Answer:
     """Restore."""
     answer = workers.restore(call.connection, call.uri, request_of(call), check=call.check)
-    result = {key: answer[key] for key in ("domain", "restored", "id", "job") if key in answer}
+    result: dict[str, Any] = {key: answer[key] for key in ("domain", "restored", "id", "job") if key in answer}
     return _module.Answer(
         changed=answer["changed"],
         result=result,
