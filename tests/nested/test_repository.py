@@ -37,6 +37,8 @@ class Lent:
         assert self.point["type"] == "incremental"
         self.directory = f"{REPOSITORY}/{self.point['domain_uuid']}/{self.point['id']}"
         hypervisor.run(f"virsh destroy {origin}")
+        # The profile no longer allowed this target when its copy ended (docs/apparmor.md): all of it is there.
+        hypervisor.run(f"qemu-img compare {guest.IMAGES}/lender/vdb.qcow2 {self.directory}/vdb.qcow2")
         self.before = self.facts()
 
     def facts(self) -> list[str]:
