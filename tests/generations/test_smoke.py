@@ -26,13 +26,16 @@ from lab.spec import MIB
 from ansible_collections.vmkeeper.libvirt.tests.integration.conftest import GuestFactory
 
 MARK = "/disk/vda/mark"
+#: The boot loader of the lab's disks hangs under the BIOS of QEMU 11.1: there the guest boots from a kernel of the host.
+BOOTS_FROM_DISK = os.environ.get("VMK_LAB_GENERATION") != "sid"
+PARTITION = 2 if BOOTS_FROM_DISK else None
 
 
 @pytest.fixture(scope="module")
 def guest(module_guest_factory: GuestFactory) -> Guest:
-    """One machine that boots from its own disk."""
+    """One machine that boots from its own disk, where it can."""
     return module_guest_factory(
-        GuestSpec("smoke", memory=224, max_vcpus=2, disks=(DiskSpec("vda", size=128 * MIB, boot=True),))
+        GuestSpec("smoke", memory=224, max_vcpus=2, disks=(DiskSpec("vda", size=128 * MIB, boot=BOOTS_FROM_DISK),))
     )
 
 
@@ -185,7 +188,10 @@ def test_restore(guest: Guest, repository: Path, points: dict[str, dict[str, Any
     arguments = {"repository": str(repository), "id": points["increment"]["id"], "directory": str(guest.directory)}
     ok("restore", **arguments, domain="lab-smoke-restored", state="defined")
     domain = launched("lab-smoke-restored")
-    assert evidence.read_file(guest.directory / "lab-smoke-restored.vda.qcow2", "/mark", partition=2) == b"increment"
+    assert (
+        evidence.read_file(guest.directory / "lab-smoke-restored.vda.qcow2", "/mark", partition=PARTITION)
+        == b"increment"
+    )
     domain.create()
     assert domain.isActive()
 
@@ -203,7 +209,7 @@ def test_instant_restore(guest: Guest, repository: Path, points: dict[str, dict[
     domain.destroy()
     image = place / "lab-smoke-instant.vda.qcow2"
     assert "backing file:" not in run("qemu-img", "info", image)
-    assert evidence.read_file(image, "/mark", partition=2) == b"increment"
+    assert evidence.read_file(image, "/mark", partition=PARTITION) == b"increment"
     assert files_of(repository) == before
 
 
@@ -242,7 +248,7 @@ def test_export_and_import(guest: Guest, launched) -> None:
     )
     domain = launched("lab-smoke-imported")
     (image,) = guest.directory.glob("lab-smoke-imported*vda*")
-    assert evidence.read_file(image, "/mark", partition=2) == b"exported"
+    assert evidence.read_file(image, "/mark", partition=PARTITION) == b"exported"
     domain.create()
     assert domain.isActive()
 
@@ -274,4 +280,4 @@ def files_of(directory: Path) -> dict[str, tuple[int, ...]]:
 def mark_in(repository: Path, point: dict[str, Any]) -> bytes:
     """What a restore point's disk has in the marked file."""
     image = repository / point["domain_uuid"] / point["id"] / "vda.qcow2"
-    return evidence.read_file(image, "/mark", partition=2)
+    return evidence.read_file(image, "/mark", partition=PARTITION)
