@@ -33,7 +33,7 @@ PATIENT = {"ANSIBLE_TIMEOUT": "300", "ANSIBLE_PIPELINING": "true"}
 WRITER = """
 for place in /var/lib /srv; do
 systemd-run --quiet --unit=writer$(basename $place) sh -c \\
-    "n=0; while :; do n=\\$((n + 1)); echo \\$n >>$place/numbers; sync $place/numbers; done"
+    "n=0; while :; do n=\\$((n + 1)); echo \\$n >>$place/numbers; sync $place/numbers; sleep 0.2; done"
 done
 """
 
