@@ -40,7 +40,7 @@ LAB = ROOT / "tests" / "lab" / "enter"
 TAIL_LINES = 60
 STOP_GRACE_SECONDS = 30
 
-GENERATIONS = ("trixie",)
+GENERATIONS = ("trixie", "sid")
 """Debian releases whose libvirt and QEMU run the scenario of tests/generations."""
 
 # Minutes on two cores. The first three stages share one budget.

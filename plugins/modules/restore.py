@@ -28,6 +28,11 @@ options:
   source_domain:
     description: Name or UUID of the domain as it was backed up. Needed when O(id) is left out.
     type: str
+  latest:
+    description:
+      - Restore the latest point of O(source_domain). That is what happens without O(id) and O(before); V(true) says so, and refuses
+        those two beside it.
+    type: bool
   before:
     description: Restore the latest point made before this time, in ISO 8601 with a zone. Only with O(source_domain).
     type: str
@@ -139,6 +144,7 @@ EXAMPLES = r"""
   vmkeeper.libvirt.restore:
     repository: /srv/backup
     source_domain: web01
+    latest: true
     domain: web01-restored
     network: disconnected
 
@@ -208,6 +214,7 @@ job:
   type: dict
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
@@ -218,11 +225,24 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
 
 
+def _check_choice(params: Mapping[str, Any]) -> None:
+    """The point is named in one way."""
+    if params["before"] is not None and (params["source_domain"] is None or params["id"] is not None):
+        raise InvalidInput("before goes with source_domain and without id", advice="Give source_domain and before")
+    if params["latest"] and (
+        params["source_domain"] is None or params["id"] is not None or params["before"] is not None
+    ):
+        raise InvalidInput(
+            "latest goes with source_domain, and without id and before", advice="Give source_domain and latest"
+        )
+    if params["latest"] is False and params["id"] is None and params["before"] is None:
+        raise InvalidInput("Without latest the point must be named", advice="Give id, or before, or leave latest out")
+
+
 def request_of(call: _module.Call) -> Request:
     """The checked options."""
     params = call.params
-    if params["before"] is not None and (params["source_domain"] is None or params["id"] is not None):
-        raise InvalidInput("before goes with source_domain and without id", advice="Give source_domain and before")
+    _check_choice(params)
     instant = params["mode"] == "instant"
     return Request(
         repository=params["repository"],
@@ -265,6 +285,7 @@ def main() -> None:
             "repository": {"type": "path", "required": True},
             "id": {"type": "str"},
             "source_domain": {"type": "str"},
+            "latest": {"type": "bool"},
             "before": {"type": "str"},
             "domain": {"type": "str"},
             "disks": {"type": "list", "elements": "str"},

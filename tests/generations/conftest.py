@@ -43,12 +43,15 @@ def pytest_runtest_makereport(
 
 
 def pytest_sessionfinish() -> None:
-    """Write the rows and the versions that they are true of."""
+    """Write the rows and the versions that they are true of. What ran earlier on the same versions stays."""
     if not _ROWS:
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
-    suite = os.environ.get("VMK_LAB_GENERATION") or "machine"
-    (RESULTS / f"{suite}.json").write_text(json.dumps({"versions": _versions(), "rows": _ROWS}, indent=1) + "\n")
+    kept = RESULTS / f"{os.environ.get('VMK_LAB_GENERATION') or 'machine'}.json"
+    versions, rows = _versions(), _ROWS
+    if kept.exists() and (earlier := json.loads(kept.read_text()))["versions"] == versions:
+        rows = earlier["rows"] | _ROWS
+    kept.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
 
 
 def _versions() -> dict[str, str]:

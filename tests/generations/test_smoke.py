@@ -20,18 +20,22 @@ from lab import evidence
 from lab.ansible import Result, run_module
 from lab.guest import DiskSpec, Guest, GuestSpec
 from lab.host import TestHost
+from lab.images import run
 from lab.spec import MIB
 
 from ansible_collections.vmkeeper.libvirt.tests.integration.conftest import GuestFactory
 
 MARK = "/disk/vda/mark"
+#: The boot loader of the lab's disks hangs under the BIOS of QEMU 11.1: there the guest boots from a kernel of the host.
+BOOTS_FROM_DISK = os.environ.get("VMK_LAB_GENERATION") != "sid"
+PARTITION = 2 if BOOTS_FROM_DISK else None
 
 
 @pytest.fixture(scope="module")
 def guest(module_guest_factory: GuestFactory) -> Guest:
-    """One machine that boots from its own disk."""
+    """One machine that boots from its own disk, where it can."""
     return module_guest_factory(
-        GuestSpec("smoke", memory=224, max_vcpus=2, disks=(DiskSpec("vda", size=128 * MIB, boot=True),))
+        GuestSpec("smoke", memory=224, max_vcpus=2, disks=(DiskSpec("vda", size=128 * MIB, boot=BOOTS_FROM_DISK),))
     )
 
 
@@ -140,6 +144,25 @@ def test_twelve_overlays(guest: Guest) -> None:
     assert guest.read_file(MARK) == b"on top"
 
 
+@pytest.mark.timeout(3600)
+def test_many_overlays(guest: Guest) -> None:
+    """more than 25 overlays: the guest always starts again, and can be flattened"""
+    number, refused = 0, ""
+    while number < 28 and not refused:
+        taken = run_module("snapshot", domain=guest.name, name=f"m{number}", mode="external", quiesce="never")
+        refused = taken["msg"] if taken["failed"] else ""
+        number += not refused
+    assert number == 28 or "could not start the guest again" in refused, refused
+    assert len(guest.chain("vda")) == number + 1
+    guest.write_file(MARK, b"far up")
+    guest.destroy()
+    guest.start()
+    assert guest.read_file(MARK) == b"far up"
+    ok("blockcommit", domain=guest.name)
+    assert len(guest.chain("vda")) == 1
+    assert guest.read_file(MARK) == b"far up"
+
+
 def test_full_backup(guest: Guest, repository: Path, points: dict[str, dict[str, Any]]) -> None:
     """full backup of the running guest"""
     guest.write_file(MARK, b"full")
@@ -165,9 +188,29 @@ def test_restore(guest: Guest, repository: Path, points: dict[str, dict[str, Any
     arguments = {"repository": str(repository), "id": points["increment"]["id"], "directory": str(guest.directory)}
     ok("restore", **arguments, domain="lab-smoke-restored", state="defined")
     domain = launched("lab-smoke-restored")
-    assert evidence.read_file(guest.directory / "lab-smoke-restored.vda.qcow2", "/mark", partition=2) == b"increment"
+    assert (
+        evidence.read_file(guest.directory / "lab-smoke-restored.vda.qcow2", "/mark", partition=PARTITION)
+        == b"increment"
+    )
     domain.create()
     assert domain.isActive()
+
+
+def test_instant_restore(guest: Guest, repository: Path, points: dict[str, dict[str, Any]], launched) -> None:
+    """instant restore: it runs on the repository, is pulled local, and the repository stays as it was"""
+    place = guest.directory / "instant"
+    place.mkdir(mode=0o711)
+    before = files_of(repository)
+    arguments = {"repository": str(repository), "id": points["increment"]["id"], "directory": str(place)}
+    ok("restore", **arguments, domain="lab-smoke-instant", mode="instant")
+    domain = launched("lab-smoke-instant")
+    assert domain.isActive()
+    assert str(repository) not in domain.XMLDesc()
+    domain.destroy()
+    image = place / "lab-smoke-instant.vda.qcow2"
+    assert "backing file:" not in run("qemu-img", "info", image)
+    assert evidence.read_file(image, "/mark", partition=PARTITION) == b"increment"
+    assert files_of(repository) == before
 
 
 def test_resize(guest: Guest) -> None:
@@ -205,7 +248,7 @@ def test_export_and_import(guest: Guest, launched) -> None:
     )
     domain = launched("lab-smoke-imported")
     (image,) = guest.directory.glob("lab-smoke-imported*vda*")
-    assert evidence.read_file(image, "/mark", partition=2) == b"exported"
+    assert evidence.read_file(image, "/mark", partition=PARTITION) == b"exported"
     domain.create()
     assert domain.isActive()
 
@@ -218,7 +261,23 @@ def test_nothing_is_left(guest: Guest) -> None:
     assert not ok("recover_domain", domain=guest.name)["changed"]
 
 
+def files_of(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Owner, mode, size and times of every file below a directory."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        status = path.stat()
+        found[str(path)] = (
+            status.st_uid,
+            status.st_gid,
+            status.st_mode,
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+        )
+    return found
+
+
 def mark_in(repository: Path, point: dict[str, Any]) -> bytes:
     """What a restore point's disk has in the marked file."""
     image = repository / point["domain_uuid"] / point["id"] / "vda.qcow2"
-    return evidence.read_file(image, "/mark", partition=2)
+    return evidence.read_file(image, "/mark", partition=PARTITION)

@@ -263,7 +263,7 @@ def _init(options: argparse.Namespace, root: Path) -> int:
         os.mknod(closed, stat.S_IFCHR | 0o600, os.makedev(1, 3))  # a device: libvirt cannot move a file's mount
         kernel.mount(str(closed), "/dev/kvm", None, kernel.MS_BIND)
     if options.system is not None:
-        _lay_system(options.system)
+        _lay_system(root, options.system)
     daemons.seed_run(options.name)
     if options.netns:
         os.system("ip link set lo up")
@@ -309,7 +309,7 @@ def _lay_mounts(root: Path, host_name: str, options: argparse.Namespace) -> None
         kernel.mount(str(root / path.strip("/").replace("/", "-")), path, None, kernel.MS_BIND)
 
 
-def _lay_system(system: Path) -> None:
+def _lay_system(root: Path, system: Path) -> None:
     """Give another release's root file system the mounts that this host has, at the same places; the rest is read-only."""
     kernel.mount(str(system), str(system), None, kernel.MS_BIND)
     shared = [*PRIVATE, *_SHARED, os.environ.get("VMK_LAB_ROOT", "/var/tmp"), "/etc/hosts"]
@@ -319,6 +319,11 @@ def _lay_system(system: Path) -> None:
             place.mkdir(parents=True, exist_ok=True)
         kernel.mount(path, str(place), None, kernel.MS_BIND | kernel.MS_REC)
     kernel.mount("proc", str(system / "proc"), "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
+    # A process below another root makes no user namespace (user_namespaces(7)); the first one of this host is below none.
+    unshare = root / "unshare"
+    unshare.write_text('#!/bin/sh\nexec /usr/bin/nsenter --target 1 --uts --root --wd -- /usr/bin/unshare "$@"\n')
+    unshare.chmod(0o755)
+    kernel.mount(str(unshare), str(system / "usr/bin/unshare"), None, kernel.MS_BIND)
     kernel.mount("none", str(system), None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY)
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lab.waiting import until
 from .machine import Machine
 
 IMAGES = "/var/lib/libvirt/images/lab"
+IN_GUEST = Path(__file__).resolve().parents[2] / "extensions/molecule/shared/in_guest.py"
 BOOT = "/var/lib/libvirt/boot"
 KEPT = ("/srv/backup", "/srv/images", "/tmp/*.raw")
 """Where scenarios keep what is not a guest's."""
@@ -57,6 +59,13 @@ def wait_agent(machine: Machine, domain: str) -> None:
     """Wait until the guest's agent answers, which it does once the disks are mounted. Raises TimeoutError."""
     ask = f'virsh --quiet qemu-agent-command {domain} \'{{"execute":"guest-ping"}}\''
     until(lambda: machine.ssh(ask).returncode == 0, f"the agent of {domain}", timeout=BOOT_SECONDS, interval=1)
+
+
+def execute(machine: Machine, domain: str, command: str) -> str:
+    """Run a shell command line in the guest, through its agent and without the collection; its stdout. Raises MachineError."""
+    program = f"/tmp/{IN_GUEST.name}"
+    machine.put(IN_GUEST, program)
+    return machine.run(f"/usr/bin/python3 {program} {domain} /bin/sh -c {shlex.quote(command)}")
 
 
 def acceleration(machine: Machine, domain: str) -> str:

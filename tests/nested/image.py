@@ -35,6 +35,7 @@ PACKAGES = (
     "zstd",
     "e2fsprogs",
     "acl",  # images are shared by access control lists
+    "lvm2",  # volumes as disks
     "linux-image-cloud-amd64",
     "libnss-myhostname",  # libvirt asks for the host's canonical name whenever a domain starts
     # what Ansible needs of any host

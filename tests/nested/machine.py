@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 import uuid
 from pathlib import Path
 
@@ -23,6 +24,9 @@ MEMORY_MIB = 3072
 VCPUS = 2
 BOOT_SECONDS = 1200.0
 """How long a boot may take: 20 seconds on two idle cores without KVM, many times that where they are shared."""
+
+_LONGEST_SOCKET = 80  # of 107 characters that the kernel takes, ssh appends some of its own
+_ABANDONED_SECONDS = 300.0  # a machine that is being made has no QEMU yet
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?")  # it becomes a host name and a directory
 
@@ -58,8 +62,15 @@ class Machine:
         }
 
     def ssh_command(self, user: str = "root") -> list[str]:
-        """The ``ssh`` command line that logs in as ``root``, ``operator`` (sudo) or ``observer`` (libvirt group)."""
-        options = [word for name, value in self.ssh_options.items() for word in ("-o", f"{name}={value}")]
+        """The ``ssh`` command line that logs in as ``root``, ``operator`` (sudo) or ``observer`` (libvirt group).
+
+        Commands that follow one another share a connection: an emulated CPU needs seconds for each login.
+        """
+        shared = {}
+        socket_path = self.directory / f"ssh-{user}"
+        if len(str(socket_path)) <= _LONGEST_SOCKET:
+            shared = {"ControlMaster": "auto", "ControlPersist": "60", "ControlPath": str(socket_path)}
+        options = [word for name, value in (self.ssh_options | shared).items() for word in ("-o", f"{name}={value}")]
         return ["ssh", *options, "-p", str(self.port), f"{user}@127.0.0.1"]
 
     def ssh(self, command: str, user: str = "root", timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
@@ -96,13 +107,14 @@ class Machine:
 def start(name: str) -> Machine:
     """Start a new machine and wait until it can be logged in to.
 
-    What an interrupted run left of a machine of this name is destroyed first. Raises MachineError (or BuildError of the
-    image), and then nothing of the machine is left.
+    What an interrupted run left of a machine of this name is destroyed first, and so are the disks of other such runs.
+    Raises MachineError (or BuildError of the image), and then nothing of the machine is left.
     """
     if not _NAME.fullmatch(name):
         raise MachineError(f"{name!r} cannot be a machine's name: lower-case letters, digits and hyphens only")
     image = built_image()
     destroy(name)
+    _remove_abandoned()
     directory = _directory(name)
     directory.mkdir(parents=True)
     machine = Machine(name, directory, _free_port(), ssh_key())
@@ -136,6 +148,21 @@ def destroy(name: str) -> None:
         os.kill(pid, signal.SIGKILL)
     until(lambda: not _processes(directory), f"the end of machine {name}", timeout=120)
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remove_abandoned() -> None:
+    """Remove what is left of machines whose QEMU is gone, which may have run in another process namespace.
+
+    QEMU holds a lock on the disk that it writes, which qemu-img respects.
+    """
+    for directory in (cache_directory() / "machines").glob("*"):
+        try:
+            young = time.time() - directory.stat().st_mtime < _ABANDONED_SECONDS
+        except FileNotFoundError:
+            continue  # its own run has just removed it
+        look = ["qemu-img", "info", "--output=json", str(_disk(directory))]
+        if not young and subprocess.run(look, capture_output=True, check=False).returncode == 0:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _directory(name: str) -> Path:

@@ -37,6 +37,10 @@ done
 chroot "$root" chown -R operator: /home/operator/.ssh
 chroot "$root" chown -R observer: /home/observer/.ssh
 
+# A manager of units for each user stays, instead of being started anew for each login: an emulated CPU needs seconds for that.
+install -d "$root/var/lib/systemd/linger"
+touch "$root/var/lib/systemd/linger/root" "$root/var/lib/systemd/linger/operator"
+
 cat >"$root/etc/ssh/sshd_config.d/nested.conf" <<'SSHD'
 UseDNS no
 PasswordAuthentication no

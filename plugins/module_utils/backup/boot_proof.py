@@ -20,7 +20,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from .._errors import LibvirtFailed, Refused, Unsupported, VmkeeperError
-from ..hypervisor import definition, health, qemu_img, screenshot
+from ..hypervisor import apparmor, definition, health, qemu_img, screenshot
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import code_of, constant, explaining, open_connection
 from ..hypervisor.domain_model import Domain, DomainState, Layer, parse_domain, qemu_owner
@@ -189,6 +189,7 @@ def clear(uri: str, journal: Journal) -> None:
     uuid = journal.operation.plan["uuid"]
     journal.step("clear")
     _destroy(uri, uuid)
+    apparmor.forget(uuid)
     shutil.rmtree(os.path.join(places.PROOFS, uuid), ignore_errors=True)
     views.close_view(Loan.from_json(journal.operation.plan["loan"]).name)
     journal.finish()

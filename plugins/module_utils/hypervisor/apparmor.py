@@ -10,6 +10,7 @@ qemu-img are not confined, so nothing of this concerns a guest that is shut off.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from typing import Any
@@ -62,3 +63,13 @@ def read_denied(handle: Any) -> frozenset[str]:
     except OSError:
         return frozenset()  # then QEMU's refusal tells
     return frozenset(os.path.realpath(denied) for denied in denied_writes(rules))
+
+
+def forget(uuid: str) -> None:
+    """Remove the profile that libvirt leaves for every guest it ever started. Only for one that will not come again."""
+    label = f"libvirt-{uuid}"
+    if not _LABEL.fullmatch(label):
+        return
+    for name in (label, f"{label}.files"):
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(PROFILES, name))

@@ -20,6 +20,9 @@ from .domain_model import Disk, read_domain, read_state
 
 _POLL_SECONDS = 0.05
 
+#: A speed (bytes per second) at which a job begins and does not end: it waits for :func:`release`.
+HELD = 1
+
 
 def live_disk(domain: Any, target: str) -> Disk:
     """The disk as the live XML states it now."""
@@ -80,6 +83,20 @@ def begin_intermediate(domain: Any, target: str, base: str, top: str, *, bandwid
                 raise
     elif job["type"] != "commit":
         raise _foreign_job(domain, target, job["type"])
+    elif bandwidth != HELD:
+        release(domain, target, bandwidth)
+
+
+def release(domain: Any, target: str, bandwidth: int) -> None:
+    """Let a job that was begun with :data:`HELD` go on at this speed; nothing where it is over, or is not held."""
+    job = job_of(domain, target)
+    if job is None or job["bandwidth"] != HELD:
+        return
+    try:
+        limit(domain, target, bandwidth)
+    except LibvirtFailed:
+        if job_of(domain, target) is not None:
+            raise
 
 
 def pull(

@@ -26,6 +26,8 @@ REASONS = {
     "passthrough": "a host device is passed through",
     "host-shared": "it lives in the host's filesystem",
     "not-local": "it is not a local file or block device",
+    "thin-lvm": "it is a thin LVM volume, which is not handled yet",
+    "zfs": "it is a ZFS volume, which is not handled yet",
     "excluded": "the task left it out",
     "nvram": "UEFI variables are not part of it",
     "tpm": "TPM state is not part of it",
@@ -74,7 +76,7 @@ def _own_reason(disk: Disk) -> str | None:
         return "shareable"
     if disk.kind not in ("file", "block", "volume") or disk.path is None:
         return "not-local"
-    return None
+    return disk.storage
 
 
 def choose(

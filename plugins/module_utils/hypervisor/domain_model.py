@@ -17,6 +17,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from .binding import libvirt
+from .block_device import storage_of
 from .connection import explaining
 
 #: The name of the channel that the guest agent listens on.
@@ -128,6 +129,7 @@ class Disk:
     job: BlockJob | None = None
     pool: str | None = None
     volume: str | None = None
+    storage: str | None = None  #: ``thin-lvm`` or ``zfs``: a layer is a device of a kind that is not handled
 
     @property
     def active(self) -> Layer | None:
@@ -493,6 +495,16 @@ def resolve_volumes(domain: Domain, path_of: Callable[[str, str], str | None]) -
     return replace(domain, disks=tuple(resolved(disk) for disk in domain.disks))
 
 
+def with_storage(domain: Domain, storage_of: Callable[[str], str | None]) -> Domain:
+    """Fill in what the disks' devices are made of; ``storage_of`` answers by path."""
+
+    def told(disk: Disk) -> Disk:
+        found = (storage_of(layer.path) for layer in disk.chain if layer.path)
+        return replace(disk, storage=next((storage for storage in found if storage), None))
+
+    return replace(domain, disks=tuple(told(disk) for disk in domain.disks))
+
+
 def read_state(domain: Any) -> DomainState:
     """The domain's present state and libvirt's reason for it."""
     with explaining(f"Reading the state of domain {domain.name()!r}"):
@@ -503,11 +515,16 @@ def read_state(domain: Any) -> DomainState:
 
 
 def volume_path(connection: Any, pool: str, volume: str) -> str | None:
-    """Where a volume lies; None when there is no such pool or volume, or the pool is not active."""
+    """Where a volume lies on this host; None when there is no such pool or volume, or the pool is not active.
+
+    Also None for a volume that is no file or device here: libvirt calls one of RBD ``pool/image``, one of Gluster
+    ``gluster://...``.
+    """
     try:
-        return str(connection.storagePoolLookupByName(pool).storageVolLookupByName(volume).path())
+        path = str(connection.storagePoolLookupByName(pool).storageVolLookupByName(volume).path())
     except libvirt.libvirtError:
         return None
+    return path if os.path.isabs(path) else None
 
 
 def read_domain(domain: Any, *, inactive: bool = False) -> Domain:
@@ -525,7 +542,7 @@ def read_domain(domain: Any, *, inactive: bool = False) -> Domain:
     if inactive or not state.active:
         # Only a live definition states its chain; an inactive one names the top layer alone.
         model = replace(model, runtime_id=None)
-    return resolve_volumes(model, partial(volume_path, domain.connect()))
+    return with_storage(resolve_volumes(model, partial(volume_path, domain.connect())), storage_of)
 
 
 _OWNER = re.compile(r"\+?(\d+):\+?(\d+)")

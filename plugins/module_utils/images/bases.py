@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 from xml.etree import ElementTree
 
-from .._errors import Busy, Refused
+from .._errors import Busy
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import explaining
 from ..safety import host_graph, locks, places
@@ -51,11 +51,8 @@ def make_directory(directory: str) -> str:
     with contextlib.suppress(FileExistsError):
         os.symlink(os.path.realpath(where), link)
         places.fsync_directory(places.BASES)
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(where, 0o711)
-    status = os.lstat(where)
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-        raise Refused(f"{where} is not a directory of this user", advice="Remove it; it is made again")
+    places.private_directory(where)
+    os.chmod(where, 0o711)  # whatever the umask: QEMU's user passes through
     return where
 
 

@@ -273,7 +273,10 @@ class _Import:
         )
         try:
             journal.step("stage")
-            os.mkdir(staging, 0o711)  # qemu-img passes through as QEMU's user; it can make nothing here
+            os.mkdir(staging, 0o700)
+            os.chmod(
+                staging, 0o711
+            )  # whatever the umask: qemu-img passes through as QEMU's user; it can make nothing here
             made = {}
             for disk in self._plan.missing:
                 made[disk.target] = self._receive(journal, disk)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from .._errors import VmkeeperError
+from ..hypervisor import appliance
 from . import journal, locks, release, settlement
 from .journal import Operation
 from .settlement import Settler
@@ -26,6 +27,8 @@ def recover(
     ``settled`` is False where it failed (``action`` says why) or, with ``check``, where it is only foreseen.  ``left`` are the
     paths that lay around because of it.
     """
+    if not check:
+        appliance.sweep()  # a look at a disk that was killed is in no journal
     findings = []
     for handle in handles:
         findings += _recover(uri, handle.UUIDString(), handle.name(), settlers, tellers, check=check)

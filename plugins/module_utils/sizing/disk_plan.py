@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 from .._errors import Busy, NoSpace, NotFound, Refused, Unsupported
+from ..hypervisor.capture import REASONS
 from ..safety.space import free_bytes, human
 from .change import LIVE, NEXT_BOOT, NONE, OFFLINE, RESTART, Change, DiskGrowth, DiskShrink
 from .facts import DiskFacts, Facts
@@ -59,7 +60,9 @@ def _check(known: DiskFacts, facts: Facts) -> None:
     elif disk.shareable:
         reason = "other guests may use it at the same time"
     elif disk.path is None:
-        reason = "it is not a local file or block device"
+        reason = REASONS["not-local"]
+    elif disk.storage is not None:
+        reason = REASONS[disk.storage]
     elif known.problem:
         reason = known.problem
     if reason:

@@ -11,6 +11,7 @@ from .._errors import AgentSilent
 from ..hypervisor import agent, chain
 from ..hypervisor.binding import libvirt
 from ..hypervisor.block_jobs import running_job
+from ..hypervisor.connection import version_triple
 from ..hypervisor.domain_model import Disk, Domain, read_domain
 from ..safety.standing_freeze import standing_ticket
 from .model import read_snapshots
@@ -37,6 +38,8 @@ def read_facts(handle: Any, *, ask_agent: bool = True) -> Facts:
         frozen=frozen,
         frozen_whole=frozen and _frozen_whole(domain.uuid),
         next_start=read_domain(handle, inactive=True) if domain.state.active and domain.persistent else None,
+        layers={disk.target: chain.depth(disk) for disk in domain.disks if disk.active is not None},
+        longest_startable=chain.longest_startable(version_triple(handle.connect().getLibVersion())),
     )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._errors import VmkeeperError
-from ..hypervisor import block_jobs, checkpoints, power
+from ..hypervisor import apparmor, block_jobs, checkpoints, power
 from ..hypervisor.connection import explaining, open_connection
 from ..hypervisor.domain_model import read_domain
 from ..safety import processes
@@ -221,11 +221,18 @@ def _begin_together(handle: Any, work: Work, journal: Journal) -> None:
     if len(below) < 2:
         return
     journal.step("commits", disks=[merge.target for merge, _found in below])
-    for merge, found in below:
-        try:
-            block_jobs.begin_intermediate(handle, merge.target, found.base, found.top, bandwidth=work.bandwidth)
-        except block_jobs.NotBegun:
-            return
+    # Held, the first cannot end while the others are begun.
+    bandwidth = block_jobs.HELD if apparmor.rules_file(handle) else work.bandwidth
+    begun = []
+    try:
+        for merge, found in below:
+            block_jobs.begin_intermediate(handle, merge.target, found.base, found.top, bandwidth=bandwidth)
+            begun.append(merge.target)
+    except block_jobs.NotBegun:
+        pass
+    finally:
+        for target in begun:
+            block_jobs.release(handle, target, work.bandwidth)
 
 
 def _allocated(paths: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 from .._errors import Busy, Conflict, InvalidInput, Refused, Unsupported
 from ..hypervisor.agent import AgentInfo
 from ..hypervisor.capture import Capture, choose
+from ..hypervisor.chain import MAXIMUM_DEPTH
 from ..hypervisor.domain_model import Domain
 from ..safety import consistency
 from ..safety.names import file_stem
@@ -49,7 +50,8 @@ class Facts:
     """One domain as it is now. ``sizes`` are virtual sizes by target; ``job`` names what libvirt is busy with.
 
     ``frozen``: the agent says that filesystems are frozen already; ``frozen_whole``: by the fsfreeze module, and all of them.
-    ``next_start`` is the persistent definition of a running domain.
+    ``next_start`` is the persistent definition of a running domain. ``layers`` counts each disk's by target; ``longest_startable``
+    is how many this libvirt starts a guest on.
     """
 
     domain: Domain
@@ -61,6 +63,8 @@ class Facts:
     frozen: bool = False
     frozen_whole: bool = False
     next_start: Domain | None = None
+    layers: Mapping[str, int] = field(default_factory=dict)
+    longest_startable: int = MAXIMUM_DEPTH
 
 
 @dataclass(frozen=True)
@@ -329,6 +333,13 @@ def _overlays(
             raise Unsupported(
                 f"Disk {disk.target!r} of domain {facts.domain.name!r} is encrypted; a plain overlay would hold its data in the clear",
                 advice="Leave it out with exclude_disks",
+            )
+        if facts.layers.get(disk.target, 1) >= facts.longest_startable:
+            raise Refused(
+                f"Disk {disk.target!r} of domain {facts.domain.name!r} has {facts.layers[disk.target]} layers; with one more, the"
+                " libvirt of this host could not start the guest again",
+                advice="Shorten the chain with vmkeeper.libvirt.blockcommit, which works while the guest runs, then run this again",
+                longest_startable=facts.longest_startable,
             )
         directory = request.directory or overlay_directory(path)
         stem = file_stem(facts.domain.name, disk.target, request.name)

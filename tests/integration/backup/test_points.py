@@ -133,7 +133,10 @@ def test_check_mode_changes_nothing(chain, guest: Guest, repository: Path) -> No
     predicted = ok("backup", check=True, domain=guest.name, repository=str(repository))
     assert predicted["changed"]
     assert predicted["restore_point"]["id"] is None
-    ok("restore", check=True, repository=str(repository), source_domain=guest.name, domain="lab-points-x")
+    latest = {"repository": str(repository), "source_domain": guest.name, "domain": "lab-points-x"}
+    assert ok("restore", check=True, **latest, latest=True)["id"] == ok("restore", check=True, **latest)["id"]
+    assert "without id and before" in task("restore", **latest, latest=True, id="20200101T000000Z-0000")["msg"]
+    assert "must be named" in task("restore", **latest, latest=False)["msg"]
     assert evidence.host_state(guest.connection(), [repository]).differences(before) == []
 
 

@@ -9,8 +9,6 @@ import json
 import os
 import signal
 import subprocess
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
@@ -19,6 +17,7 @@ import pytest
 from lab import evidence
 from lab.ansible import CHECKOUT, run_module_process, run_playbook
 from lab.guest import DiskSpec, Guest, GuestSpec
+from lab.secrecy import PLACES, Watch, holding
 from lab.spec import MIB
 from lab.waiting import until
 
@@ -32,9 +31,6 @@ ENCRYPTION = {"passphrase": PASSPHRASE}
 
 #: What the guest writes, and nothing but an unencrypted copy of its disk can hold.
 MARK = "vmk-plaintext-of-the-guest"
-
-#: Everywhere that something of ours or of libvirt's could be left.
-PLACES = ("/var/lib/vmkeeper.libvirt", "/run", "/var/log/libvirt", "/etc/libvirt", "/var/lib/libvirt/qemu")
 
 
 @pytest.fixture(scope="module")
@@ -51,49 +47,9 @@ def repository(make_repository) -> Path:
     return make_repository()
 
 
-class Watch:
-    """Samples every process's command line and environment for a passphrase, and our places for the guest's data too."""
-
-    def __init__(self) -> None:
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self.seen: set[str] = set()
-        self.samples = 0
-        self.programs: set[str] = set()
-
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_rest: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.is_set():
-            for process in Path("/proc").glob("[0-9]*"):
-                for name in ("cmdline", "environ"):
-                    with contextlib.suppress(OSError):
-                        content = (process / name).read_bytes()
-                        if name == "cmdline" and b"qemu-" in content:
-                            self.programs.add(content.split(b"\0")[0].decode().rpartition("/")[2])
-                        if PASSPHRASE.encode() in content:
-                            self.seen.add(f"{process.name}/{name}: {content[:80]!r}")
-            self.seen.update(holding([PASSPHRASE, MARK], "/var/lib/vmkeeper.libvirt", "/run"))
-            self.samples += 1
-            time.sleep(0.1)
-
-
-def holding(texts: list[str], *places: str | Path) -> list[str]:
-    """Files below some directories that hold any of the texts."""
-    found = []
-    for place in places:
-        for path in Path(place).rglob("*"):
-            with contextlib.suppress(OSError):
-                if path.is_file() and not path.is_symlink():
-                    content = path.read_bytes()
-                    found += [f"{path}: {text}" for text in texts if text.encode() in content]
-    return found
+def watching() -> Watch:
+    """For the passphrase in every process, and for the guest's data, too, in our places."""
+    return Watch(PASSPHRASE, [MARK], "/var/lib/vmkeeper.libvirt", "/run")
 
 
 @contextlib.contextmanager
@@ -152,7 +108,7 @@ def chain(guest: Guest, repository: Path, tmp_path_factory: pytest.TempPathFacto
         "consistent_backup_passphrase": PASSPHRASE,
     }
     variables.write_text(json.dumps(settings))
-    with Watch() as watch:
+    with watching() as watch:
         for number in range(3):
             points.fill(guest, "vdb", MARK, 30 * number, 40)
             if number:
@@ -340,7 +296,7 @@ def test_an_encrypted_disk_stays_encrypted_in_the_repository_and_in_what_is_rest
     repository = directory / "repository"
     repository.mkdir()
     made = []
-    with Watch() as watch:
+    with watching() as watch:
         for number in range(2):
             points.fill(locked, "vda", MARK, 40 * number, 50)
             before = points.device_hash(locked, "vda")

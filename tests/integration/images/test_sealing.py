@@ -9,6 +9,7 @@ What is on the disks is read with debugfs and by looking for the bytes themselve
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from . import tasks
 
 EVERYTHING = ["machine-id", "ssh-hostkeys", "dhcp-leases", "logs", "histories", "cloud-init", "passwords"]
 JOURNAL = Path("/var/lib/vmkeeper.libvirt/journal")
+SCALE = int(os.environ.get("VMK_SCALE", "1"))
 SIZE = 48 << 20
 START = 1 << 20
 
@@ -248,6 +250,8 @@ def test_a_running_machine_is_sealed_in_its_image_only_wherever_the_export_is_ki
 
     shutil.rmtree(bundle)
     for step in steps[:-1]:
+        if step == "write" and SCALE < 2:
+            continue  # what comes after the appliance costs a boot of it each; the other such steps are tried
         tasks.kill_at(step, "export_image", log, env=environment, **options)
         found = tasks.ok("recover_domain", domains=[at_work.name])["findings"]
         assert found, step

@@ -26,6 +26,9 @@ pytestmark = [
     pytest.mark.timeout(3600),  # it is built first
 ]
 
+#: An emulated guest takes long to let anybody in.
+PATIENT = {"ANSIBLE_TIMEOUT": "300", "ANSIBLE_PIPELINING": "true"}
+
 #: Numbers one line a time, each on the disk before the next, at / and at /srv.
 WRITER = """
 for place in /var/lib /srv; do
@@ -58,6 +61,7 @@ def scale(guest: InventoryGuest, sizes: dict[str, int], *, check: bool = False) 
             "vertical_scale_snapshot": False,
         },
         more_hosts={"inside": guest.as_inventory_host()},
+        env=PATIENT,
         check=check,
     )
 
@@ -114,6 +118,7 @@ def test_a_place_that_is_no_partition_or_disk_is_refused(guest: InventoryGuest) 
             "vertical_scale_guests": {guest.name: {"host": "inside", "mounts": ["/run"]}},
         },
         more_hosts={"inside": guest.as_inventory_host()},
+        env=PATIENT,
     )
     assert run.rc != 0
     (failed,) = [task.result["msg"] for task in run.tasks if task.outcome in ("failed", "item_failed")]

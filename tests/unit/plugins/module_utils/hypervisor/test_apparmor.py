@@ -39,3 +39,14 @@ def test_a_guest_is_concerned_only_if_its_live_label_says_so() -> None:
 def test_a_label_is_no_path() -> None:
     label = "<domain><seclabel model='apparmor'><label>../../etc/shadow</label></seclabel></domain>"
     assert apparmor.profile_of(label) is None
+
+
+def test_a_guest_that_is_thrown_away_leaves_no_profile_and_takes_no_other_with_it(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(apparmor, "PROFILES", str(tmp_path))
+    other = UUID.replace(UUID[0], "0" if UUID[0] != "0" else "1", 1)
+    for name in (f"libvirt-{UUID}", f"libvirt-{UUID}.files", f"libvirt-{other}", "TEMPLATE.qemu"):
+        (tmp_path / name).write_text("")
+    apparmor.forget(UUID)
+    apparmor.forget(UUID)
+    apparmor.forget("../TEMPLATE.qemu")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["TEMPLATE.qemu", f"libvirt-{other}"]

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput, NotFound
@@ -100,3 +102,13 @@ def test_unknown_and_contradictory_names_are_errors():
     assert error.value.facts["existing"][0] == "vda"
     with pytest.raises(InvalidInput, match="both name vda"):
         choose(DOMAIN, disks=["vda"], exclude=["vda"])
+
+
+@pytest.mark.parametrize(("storage", "word"), [("thin-lvm", "thin LVM"), ("zfs", "ZFS")])
+def test_thin_and_zfs_volumes_are_left_out_and_refused_by_name(storage, word):
+    domain = replace(DOMAIN, disks=(disk("vda"), disk("vdb", "/dev/vg0/web", kind="block", storage=storage)))
+    capture = choose(domain)
+    assert reasons(capture)["vdb"] == storage
+    assert f"vdb ({storage})" in capture.warning("web")
+    with pytest.raises(InvalidInput, match=f"it is a {word} volume, which is not handled yet"):
+        choose(domain, disks=["vdb"])

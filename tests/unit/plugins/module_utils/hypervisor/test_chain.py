@@ -100,3 +100,17 @@ def test_virtual_sizes_come_from_header_or_length(tmp_path, base):
     assert chain.virtual_size(Layer(str(raw), "qcow2")) is None
     assert chain.virtual_size(Layer(str(tmp_path / "gone"), "raw")) is None
     assert chain.virtual_size(Layer(None, "raw")) is None
+
+
+@pytest.mark.parametrize(
+    ("version", "layers"),
+    [((9, 0, 0), 200), ((10, 7, 0), 200), ((10, 8, 0), 25), ((11, 3, 0), 25), ((11, 10, 0), 25), ((12, 0, 0), 200)],
+)
+def test_some_versions_of_libvirt_start_no_guest_on_a_long_chain(version, layers):
+    assert chain.longest_startable(version) == layers
+
+
+def test_the_depth_of_what_cannot_be_read_is_what_the_definition_says(tmp_path, base):
+    assert chain.depth(Disk("vda", "disk", "file", "virtio", (Layer(str(base), "raw"),))) == 1
+    missing = Layer(str(tmp_path / "missing.qcow2"), "qcow2")
+    assert chain.depth(Disk("vda", "disk", "file", "virtio", (missing,))) == 1

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain_model import (
@@ -12,6 +14,8 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain
     parse_domain,
     qemu_owner,
     resolve_volumes,
+    volume_path,
+    with_storage,
 )
 
 XML = """
@@ -66,6 +70,21 @@ def test_a_disk_has_its_chain_its_job_and_its_flags(domain):
     assert domain.disk("vdd").path is None
     assert domain.disk("sda").active is None
     assert domain.disk("nope") is None
+
+
+def test_a_volume_that_is_no_file_here_has_no_path():
+    volume = SimpleNamespace(path=lambda: "rbdpool/web")
+    pool = SimpleNamespace(storageVolLookupByName=lambda _name: volume)
+    connection = SimpleNamespace(storagePoolLookupByName=lambda _name: pool)
+    assert volume_path(connection, "ceph", "web") is None
+    volume.path = lambda: "/dev/vg0/web"
+    assert volume_path(connection, "vg0", "web") == "/dev/vg0/web"
+
+
+def test_any_layer_tells_what_a_disk_is_made_of(domain):
+    told = with_storage(domain, lambda path: "zfs" if path == domain.disk("vda").chain[-1].path else None)
+    assert told.disk("vda").storage == "zfs"
+    assert told.disk("vdc").storage is None
 
 
 def test_volumes_get_their_path_and_keep_without_one_when_the_pool_is_away(domain):

@@ -144,6 +144,7 @@ def test_the_level_that_is_promised(state, quiesce, level):
         (facts(frozen=True), {"quiesce": "shutdown"}, Refused, "Thaw it first"),
         (facts(domain(disk("vda", encrypted=True))), {}, Unsupported, "in the clear"),
         (Facts(domain(), agent=FREEZER), {}, Unsupported, "virtual size"),
+        (facts(layers={"vda": 25, "vdb": 1}, longest_startable=25), {}, Refused, "could not start the guest again"),
     ],
 )
 def test_what_is_refused_before_anything_is_made(one, options, error, words):
@@ -152,6 +153,11 @@ def test_what_is_refused_before_anything_is_made(one, options, error, words):
     assert words in str(raised.value)
     assert "Nothing was changed." in str(raised.value)
     assert raised.value.advice
+
+
+def test_a_chain_may_grow_as_long_as_the_guest_can_be_started_on_it():
+    assert take(facts(layers={"vda": 24, "vdb": 1}, longest_startable=25)).overlays
+    assert take(facts(layers={"vda": 25, "vdb": 1}, longest_startable=25), exclude=("vda",)).overlays
 
 
 def test_a_guest_that_somebody_froze_is_cut_as_it_is():
