@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Run stages of the test suite: `.venv/bin/python scripts/stages.py lint sanity units integration`.
 
-Two more stages, `generations` and `nested`, are not part of `make test`: they build and boot whole Debian machines.
+Three more stages, `generations`, `nested` and `nested-quick`, are not part of `make test`: they build and boot whole Debian machines.
 
 All stages run, whatever fails before them. Each check writes its whole output to `.cache/logs/`; the
 end of it is shown when the check fails. A table of times follows, then `N passed, N failed`, where a
@@ -217,6 +217,14 @@ def nested() -> Iterator[Stage]:
     yield Stage("molecule", (Check("scenarios", command, stream=True),))
 
 
+def nested_quick() -> Iterator[Stage]:
+    """One nested hypervisor, and what an operator does most under AppArmor; skipped where none runs."""
+    chosen = ("a_guest_is_confined", "takes_a_commit", "a_flat_chain_by_a_pull")
+    arguments = ["--quiet", "tests/nested/test_apparmor.py", "-k", " or ".join(chosen)]
+    prefix = [str(LAB), "--name", "nested", "--", "env", "VMK_NESTED_OPTIONAL=1"]
+    yield Stage("nested-quick", (pytest_check("nested-quick", arguments, prefix=prefix, stream=True),), budget=10)
+
+
 STAGES = {
     "lint": lint,
     "sanity": sanity,
@@ -224,6 +232,7 @@ STAGES = {
     "integration": integration,
     "generations": generations,
     "nested": nested,
+    "nested-quick": nested_quick,
 }
 
 

@@ -263,7 +263,7 @@ def test_nothing_is_left(guest: Guest) -> None:
 
 def files_of(directory: Path) -> dict[str, tuple[int, ...]]:
     """Owner, mode, size and times of every file below a directory."""
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for path in sorted(directory.rglob("*")):
         status = path.stat()
         found[str(path)] = (

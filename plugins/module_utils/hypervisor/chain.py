@@ -10,6 +10,8 @@ the files speak.
 from __future__ import annotations
 
 import os
+import stat
+from dataclasses import replace
 
 from .._errors import Refused, Unsupported, VmkeeperError
 from .domain_model import Disk, Layer
@@ -94,6 +96,30 @@ def chain_of(disk: Disk) -> tuple[Layer, ...]:
     if len(disk.chain) > 1 or disk.active is None or disk.active.path is None:
         return disk.chain
     return follow(disk.active)
+
+
+def on_devices(top: Layer) -> tuple[Layer, ...]:
+    """The layers below an image if one of them is a block device, else none.
+
+    libvirt finds them by itself when it starts a guest.  virt-aa-helper, which then writes the AppArmor profile, may not read
+    devices (its own profile denies ``/dev/dm-*`` and the like), so that the guest would not be allowed to, either: these
+    chains have to be named in the definition.
+    """
+    if top.path is None or not os.path.exists(top.path):
+        return ()
+    try:
+        below = follow(top)[1:]
+    except VmkeeperError:
+        return ()
+    found = tuple(replace(layer, kind="block" if _is_device(layer.path) else "file") for layer in below)
+    return found if any(layer.kind == "block" for layer in found) else ()
+
+
+def _is_device(path: str | None) -> bool:
+    try:
+        return path is not None and stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def depth(disk: Disk) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
+from . import chain
 from .connection import constant, explaining
 from .domain_model import Layer
 
@@ -16,7 +17,8 @@ from .domain_model import Layer
 def with_disk_layers(xml: str, layers: Mapping[str, Layer]) -> str:
     """The definition with the disks in ``layers`` (by target) standing on these images.
 
-    A recorded backing chain is dropped: it belongs to the old image, and libvirt reads the new one from the file.
+    A recorded backing chain is dropped: it belongs to the old image, and libvirt reads the new one from the file. Where that
+    leads to a block device it is recorded anew (:func:`.chain.on_devices`).
     """
     root = ElementTree.fromstring(xml)
     with_layers(root, layers)
@@ -42,6 +44,18 @@ def with_layers(root: ElementTree.Element, layers: Mapping[str, Layer]) -> None:
         driver.set("type", layer.format or "raw")
         for backing in disk.findall("backingStore"):
             disk.remove(backing)
+        _record(disk, chain.on_devices(layer))
+
+
+def _record(disk: ElementTree.Element, below: Sequence[Layer]) -> None:
+    above = disk
+    for layer in below:
+        backing = ElementTree.SubElement(above, "backingStore", type=layer.kind)
+        ElementTree.SubElement(backing, "format", type=layer.format or "raw")
+        ElementTree.SubElement(backing, "source", {"dev" if layer.kind == "block" else "file": layer.path or ""})
+        above = backing
+    if below:
+        ElementTree.SubElement(above, "backingStore")
 
 
 def with_backing(xml: str, chains: Mapping[str, Sequence[Layer]], models: Collection[str]) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import chain
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.definition import (
     with_backing,
     with_disk_layers,
@@ -56,3 +57,25 @@ def test_a_chain_that_is_lent_is_written_out_and_its_owners_are_left_alone() -> 
     assert last is not None
     assert len(last) == 0, "without its end libvirt would look for more"
     assert root.findall("devices/disk")[1].find("backingStore") is None
+
+
+def test_a_chain_that_leads_to_a_block_device_is_recorded(monkeypatch, tmp_path):
+    top = Layer(str(tmp_path / "web.qcow2"), "qcow2")
+    (tmp_path / "web.qcow2").touch()
+    below = (Layer("/images/middle.qcow2", "qcow2"), Layer("/dev/vg0/web", "raw"))
+    monkeypatch.setattr(chain, "follow", lambda _top: (top, *below))
+    xml = (
+        "<domain><devices><disk type='block'><source dev='/dev/vg0/web'/><target dev='vda'/></disk></devices></domain>"
+    )
+    assert "backingStore" not in with_disk_layers(xml, {"vda": top})
+    monkeypatch.setattr(chain, "_is_device", lambda path: path.startswith("/dev/"))
+    disk = ElementTree.fromstring(with_disk_layers(xml, {"vda": top})).find("devices/disk")
+    first = disk.find("backingStore")
+    assert (first.get("type"), first.find("source").get("file")) == ("file", "/images/middle.qcow2")
+    second = first.find("backingStore")
+    assert (second.get("type"), second.find("source").get("dev"), second.find("format").get("type")) == (
+        "block",
+        "/dev/vg0/web",
+        "raw",
+    )
+    assert len(second.find("backingStore")) == 0
