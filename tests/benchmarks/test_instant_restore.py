@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def test_the_answer_does_not_wait_for_the_size(module_guest_factory, make_reposi
         guest.destroy()
     seconds: dict[str, dict[str, list[float]]] = {name: {"task": [], "agent": []} for name in SIZES}
     for number in range(ROUNDS):
-        for name, (repository, stored) in made.items():
+        order = list(made) if number % 2 else list(reversed(made))
+        for name, (repository, stored) in ((name, made[name]) for name in order):
             restored = Guest(host, GuestSpec(f"{name}-{number}", disks=(DiskSpec("vda"), DiskSpec("vdb", fs=None))))
             began = time.monotonic()
             ok(
@@ -51,8 +53,11 @@ def test_the_answer_does_not_wait_for_the_size(module_guest_factory, make_reposi
             for path in directory.iterdir():
                 path.unlink()
     for what in ("task", "agent"):
-        # The best of several: whatever else this machine does only adds.
+        # What else the machine does meets both of a round; its changes between rounds drop out of the median.
+        ratios = [seconds["large"][what][number] / seconds["small"][what][number] for number in range(ROUNDS)]
         best = {name: min(times[what]) for name, times in seconds.items()}
-        ratio = best["large"] / best["small"]
-        print(f"\n{what}: 1 GiB {best['small']:.2f} s, 16 GiB {best['large']:.2f} s, ratio {ratio:.3f}")
+        ratio = statistics.median(ratios)
+        print(
+            f"\n{what}: best 1 GiB {best['small']:.2f} s, 16 GiB {best['large']:.2f} s; ratios {ratios}, median {ratio:.3f}"
+        )
         assert ratio < 1.10, seconds

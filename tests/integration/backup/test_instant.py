@@ -144,7 +144,7 @@ def write(guest: Guest, mark: str, offset: int, blocks: int) -> None:
 def test_the_guest_answers_at_once_and_what_it_writes_meanwhile_is_kept(
     lent: Lent, restored: Guest, directory: Path, tmp_path: Path
 ) -> None:
-    answered = ok("restore", **arguments(lent, directory, wait=False, bandwidth="1M"))
+    answered = ok("restore", **arguments(lent, directory, wait=False, bandwidth="256K"))
     assert answered["job"]["state"] == "pending"
     shown = ok("domain_job", domain="lab-lent")
     assert shown["job"]["operation"] == "instant-restore"
@@ -163,7 +163,7 @@ def test_the_guest_answers_at_once_and_what_it_writes_meanwhile_is_kept(
     lent.assert_untouched()
     busy = task("snapshot", domain="lab-lent", name="s", check=True)
     assert not busy["failed"] or busy["error"]["kind"] in ("busy", "unfinished"), busy["msg"]
-    joined = run_module_process("restore", **arguments(lent, directory, wait=True, bandwidth="1M"))
+    joined = run_module_process("restore", **arguments(lent, directory, wait=True, bandwidth="256K"))
     until(
         lambda: bool(ok("domain_job", domain="lab-lent", bandwidth="0")["block_jobs"]) or not joined.running(), "a pull"
     )

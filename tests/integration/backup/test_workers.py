@@ -64,13 +64,13 @@ def started_by(answer: Any) -> int:
 
 def test_a_backup_goes_on_without_its_task_and_can_be_limited_and_waited_for(guest: Guest, make_repository) -> None:
     repository = make_repository()
-    slowly = {"domain": guest.name, "repository": str(repository), "quiesce": "required", "bandwidth": "1M"}
+    slowly = {"domain": guest.name, "repository": str(repository), "quiesce": "required", "bandwidth": "256K"}
     late = task("backup", **slowly, wait_timeout="5s")
     assert late["failed"]
     assert late["error"]["kind"] == "timeout", late["msg"]
     assert late["job"]["state"] == "running"
     assert guest.frozen_filesystems() == []
-    until(lambda: [job["bandwidth"] for job in backup_jobs(guest.name)] == [MIB], "the limit")
+    until(lambda: [job["bandwidth"] for job in backup_jobs(guest.name)] == [256 << 10], "the limit")
     again = ok("backup", **slowly, wait=False)
     assert (again["job"]["id"], again["job"]["state"]) == (late["job"]["id"], "pending"), (
         "the same task, the same worker"
@@ -98,7 +98,7 @@ def test_a_cancelled_backup_leaves_nothing_of_any_domain_of_its_group(
     before = point(guest, repository)
     checkpoints = points.checkpoints(guest)
     points.fill(guest, "vdb", "changed", 100, 200)
-    asked = {"domains": [guest.name, stopped.name], "repository": str(repository), "bandwidth": "1M"}
+    asked = {"domains": [guest.name, stopped.name], "repository": str(repository), "bandwidth": "256K"}
     ok("backup", **asked, type="full", wait=False)
     until(lambda: backup_jobs(guest.name), "the job of the worker")
     assert ok("domain_job", domain=stopped.name, check=True, state="absent")["changed"]
@@ -124,7 +124,7 @@ def test_a_cancelled_backup_leaves_nothing_of_any_domain_of_its_group(
 def test_a_killed_worker_is_made_up_for_by_the_same_task(guest: Guest, make_repository) -> None:
     repository = make_repository()
     asked = {"domain": guest.name, "repository": str(repository)}
-    begun = ok("backup", **asked, bandwidth="1M", wait=False)
+    begun = ok("backup", **asked, bandwidth="256K", wait=False)
     until(lambda: backup_jobs(guest.name), "the job of the worker")
     os.kill(started_by(begun), signal.SIGKILL)
     until(lambda: shown(guest.name)["job"]["state"] == "interrupted", "its death being seen")
@@ -178,7 +178,7 @@ def test_a_restore_goes_on_without_its_task_and_leaves_nothing_when_it_is_cancel
     made = point(guest, repository)
     before = evidence.host_state(guest.connection(), [directory])
     asked = {"repository": str(repository), "id": made["id"], "domain": "lab-worked-r", "directory": str(directory)}
-    slowly = {**asked, "bandwidth": "1M"}
+    slowly = {**asked, "bandwidth": "256K"}
     part = directory / "lab-worked-r.vdb.qcow2.part"
     begun = ok("restore", **slowly, wait=False)
     until(lambda: part.exists(), "the copy")
