@@ -26,7 +26,7 @@ from lab.spec import MIB
 from ansible_collections.vmkeeper.libvirt.tests.integration.conftest import GuestFactory
 
 MARK = "/disk/vda/mark"
-#: The boot loader of the lab's disks hangs under the BIOS of QEMU 11.1: there the guest boots from a kernel of the host.
+#: The boot loader of the lab's disks did not come up under QEMU 11.1: there the guest boots from a kernel of the host.
 BOOTS_FROM_DISK = os.environ.get("VMK_LAB_GENERATION") != "sid"
 PARTITION = 2 if BOOTS_FROM_DISK else None
 
