@@ -181,7 +181,7 @@ def test_a_restore_goes_on_without_its_task_and_leaves_nothing_when_it_is_cancel
     slowly = {**asked, "bandwidth": "256K"}
     part = directory / "lab-worked-r.vdb.qcow2.part"
     begun = ok("restore", **slowly, wait=False)
-    until(lambda: part.exists(), "the copy")
+    until(part.exists, "the copy")
     assert shown("lab-worked-r")["job"]["operation"] == "restore", "it is found before it is defined"
     assert ok("restore", **slowly, wait=False)["job"]["id"] == begun["job"]["id"]
     assert ok("domain_job", domain="lab-worked-r", state="absent")["changed"]
@@ -189,7 +189,7 @@ def test_a_restore_goes_on_without_its_task_and_leaves_nothing_when_it_is_cancel
     assert list(points.JOURNALS.glob("*")) == []
 
     begun = ok("restore", **slowly, wait=False)
-    until(lambda: part.exists(), "the copy")
+    until(part.exists, "the copy")
     os.kill(started_by(begun), signal.SIGKILL)
     until(lambda: shown("lab-worked-r")["job"]["state"] == "interrupted", "its death being seen")
     done = ok("restore", **asked, wait_timeout="10m")
