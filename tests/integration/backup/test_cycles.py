@@ -15,6 +15,7 @@ import os
 import random
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import libvirt
 import pytest
@@ -109,10 +110,13 @@ class History:
         self.guest.destroy()
         overlay = self.guest.directory / f"r{next(_NAMES)}.qcow2"
         points.run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, overlay)
-        xml = self.guest.xml_text(inactive=True)
-        for old in [str(path) for path in self.guest.active_paths().values()]:
-            xml = xml.replace(old, str(overlay))
-        self.guest.connection().defineXML(xml)
+        definition = self.guest.xml(inactive=True)
+        (disk,) = (one for one in definition.iter("disk") if one.find("target[@dev='vda']") is not None)
+        disk.find("source").set("file", str(overlay))
+        # libvirt may have recorded the chain, and would start the guest on that, whatever the overlay says.
+        for recorded in disk.findall("backingStore"):
+            disk.remove(recorded)
+        self.guest.connection().defineXML(ElementTree.tostring(definition, encoding="unicode"))
         self.model = bytearray(content)
         self.guest.start()
         # What it stands on now is one layer further down than the snapshots that remain.
