@@ -92,6 +92,7 @@ class Journal:
         """The operation is over, or wholly undone."""
         # The operation itself first: a link that is left over names nothing, and is not taken for one.
         places.unlink_quietly(self._path)
+        places.sweep_unfinished(self._path)
         places.fsync_directory(self._directory)
         for link in self._links:
             places.unlink_quietly(link)

@@ -139,7 +139,7 @@ def write_file(path: str, content: bytes) -> None:
 def _temporary(path: str, content: bytes) -> Iterator[str]:
     """A durable file with ``content`` beside ``path``, to be made ``path``; it is gone afterwards if nobody did."""
     directory = os.path.dirname(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=".new-", dir=directory)
+    descriptor, temporary = tempfile.mkstemp(prefix=_prefix_of(path), dir=directory)
     try:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)
@@ -149,6 +149,18 @@ def _temporary(path: str, content: bytes) -> Iterator[str]:
     finally:
         unlink_quietly(temporary)
     fsync_directory(directory)
+
+
+def _prefix_of(path: str) -> str:
+    return f".new-{os.path.basename(path)}-"
+
+
+def sweep_unfinished(path: str) -> None:
+    """Remove what killed processes were about to make ``path``. Nobody may be writing it now."""
+    directory = os.path.dirname(path)
+    for name in os.listdir(directory):
+        if name.startswith(_prefix_of(path)):
+            unlink_quietly(os.path.join(directory, name))
 
 
 def read_json(path: str) -> Any:

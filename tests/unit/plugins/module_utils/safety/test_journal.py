@@ -78,3 +78,12 @@ def test_a_look_at_garbage_finds_nothing(place):
     with open(os.path.join(place, "u1.json"), "w") as stream:
         stream.write("{half")
     assert journal.peek("u1", directory=place) is None
+
+
+def test_what_a_killed_run_was_writing_goes_with_the_next_ones_journal(place):
+    os.makedirs(place, mode=0o700)
+    for name in (".new-u1.json-k1ll3d", ".new-u12.json-another"):
+        with open(os.path.join(place, name), "w", encoding="utf-8"):
+            pass
+    Journal.begin("snapshot", DOMAINS, {}, directory=place).finish()
+    assert os.listdir(place) == [".new-u12.json-another"]
