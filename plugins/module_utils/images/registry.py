@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from .._errors import InvalidInput, Unsupported, VmkeeperError
 from ..hypervisor.lifeline import end_with_caller
 from ..safety import places
+from ..safety.processes import ProcessIdentity, myself
 from . import bundle
 from .oci import Reference
 
@@ -166,6 +167,14 @@ def check_available() -> None:
     _program()
 
 
+def _sweep() -> None:
+    """Remove the secrets of processes that were killed."""
+    for name in os.listdir(_SECRETS):
+        pid, _dot, rest = name.partition(".")
+        if not (pid.isdecimal() and ProcessIdentity(int(pid), rest.partition(".")[0]).alive):
+            shutil.rmtree(os.path.join(_SECRETS, name), ignore_errors=True)
+
+
 @contextlib.contextmanager
 def open_registry(reference: Reference, access: Access) -> Iterator[Registry]:
     """A registry's doors, with the secrets in a private directory that a reboot empties and that goes with the block."""
@@ -173,7 +182,9 @@ def open_registry(reference: Reference, access: Access) -> Iterator[Registry]:
     if (access.username is None) != (access.password is None):
         raise InvalidInput("username and password belong together", advice="Give both or neither")
     places.private_directory(_SECRETS)
-    directory = tempfile.mkdtemp(dir=_SECRETS)
+    _sweep()
+    me = myself()
+    directory = tempfile.mkdtemp(prefix=f"{me.pid}.{me.started}.", dir=_SECRETS)
     try:
         auths = {}
         if access.username is not None:

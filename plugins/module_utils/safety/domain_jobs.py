@@ -33,7 +33,8 @@ def subject_of(connection: Any, wanted: str) -> Subject:
     try:
         handle = find_domain(connection, wanted)
     except NotFound:
-        for job in worker.all_jobs():
+        # One that runs before one that is over, which may have been to make the same domain under another UUID.
+        for job in sorted(worker.all_jobs(), key=lambda job: job.over):
             for uuid, name in job.domains:
                 if wanted in (name, uuid):
                     return Subject(uuid, name, None)

@@ -181,7 +181,7 @@ def _write(directory: str, state: Mapping[str, Any]) -> None:
 
 
 def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds")
 
 
 def read(identifier: str) -> Job | None:
