@@ -14,12 +14,11 @@ from typing import Any
 
 from .._errors import Refused
 from ..hypervisor import apparmor, block_jobs, definition, qemu_img
-from ..hypervisor.binding import libvirt
-from ..hypervisor.connection import code_of, constant, explaining
-from ..hypervisor.domain_model import Domain, Layer, read_domain
+from ..hypervisor.domain_model import Domain, read_domain
 from ..safety import places, processes
 from ..safety.host_graph import canonical, read_graph
-from .model import read_snapshot
+from .records import forget_snapshot
+from .remains import layer_at
 
 #: Ends of the names of an overlay that is being removed, and of one that is being merged.
 _ASIDE = ".removed"
@@ -51,7 +50,7 @@ def take_back(handle: Any, name: str, overlays: Sequence[Mapping[str, Any]], bes
             _commit_live(handle, in_use)
         else:
             _commit_offline(handle, in_use)
-    _forget(handle, name)
+    forget_snapshot(handle, name)
     remove_files(handle, [*(overlay["path"] for overlay in overlays), *beside])
 
 
@@ -131,33 +130,13 @@ def _stands_on(disk: Any, path: str) -> bool:
 def _commit_offline(handle: Any, overlays: Sequence[Mapping[str, Any]]) -> None:
     for overlay in overlays:
         _commit_file(overlay["path"], overlay["base"])
-    layers = {
-        overlay["target"]: Layer(overlay["base"], overlay["base_format"], _kind(overlay["base"]))
-        for overlay in overlays
-    }
+    layers = {overlay["target"]: layer_at(overlay["base"], overlay["base_format"]) for overlay in overlays}
     definition.define(
         handle.connect(),
         definition.with_disk_layers(definition.persistent_xml(handle), layers),
         doing=f"Putting domain {handle.name()!r} back on its images",
         state="Its overlays are committed and still in its definition; run this again.",
     )
-
-
-def _kind(path: str) -> str:
-    return "block" if path.startswith("/dev/") else "file"
-
-
-def _forget(handle: Any, name: str) -> None:
-    try:
-        snapshot = handle.snapshotLookupByName(name)
-    except libvirt.libvirtError as error:
-        if code_of(error) == constant("VIR_ERR_NO_DOMAIN_SNAPSHOT"):
-            return
-        raise
-    # What lies inside the images goes with the record; of an external one only the record is left by now.
-    internal = read_snapshot(snapshot).mode == "internal"
-    with explaining(f"Removing snapshot {name!r}", state="Its layers are merged; run this again."):
-        snapshot.delete(0 if internal else constant("VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY") or 0)
 
 
 def _refuse_shared(handle: Any, overlays: Sequence[Mapping[str, Any]]) -> None:
