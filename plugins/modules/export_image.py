@@ -128,7 +128,8 @@ attributes:
     support: partial
     details:
       - An image of a stopped domain or of a snapshot is left alone if its content is still the same. It is never overwritten.
-      - A running domain changes all the time, so a second export under the same name fails and changes nothing.
+      - A running domain changes all the time, so a second export under the same name fails and changes nothing. The failure has
+        RV(image), for those who only want to hand over the image that is there.
 notes:
   - An image holds whatever is on the disks and was not taken out by O(seal), also secrets such as users' keys. It is readable by
     root only.
@@ -198,7 +199,9 @@ EXAMPLES = r"""
 RETURN = r"""
 image:
   description: The image.
-  returned: success, except where a worker goes on
+  returned:
+    success, except where a worker goes on; also on failure, when the domain runs and an image of that name was made of it before with
+    the same options
   type: dict
   contains:
     path:

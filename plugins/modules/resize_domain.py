@@ -24,7 +24,8 @@ options:
     type: int
   max_vcpus:
     description:
-      - Number of vCPUs that the domain has room for after its next start. CPU topology and NUMA cells are kept consistent.
+      - Number of vCPUs that the domain has room for after a start, which O(allow_restart) brings about. CPU topology and NUMA
+        cells are kept consistent.
       - Raised to O(vcpus) by itself where needed.
     type: int
   memory:
@@ -35,7 +36,8 @@ options:
     type: str
   max_memory:
     description:
-      - Memory that the domain has room for after its next start, so that memory can be plugged while it runs.
+      - Memory that the domain has room for after a start, which O(allow_restart) brings about, so that memory can be plugged
+        while it runs.
     type: str
   disks:
     description: Disks to change.

@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import os
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,48 +79,62 @@ def _compare_existing(request: Request, facts: Facts, plan: ExportPlan) -> Expor
     with bundle.Opened(request.path) as opened:
         opened.require_ours()
         manifest, digest = opened.read_manifest()
+        differences = list(_differences_of_kind(request, manifest, plan))
         if facts.live:
+            # Whoever only wants it handed over is told what it is: an earlier run of the same task may have made it.
+            source = (manifest.source.uuid, manifest.source.snapshot)
+            same = not differences and source == (plan.domain.uuid, None)
             raise Conflict(
                 f"There is an image {request.path} from {manifest.created}, and domain {plan.domain.name!r} runs:"
                 " its content is another one now",
                 advice=advice,
+                **({"image": as_result(request.path, manifest, digest)} if same else {}),
             )
-        differences = []
-        if manifest.machine != plan.machine:
-            differences.append("the machine")
-        if {disk.target for disk in manifest.disks} != {disk.target for disk in plan.disks}:
-            differences.append("the choice of disks")
-        if any(disk.format != request.format or disk.compression != request.compression for disk in manifest.disks):
-            differences.append("the format or the compression")
-        if manifest.sealed != request.seal:
-            differences.append("what is sealed")
-        encryption = "luks" if request.passphrase is not None else "none"
-        if any(disk.encryption != encryption for disk in manifest.disks):
-            differences.append("the encryption")
-        if dict(manifest.tags) != dict(request.tags):
-            differences.append("the tags")
-        if (manifest.nvram.sha256 if manifest.nvram else None) != (
-            bundle.digest_of(plan.nvram) if plan.nvram else None
-        ):
-            differences.append("the UEFI variables")
         if not differences:
-            wanted = {disk.target: disk for disk in plan.disks}
-            for disk in manifest.disks:
-                source = wanted[disk.target].source
-                if disk.virtual_size != wanted[disk.target].size:
-                    differences.append(f"the size of disk {disk.target}")
-                elif opened.digest(disk.file, disk.stored_size) != disk.sha256:
-                    differences.append(f"the file {disk.file}, which is damaged")
-                elif disk.encryption != encryption:
-                    continue
-                elif not _holds_content_of(source, disk, request):
-                    differences.append(f"the content of disk {disk.target}")
+            differences = list(_differences_of_content(request, manifest, plan, opened))
     if differences:
         raise Conflict(
             f"There is an image {request.path} from {manifest.created} that differs in {', '.join(differences)}",
             advice=advice,
         )
     return Exported(as_result(request.path, manifest, digest), changed=False)
+
+
+def _encryption(request: Request) -> str:
+    return "luks" if request.passphrase is not None else "none"
+
+
+def _differences_of_kind(request: Request, manifest: Manifest, plan: ExportPlan) -> Iterator[str]:
+    """In what an image differs from what was asked, by what its manifest says."""
+    if manifest.machine != plan.machine:
+        yield "the machine"
+    if {disk.target for disk in manifest.disks} != {disk.target for disk in plan.disks}:
+        yield "the choice of disks"
+    if any(disk.format != request.format or disk.compression != request.compression for disk in manifest.disks):
+        yield "the format or the compression"
+    if manifest.sealed != request.seal:
+        yield "what is sealed"
+    if any(disk.encryption != _encryption(request) for disk in manifest.disks):
+        yield "the encryption"
+    if dict(manifest.tags) != dict(request.tags):
+        yield "the tags"
+
+
+def _differences_of_content(
+    request: Request, manifest: Manifest, plan: ExportPlan, opened: bundle.Opened
+) -> Iterator[str]:
+    """In what an image of the right kind differs from the domain's disks as they are now, by reading both."""
+    if (manifest.nvram.sha256 if manifest.nvram else None) != (bundle.digest_of(plan.nvram) if plan.nvram else None):
+        yield "the UEFI variables"
+        return
+    wanted = {disk.target: disk for disk in plan.disks}
+    for disk in manifest.disks:
+        if disk.virtual_size != wanted[disk.target].size:
+            yield f"the size of disk {disk.target}"
+        elif opened.digest(disk.file, disk.stored_size) != disk.sha256:
+            yield f"the file {disk.file}, which is damaged"
+        elif not _holds_content_of(wanted[disk.target].source, disk, request):
+            yield f"the content of disk {disk.target}"
 
 
 def _holds_content_of(source: Layer, disk: ImageDisk, request: Request) -> bool:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .._errors import InvalidInput, Refused
-from .change import LIVE, NEXT_BOOT, RESTART, Change, ChangeSet
+from .._errors import InvalidInput
+from .change import LIVE, NEXT_BOOT, NONE, RESTART, Change, ChangeSet, decide
 from .definition import Wish, configured_memory
 from .disk_plan import disk_changes
 from .facts import Facts
@@ -54,7 +54,7 @@ def _limits(request: Request, facts: Facts) -> tuple[list[Change], list[str]]:
     """``max_vcpus`` and ``max_memory``: room that only a start can make."""
     changes, pending = [], []
     conf, live = facts.configured, facts.live
-    at = "only a start can make room"
+    at = "only a start can make room for it"
     for what, wanted, configured, running, least in (
         (
             "max_vcpus",
@@ -77,14 +77,19 @@ def _limits(request: Request, facts: Facts) -> tuple[list[Change], list[str]]:
             raise InvalidInput(
                 f"{what} {wanted} is less than domain {facts.name!r} uses ({least})", advice=f"Raise {what}"
             )
-        if request.apply == LIVE:
-            raise Refused(f"{what} cannot be changed live: {at}", advice="Use apply: auto or next_boot")
-        if not conf.persistent:
-            raise Refused(
-                f"Domain {facts.name!r} is transient: it has no next boot for {what}", advice="Define it first"
-            )
-        if wanted != configured:
-            changes.append(Change(what, configured, wanted, NEXT_BOOT, at))
-        if live is not None and wanted != running:
+        decision = decide(
+            request,
+            facts,
+            f"The {what}",
+            in_force=running == wanted,
+            configured=configured == wanted,
+            live=False,
+            obstacle=at,
+            why="",
+        )
+        if decision.how != NONE:
+            before = configured if running is None or running == wanted else running
+            changes.append(Change(what, before, wanted, decision.how, decision.why))
+        if decision.pending:
             pending.append(f"{what}: {at}")
     return changes, pending

@@ -137,6 +137,46 @@ def test_scale(controller: Controller, server: Guest) -> None:
     assert not again.results("Change the size")[0]["changed"]
 
 
+def test_share_what_an_expression_chooses_again_while_it_runs(controller: Controller, server: Guest) -> None:
+    library = server.directory / "library"
+    survey = {
+        "image_share_library": str(library),
+        "image_share_select": f"[?name=='{server.name}']",
+        "image_share_name": "{domain}-7",
+        "image_share_with": "",
+        "image_share_disks": "vda",
+        "image_share_passphrase": "correct horse battery",
+        "image_share_seal": "",
+    }
+    controller.succeed("share", **survey)
+    manifest = library / f"{server.name}-7" / "manifest.json"
+    (disk,) = json.loads(manifest.read_text(encoding="utf-8"))["disks"]
+    assert disk["encryption"] == "luks"
+    before = manifest.stat()
+
+    # The same task again is about the image that is there: the handing over may have failed.
+    again = controller.succeed("share", **{**survey, "image_share_with": "user:nobody"})
+    assert "has run on" in str(again.results("Tell the age of an image that was there"))
+    assert (manifest.stat().st_ino, manifest.stat().st_mtime) == (before.st_ino, before.st_mtime)
+    assert "user:nobody" in acl(manifest)
+
+    # One that was made in another way is not what is asked for.
+    job = controller.run("share", **{**survey, "image_share_passphrase": "", "image_share_compression": "none"})
+    assert job.status == "failed"
+
+
+def test_several_machines_do_not_share_one_name(controller: Controller, archive: Guest, server: Guest) -> None:
+    job = controller.run(
+        "share",
+        image_share_select=f"[?name=='{server.name}' || name=='{archive.name}']",
+        image_share_name="golden",
+        image_share_library=str(server.directory / "library-of-several"),
+    )
+    assert job.status == "failed"
+    assert "need a name each" in job.output
+    assert not (server.directory / "library-of-several").exists()
+
+
 def test_share_and_launch(controller: Controller, archive: Guest, launched: list[str]) -> None:
     library = archive.directory / "library"
     survey = {

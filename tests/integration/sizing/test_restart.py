@@ -52,6 +52,19 @@ def test_a_restart_puts_it_in_force(small: Guest) -> None:
     assert not resize(small, vcpus=2, memory="192M", max_memory="1G", allow_restart=True)["changed"]
 
 
+def test_room_alone_is_worth_a_restart_that_was_allowed(small: Guest) -> None:
+    waits = twice(small, max_vcpus=3, max_memory="1G")
+    assert waits["restart_required"]
+    made = resize(small, max_vcpus=3, max_memory="1G", allow_restart=True)
+    assert made["restarted"]
+    assert not made["restart_required"]
+    assert change(made, "max_vcpus")["applied"] == "restart"
+    assert not resize(small, max_vcpus=3, max_memory="1G", allow_restart=True)["changed"]
+    assert resize(small, vcpus=3)["changed"]
+    assert online_cpus(small) == 3
+    resize(small, vcpus=2, allow_restart=True)
+
+
 def test_a_size_that_cannot_boot_comes_back_by_itself(small: Guest) -> None:
     before = small.xml_text(inactive=True)
     result = start(small, memory="48M", allow_restart=True, apply="auto", health_timeout="20s").result()

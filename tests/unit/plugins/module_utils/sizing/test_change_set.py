@@ -60,5 +60,13 @@ def test_a_restart_carries_what_would_have_been_plugged():
 
 def test_room_is_made_at_the_next_boot_and_never_below_what_is_used():
     assert ways(Request(max_vcpus=8), facts()) == {"max_vcpus": "next_boot"}
+    assert ways(Request(max_vcpus=8, allow_restart=True), facts()) == {"max_vcpus": "restart"}
+    assert ways(Request(max_vcpus=8, allow_restart=True, apply="next_boot"), facts()) == {"max_vcpus": "next_boot"}
+    prepared = facts(conf=domain(vcpus_max=8))
+    assert not compute(Request(max_vcpus=8), prepared).due
+    assert compute(Request(max_vcpus=8), prepared).pending
+    assert ways(Request(max_vcpus=8, allow_restart=True), prepared) == {"max_vcpus": "restart"}
+    with pytest.raises(Refused, match="cannot be changed live"):
+        compute(Request(max_vcpus=8, apply="live"), facts())
     with pytest.raises(InvalidInput):
         compute(Request(max_vcpus=1), facts())
