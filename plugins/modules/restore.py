@@ -220,7 +220,7 @@ from typing import Any
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import workers
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.restoring import Request
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.restore_plan import Request
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import image_node
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import names
 

@@ -10,82 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import uuid as uuids
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from typing import Any
-from xml.etree import ElementTree
 
-from .._errors import Conflict, InvalidInput, NotFound, Refused, Unsupported, VmkeeperError
-from ..hypervisor import chain, definition, image_node, libvirt_secret, pools, qemu_img
+from .._errors import InvalidInput, Refused, VmkeeperError
+from ..hypervisor import image_node, libvirt_secret, qemu_img
 from ..hypervisor.binding import libvirt
-from ..hypervisor.connection import explaining, find_domain
-from ..hypervisor.domain_model import Disk, Domain, Layer, qemu_owner, read_domain
+from ..hypervisor.connection import find_domain
 from ..hypervisor.image_node import Image, Keys, Passphrase
-from ..safety import domain_jobs, locks, names, places, settlement, space, views, worker
+from ..safety import domain_jobs, locks, names, places, settlement, space, worker
 from ..safety import journal as journals
 from ..safety.journal import Journal, Operation
-from . import digests, instant_restore, lending, listing, settle, settlers, stored, verifying
-from .host import read_host, stored_definition
-from .mapping import Target, fit
+from . import digests, instant_restore, listing, settle, settlers, stored, verifying
 from .repository import Repository, open_repository
-
-NVRAM_DIRECTORY = "/var/lib/libvirt/qemu/nvram"
-DEFAULT_DIRECTORY = "/var/lib/libvirt/images"
-
-
-@dataclass(frozen=True)
-class Request:
-    """The task's options, checked."""
-
-    repository: str
-    id: str | None = None
-    source_domain: str | None = None
-    before: str | None = None
-    domain: str | None = None
-    disks: tuple[str, ...] | None = None
-    directory: str | None = None
-    pool: str | None = None
-    network: str = "keep"
-    in_place: bool = False
-    confirm: str | None = None
-    attach_to: str | None = None
-    running: bool = False
-    instant: bool = False
-    bandwidth: int = 0
-    wait: bool = True
-    wait_seconds: float | None = None
-    passphrase: Passphrase | None = None
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One file to restore: ``part`` is written first; ``aside`` keeps what was at ``path`` (in place only).
-
-    ``secret`` is the UUID of the libvirt secret that is defined to open it, when it is encrypted.
-    """
-
-    target: str
-    path: str
-    format: str
-    part: str
-    aside: str | None = None
-    secret: str | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that will be done."""
-
-    name: str
-    uuid: str
-    pieces: tuple[Piece, ...]
-    nvram: Piece | None
-    xml: str | None
-    notes: tuple[str, ...] = ()
-    attach: Mapping[str, str] = field(default_factory=dict)
-    loan: lending.Loan | None = None
+from .restore_plan import Piece, Plan, Planner, Request, check_request, secrets_of
 
 
 @dataclass
@@ -101,7 +40,7 @@ class Restored:
 
 def restore(connection: Any, uri: str, request: Request, *, check: bool = False) -> Restored:
     """Restore what the request names. Nothing is changed with ``check``."""
-    _check_request(request)
+    check_request(request)
     return _restoring(connection, uri, request).run(check=check)
 
 
@@ -122,33 +61,6 @@ def _restoring(connection: Any, uri: str, request: Request) -> _Restoring:
     return _Restoring(connection, uri, repository, found, request)
 
 
-def _check_request(request: Request) -> None:
-    if request.id is None and request.source_domain is None:
-        raise InvalidInput("Neither id nor source_domain is given", advice="Give one of them")
-    if request.in_place and request.attach_to:
-        raise InvalidInput("in_place and attach_to exclude each other", advice="Give one of them")
-    if request.attach_to and not request.disks:
-        raise InvalidInput("attach_to needs disks", advice="Name the disks to restore and attach")
-    if request.disks and not (request.in_place or request.attach_to):
-        raise InvalidInput(
-            "Single disks need a domain to go to",
-            advice="Use in_place to put them back, or attach_to with a domain's name",
-        )
-    if request.in_place and (request.directory or request.pool):
-        raise InvalidInput("in_place takes no directory or pool", advice="The disks go back to where they are")
-    if request.directory and request.pool:
-        raise InvalidInput("directory and pool exclude each other", advice="Give one of them")
-    if request.instant and (request.in_place or request.attach_to):
-        raise InvalidInput(
-            "mode: instant makes a new domain, it replaces or attaches no disks",
-            advice="Leave out in_place and attach_to, or use mode: copy",
-        )
-    if request.instant and not request.running:
-        raise InvalidInput(
-            "mode: instant starts the domain, it cannot only define it", advice="Leave out state, or use mode: copy"
-        )
-
-
 class _Restoring:
     def __init__(
         self, connection: Any, uri: str, repository: Repository, found: listing.Found, request: Request
@@ -159,7 +71,7 @@ class _Restoring:
         self._found = found
         self._point = found.point
         self._request = request
-        self._present: dict[str, Passphrase] = {}  # of the disks that are replaced and keep their libvirt secret
+        self._planner = Planner(connection, repository, found, request)
 
     def run(self, *, check: bool) -> Restored:
         """Plan, and unless ``check`` do it."""
@@ -179,7 +91,7 @@ class _Restoring:
             if not check:
                 stack.enter_context(locks.hold([(uuid, name)], f"restoring {self._point.id}"))
             if self._request.instant and not check:
-                pending = instant_restore.unfinished(uuid, self._identity())
+                pending = instant_restore.unfinished(uuid, self._planner.identity())
                 if pending is not None:
                     instant_restore.stand_again(self._uri, pending)
                     return self._plan_of(uuid, pending.operation)
@@ -192,7 +104,7 @@ class _Restoring:
                 else contextlib.nullcontext()
             )
             listing.require_restorable(self._repository, self._found)
-            plan = self._plan(name, uuid)
+            plan = self._planner.plan(name, uuid)
             self._require_opening(plan)
             self._require_space(plan)
             if not check and plan.loan is not None:
@@ -210,7 +122,7 @@ class _Restoring:
             handle = find_domain(self._connection, request.attach_to)
             return handle.name(), handle.UUIDString()
         if request.in_place:
-            handle = self._original()
+            handle = self._planner.original()
             if request.domain not in (None, handle.name()):
                 raise InvalidInput("in_place restores a domain under its own name", advice="Leave out domain")
             if request.confirm != handle.name():
@@ -231,17 +143,8 @@ class _Restoring:
         return (
             operation is not None
             and operation.kind in (settle.RESTORE, instant_restore.KIND)
-            and operation.plan["request"] == self._identity()
+            and operation.plan["request"] == self._planner.identity()
         )
-
-    def _original(self) -> Any:
-        handle = settle.find(self._connection, self._point.domain_uuid)
-        if handle is None:
-            raise NotFound(
-                f"The domain {self._point.domain!r} ({self._point.domain_uuid}) is not defined here",
-                advice="Leave out in_place to define it anew",
-            )
-        return handle
 
     def _exists(self, uuid: str) -> bool:
         return settle.find(self._connection, uuid) is not None
@@ -258,7 +161,7 @@ class _Restoring:
                 settlers.SETTLERS[pending.operation.kind](self._uri, pending)
         if check or interrupted is None or interrupted.kind != settle.RESTORE or not interrupted.reached("place"):
             return None
-        if interrupted.plan["request"] != self._identity():
+        if interrupted.plan["request"] != self._planner.identity():
             return None
         return self._plan_of(uuid, interrupted)
 
@@ -276,263 +179,6 @@ class _Restoring:
             tuple(operation.plan["notes"]),
             operation.plan.get("attach", {}),
         )
-
-    def _identity(self) -> dict[str, Any]:
-        """What makes two restores the same."""
-        request = self._request
-        return {
-            "point": self._point.id,
-            "disks": list(request.disks) if request.disks is not None else None,
-            "in_place": request.in_place,
-            "attach_to": request.attach_to,
-            "directory": request.directory,
-            "pool": request.pool,
-            "network": request.network,
-            "instant": request.instant,
-        }
-
-    # --- plan --------------------------------------------------------------------------------------
-
-    def _targets(self) -> list[str]:
-        held = [disk.target for disk in self._point.disks]
-        for target in self._request.disks or ():
-            if target not in held:
-                raise NotFound(
-                    f"Point {self._point.id} does not hold disk {target!r}",
-                    advice="Its disks are: " + ", ".join(held),
-                    existing=held,
-                )
-        return [target for target in held if self._request.disks is None or target in self._request.disks]
-
-    def _plan(self, name: str, uuid: str) -> Plan:
-        if self._request.attach_to:
-            return self._plan_attach(name, uuid)
-        if self._request.in_place:
-            return self._plan_in_place(name, uuid)
-        for domain in self._connection.listAllDomains():
-            if domain.name() == name:
-                raise Conflict(
-                    f"There is a domain {name!r} on this host already",
-                    advice="Give another name with domain, or use in_place with confirm to replace its disks",
-                )
-        pieces, notes = self._new_pieces(name, self._targets())
-        nvram = self._new_nvram(name)
-        loan = self._plan_loan(uuid, [piece.target for piece in pieces]) if self._request.instant else None
-        xml_of_point = stored_definition(self._repository, self._point)
-        mapped = fit(
-            xml_of_point,
-            Target(
-                name=name,
-                uuid=uuid,
-                fresh=uuid != self._point.domain_uuid,
-                disks={piece.target: Layer(piece.path, piece.format) for piece in pieces},
-                secrets=_secrets(pieces),
-                nvram=nvram.path if nvram else None,
-                network=self._network(),
-            ),
-            read_host(self._connection, xml_of_point),
-        )
-        xml = mapped.xml
-        if loan is not None:
-            models = definition.security_models(self._connection.getCapabilities())
-            xml = definition.with_backing(xml, loan.layers(), models)
-        return Plan(name, uuid, tuple(pieces), nvram, xml, (*notes, *mapped.notes), loan=loan)
-
-    def _plan_loan(self, uuid: str, targets: Sequence[str]) -> lending.Loan:
-        loan = lending.plan_loan(self._repository, self._found, targets, uuid)
-        views.require_support(loan.source, qemu_owner(self._connection.getCapabilities()))
-        return loan
-
-    def _new_pieces(self, name: str, targets: Sequence[str]) -> tuple[list[Piece], list[str]]:
-        pieces, notes = [], []
-        for target in targets:
-            held = self._point.disk(target)
-            encrypted = held is not None and held.encrypted_source
-            image_format = "raw" if held is not None and held.source_format == "raw" and not encrypted else "qcow2"
-            if self._request.instant and image_format == "raw":
-                image_format = "qcow2"
-                notes.append(f"disk {target} was raw and is qcow2 now")
-            directory, note = self._directory(target)
-            if note and note not in notes:
-                notes.append(note)
-            path = os.path.join(directory, f"{names.file_stem(name, target)}.{image_format}")
-            for taken in (path, f"{path}.part"):
-                if os.path.lexists(taken):
-                    raise Conflict(
-                        f"{taken} exists already and is not overwritten",
-                        advice="Give another directory or name, or use in_place",
-                        path=taken,
-                    )
-            secret = self._new_secret(path) if encrypted else None
-            pieces.append(Piece(target, path, image_format, f"{path}.part", secret=secret))
-        return pieces, notes
-
-    def _new_secret(self, path: str) -> str:
-        # The same restore again has the same secret again.
-        return str(uuids.uuid5(uuids.UUID(self._repository.uuid), f"{self._point.id}{path}"))
-
-    def _directory(self, target: str) -> tuple[str, str | None]:
-        """Where a disk goes, and a note when that is not where it came from."""
-        if self._request.pool:
-            directory = pools.directory_of(self._connection, self._request.pool)
-            return names.check_directory(directory, "the pool's directory"), None
-        if self._request.directory:
-            return names.check_directory(self._request.directory), None
-        held = self._point.disk(target)
-        source = held.source[0].path if held is not None and held.source else ""
-        directory = os.path.dirname(source)
-        if source.startswith("/dev/"):
-            return (
-                names.check_directory(DEFAULT_DIRECTORY),
-                f"disk {target} was on the block device {source}, which is not touched; it is an image in {DEFAULT_DIRECTORY} now",
-            )
-        if directory and os.path.isdir(directory):
-            return directory, None
-        return (
-            names.check_directory(DEFAULT_DIRECTORY),
-            f"the disks lay in {directory}, which is not here; they go to {DEFAULT_DIRECTORY}",
-        )
-
-    def _new_nvram(self, name: str) -> Piece | None:
-        if self._point.nvram is None:
-            return None
-        suffix = "fd" if self._point.nvram == "raw" else "qcow2"
-        directory = NVRAM_DIRECTORY if os.path.isdir(NVRAM_DIRECTORY) else DEFAULT_DIRECTORY
-        path = os.path.join(directory, f"{names.file_stem(name)}_VARS.{suffix}")
-        if os.path.lexists(path):
-            path = os.path.join(directory, f"{names.file_stem(name, self._point.id)}_VARS.{suffix}")
-        if os.path.lexists(path):
-            raise Conflict(f"{path} exists already and is not overwritten", advice="Move it away", path=path)
-        return Piece("nvram", path, self._point.nvram, f"{path}.part")
-
-    def _network(self) -> str:
-        network = self._request.network
-        if network not in ("keep", "disconnected") and network not in self._connection.listNetworks():
-            defined = [one.name() for one in self._connection.listAllNetworks()]
-            if network not in defined:
-                raise NotFound(
-                    f"There is no network {network!r} on this host",
-                    advice="The networks here are: " + (", ".join(sorted(defined)) or "none"),
-                    existing=sorted(defined),
-                )
-        return network
-
-    def _plan_in_place(self, name: str, uuid: str) -> Plan:
-        handle = self._original()
-        domain = read_domain(handle)
-        if domain.state.active:
-            raise Refused(
-                f"Domain {name!r} is {domain.state.name}; its disks cannot be replaced under it",
-                advice="Shut it down first, or restore under another name",
-            )
-        if domain.managed_save:
-            raise Refused(
-                f"Domain {name!r} has a managed-save image: its RAM would resume on other disks",
-                advice=f"Drop the saved state (virsh managedsave-remove {name}), then run this again",
-            )
-        pieces = []
-        for target in self._targets():
-            disk = domain.disk(target)
-            if disk is None or disk.path is None:
-                raise Unsupported(
-                    f"Disk {target!r} of domain {name!r} is not there, or is no local file",
-                    advice="Restore under another name, or attach_to a domain",
-                )
-            _refuse_device(name, disk)
-            pieces.append(self._in_place_of(domain.name, disk))
-        self._refuse_shared(handle, domain, pieces)
-        nvram = None
-        xml = None
-        if self._request.disks is None:
-            if self._point.nvram is not None and domain.nvram is not None:
-                nvram = self._aside("nvram", domain.nvram.path, self._point.nvram)
-            layers = {piece.target: Layer(piece.path, piece.format) for piece in pieces}
-            target_nvram = nvram.path if nvram else (domain.nvram.path if domain.nvram else None)
-            xml_of_point = stored_definition(self._repository, self._point)
-            mapped = fit(
-                xml_of_point,
-                Target(
-                    name,
-                    uuid,
-                    fresh=False,
-                    disks=layers,
-                    nvram=target_nvram,
-                    network=self._network(),
-                    secrets=_secrets(pieces),
-                ),
-                read_host(self._connection, xml_of_point),
-            )
-            return Plan(name, uuid, tuple(pieces), nvram, mapped.xml, tuple(mapped.notes))
-        return Plan(name, uuid, tuple(pieces), nvram, xml)
-
-    def _in_place_of(self, name: str, disk: Disk) -> Piece:
-        """The image that takes the place of a disk's."""
-        held = self._point.disk(disk.target)
-        piece = self._aside(disk.target, disk.path or "", disk.format or "raw")
-        encrypted = held is not None and held.encrypted_source
-        if self._request.disks is None:  # its definition is restored too
-            return replace(piece, format="qcow2", secret=self._new_secret(piece.path)) if encrypted else piece
-        if encrypted != disk.encrypted:
-            raise Refused(
-                f"Disk {disk.target!r} of domain {name!r} is {'' if disk.encrypted else 'not '}encrypted, and in the point it is"
-                f" {'' if encrypted else 'not'}".rstrip(),
-                advice="Leave out disks, so that the definition is restored too, or restore under another name",
-            )
-        if encrypted:
-            passphrase = libvirt_secret.value_of(self._connection, disk.encryption) if disk.encryption else None
-            if passphrase is None or disk.format != "qcow2":
-                raise Refused(
-                    f"Disk {disk.target!r} of domain {name!r} is encrypted, and libvirt does not tell the passphrase of its secret"
-                    " or it is not a qcow2",
-                    advice="Leave out disks, so that the definition is restored too, or restore under another name",
-                )
-            self._present[disk.target] = passphrase
-        return piece
-
-    def _key(self, piece: Piece) -> Passphrase | None:
-        """What the restored image is encrypted with."""
-        if piece.secret is not None:
-            return self._request.passphrase
-        return self._present.get(piece.target)
-
-    def _aside(self, target: str, path: str, image_format: str) -> Piece:
-        piece = Piece(
-            target,
-            path,
-            image_format,
-            f"{path}.{self._point.id}.part",
-            f"{path}.before-{self._point.id}",
-        )
-        for taken in (piece.part, piece.aside or ""):
-            if os.path.lexists(taken):
-                raise Conflict(f"{taken} exists already", advice="Look at it, then move it away", path=taken)
-        return piece
-
-    def _refuse_shared(self, handle: Any, domain: Domain, pieces: Sequence[Piece]) -> None:
-        """Whatever else stands on a file would see other content under it."""
-        wanted = {os.path.realpath(piece.path): piece.path for piece in pieces}
-        for user, path in _others_layers(self._connection, handle):
-            if os.path.realpath(path) in wanted:
-                raise Refused(
-                    f"{path} is also in use by {user} and must not be replaced",
-                    advice="Restore under another name",
-                )
-        del domain
-
-    def _plan_attach(self, name: str, uuid: str) -> Plan:
-        handle = find_domain(self._connection, name)
-        domain = read_domain(handle)
-        pieces, notes = self._new_pieces(f"{name}.{self._point.domain}.{self._point.id}", self._targets())
-        taken = {disk.target for disk in domain.disks}
-        attach = {}
-        for piece in pieces:
-            prefix = "sd" if piece.target.startswith("sd") else "vd"
-            letter = next(
-                f"{prefix}{chr(code)}" for code in range(ord("a"), ord("z") + 1) if f"{prefix}{chr(code)}" not in taken
-            )
-            taken.add(letter)
-            attach[piece.target] = letter
-        return Plan(name, uuid, tuple(pieces), None, None, tuple(notes), attach)
 
     def _require_opening(self, plan: Plan) -> None:
         stored.require_opening(
@@ -560,7 +206,7 @@ class _Restoring:
         """What every restore's journal says, whatever its mode."""
         return {
             "point": self._point.id,
-            "request": self._identity(),
+            "request": self._planner.identity(),
             "notes": list(plan.notes),
             "pieces": [asdict(piece) for piece in (*plan.pieces, *([plan.nvram] if plan.nvram else ()))],
             "xml": plan.xml,
@@ -583,7 +229,7 @@ class _Restoring:
             self._define_secrets(journal, plan)
             for piece in plan.pieces:
                 journal.step("copy", target=piece.target)
-                self._copy(piece)
+                self._copy(plan, piece)
             if plan.nvram is not None:
                 journal.step("copy", target="nvram")
                 self._copy_nvram(plan.nvram)
@@ -644,7 +290,7 @@ class _Restoring:
         return None
 
     def _define_secrets(self, journal: Journal, plan: Plan) -> None:
-        found = _secrets(plan.pieces)
+        found = secrets_of(plan.pieces)
         if not found or self._request.passphrase is None:
             return
         journal.step("secrets")
@@ -652,14 +298,20 @@ class _Restoring:
             what = f"vmkeeper.libvirt: disk {target} of {plan.name}"
             libvirt_secret.define(self._connection, uuid, self._request.passphrase, what, ephemeral=False)
 
-    def _copy(self, piece: Piece) -> None:
+    def _key(self, plan: Plan, piece: Piece) -> Passphrase | None:
+        """What the restored image is encrypted with."""
+        if piece.secret is not None:
+            return self._request.passphrase
+        return plan.keys.get(piece.target)
+
+    def _copy(self, plan: Plan, piece: Piece) -> None:
         lineage = self._found.history.lineage(self._point, piece.target)
         for holder in lineage:
             findings = verifying.check_link(self._repository, holder, piece.target)
             if findings:
                 raise Refused(f"Point {self._point.id} cannot be restored: {findings[0].problem}")
         layers = stored.images_of(self._repository, lineage, piece.target, self._request.passphrase)
-        restored = Image(piece.part, piece.format, self._key(piece))
+        restored = Image(piece.part, piece.format, self._key(plan, piece))
         doing = f"Restoring disk {piece.target!r} to {piece.part}"
         sums = self._sums(piece.target)
         if restored.passphrase is not None:
@@ -733,44 +385,3 @@ class _Restoring:
             point=self._point.id,
             warnings=[f"{plan.name}: {note}" for note in plan.notes],
         )
-
-
-def _refuse_device(name: str, disk: Disk) -> None:
-    """A device cannot be put aside and replaced by a rename: overwritten in the middle it would be neither old nor new."""
-    path = disk.path or ""
-    with contextlib.suppress(FileNotFoundError):
-        if path.startswith("/dev/") or stat.S_ISBLK(os.stat(path).st_mode):
-            raise Unsupported(
-                f"Disk {disk.target!r} of domain {name!r} is the block device {path}, whose content could not be kept aside",
-                advice=f"Restore the disk with attach_to, or under another name, look at it, and copy its image onto the device:"
-                f" qemu-img convert -n -f <its format> -O {disk.format or 'raw'} <image> {path}",
-            )
-
-
-def _secrets(pieces: Sequence[Piece]) -> dict[str, str]:
-    return {piece.target: piece.secret for piece in pieces if piece.secret is not None}
-
-
-def _others_layers(connection: Any, handle: Any) -> list[tuple[str, str]]:
-    """(who, path) of every image that another domain, or a snapshot of this one, stands on."""
-    found: list[tuple[str, str]] = []
-    for other in connection.listAllDomains():
-        if other.UUIDString() == handle.UUIDString():
-            continue
-        for inactive in (False, True):
-            if inactive and not other.isPersistent():
-                continue
-            for disk in read_domain(other, inactive=inactive).disks:
-                try:
-                    layers = chain.chain_of(disk)
-                except (Refused, Unsupported):
-                    layers = disk.chain
-                found += [(f"domain {other.name()!r}", layer.path) for layer in layers if layer.path]
-    with explaining(f"Reading the snapshots of domain {handle.name()!r}"):
-        for snapshot in handle.listAllSnapshots():
-            root = ElementTree.fromstring(snapshot.getXMLDesc(0))
-            for source in root.iterfind("domain/devices/disk/source"):
-                path = source.get("file") or source.get("dev")
-                if path:
-                    found.append((f"snapshot {snapshot.getName()!r}", path))
-    return found

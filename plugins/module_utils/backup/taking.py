@@ -9,42 +9,35 @@ import contextlib
 import errno
 import os
 import secrets
-import shutil
 import uuid as uuids
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from .._errors import InvalidInput, LibvirtFailed, NoSpace, VmkeeperError
-from ..hypervisor import block_jobs, definition, libvirt_secret, qemu_img
+from .._errors import LibvirtFailed, NoSpace, VmkeeperError
+from ..hypervisor import block_jobs, libvirt_secret, qemu_img
 from ..hypervisor.binding import libvirt
-from ..hypervisor.connection import constant, dotted, explaining, message_of, version_triple
+from ..hypervisor.connection import constant, explaining, message_of
 from ..hypervisor.domain_model import qemu_owner, read_domain
 from ..hypervisor.image_node import Image, Passphrase
-from ..safety import consistency, instant, locks, places, processes, settlement, space
+from ..safety import consistency, instant, locks, processes, settlement
 from ..safety.journal import Journal
-from . import checkpoints, digests, job, manifest, reservation, settle, settlers, stored
+from . import describing, job, manifest, preflight, reservation, settle, settlers
 from . import facts as reading
-from .manifest import Point, StoredDisk
+from .manifest import Point
 from .plan import (
-    REASONS,
     DiskPlan,
     Facts,
     PointPlan,
     Request,
     backup_xml,
     checkpoint_xml,
-    floor_of,
-    must_stage,
     plan_point,
     refuse_impossible,
-    source_layers,
     young_enough,
 )
+from .preflight import Made
 from .repository import (
     Repository,
-    check_target,
-    is_local,
     make_domain_directory,
     new_id,
     open_repository,
@@ -52,20 +45,8 @@ from .repository import (
 )
 from .sentry import Sentry, Watch
 
-#: An NVRAM larger than this is none.
-_NVRAM_LIMIT = 64 << 20
-
 #: For the random key of a scratch image; the least that QEMU can measure.
 _KEY_MILLISECONDS = 10
-
-
-@dataclass
-class Made:
-    """The result for one domain."""
-
-    point: dict[str, Any]
-    changed: bool
-    warnings: list[str] = field(default_factory=list)
 
 
 def take(
@@ -90,46 +71,13 @@ def take(
         if fresh is not None:
             return fresh
         plans = [plan_point(request, one) for one in facts]
-        scratch = _scratch(request, repository, plans, owner, check=check)
-        _require_opening(repository, facts, plans)
-        floor = floor_of(_filesystem_size(scratch or repository.path))
-        _require_space(repository, plans, floor, scratch)
+        scratch = preflight.scratch_directory(request, repository, plans, owner, check=check)
+        preflight.require_opening(repository, facts, plans)
+        floor = preflight.floor(scratch or repository.path)
+        preflight.require_space(repository, plans, floor, scratch)
         if check:
-            return [_predict(plan, request) for plan in plans]
+            return [preflight.predict(plan, request) for plan in plans]
         return _Taking(connection, uri, repository, owner, list(handles), facts, plans, request, floor, scratch).run()
-
-
-def _scratch(
-    request: Request, repository: Repository, plans: Sequence[PointPlan], owner: tuple[int, int], *, check: bool
-) -> str | None:
-    """Where QEMU writes to, when that is not the repository."""
-    if not must_stage(request, plans, local=is_local(repository.path)):
-        if any(plan.live for plan in plans):
-            check_target(repository.path, owner)
-        return None
-    if request.scratch is None and not check:
-        places.passable_directory(places.SCRATCH)
-    directory = request.scratch or places.SCRATCH
-    while request.scratch is None and check and not os.path.isdir(directory):
-        directory = os.path.dirname(directory)
-    if request.scratch is not None or not check:
-        check_target(directory, owner, "scratch directory")
-    return directory
-
-
-def _require_opening(repository: Repository, facts: Sequence[Facts], plans: Sequence[PointPlan]) -> None:
-    """An increment is written with the passphrase of what it stands on, or not at all."""
-    for one, plan in zip(facts, plans):
-        for disk in plan.disks:
-            parent = one.history.point(disk.parent) if disk.parent else None
-            if parent is not None:
-                stored.require_opening(
-                    repository,
-                    parent,
-                    [disk.target],
-                    disk.passphrase,
-                    advice="Give the passphrase of that point, or type: full to begin a new chain with this one",
-                )
 
 
 def _recent(request: Request, facts: Sequence[Facts]) -> list[Made] | None:
@@ -140,100 +88,6 @@ def _recent(request: Request, facts: Sequence[Facts]) -> list[Made] | None:
     if any(point is None for point in found):
         return None
     return [Made(point.as_result(), changed=False) for point in found if point is not None]
-
-
-def _filesystem_size(path: str) -> int:
-    status = os.statvfs(path)
-    return status.f_blocks * status.f_frsize
-
-
-def _require_space(repository: Repository, plans: Sequence[PointPlan], floor: int, scratch: str | None) -> None:
-    needs = [(repository.path, sum(plan.estimate for plan in plans))]
-    if scratch is not None:
-        needs.insert(0, (scratch, sum(plan.estimate for plan in plans if plan.live)))
-    for directory, needed in space.total_by_filesystem(needs).items():
-        free = space.free_bytes(directory)
-        if free < needed + floor:
-            what = "repository" if directory == repository.path else "scratch directory"
-            raise NoSpace(
-                f"The {what} {directory} has {space.human(free)} free; this backup may need {space.human(needed)} there,"
-                f" and {space.human(floor)} stay free so that no write of a guest can fail",
-                advice="Make room there, or remove old points",
-                path=directory,
-                needed=needed + floor,
-                free=free,
-            )
-
-
-def _predict(plan: PointPlan, request: Request) -> Made:
-    point = Point(
-        id="",
-        sequence=plan.sequence,
-        domain=plan.domain.name,
-        domain_uuid=plan.domain.uuid,
-        created="",
-        type=plan.type,
-        reason=REASONS[plan.reason],
-        parent=plan.parent,
-        consistency=plan.expected_level,
-        disks=tuple(
-            StoredDisk(
-                disk.target,
-                disk.type,
-                REASONS[disk.reason],
-                disk.parent,
-                disk.facts.size,
-                disk.estimate,
-                0,
-                compression=disk.compression,
-                encryption=manifest.LUKS if disk.passphrase is not None else None,
-            )
-            for disk in plan.disks
-        ),
-        description=request.description or "",
-        tags=request.tags or {},
-        protected=request.protected,
-        not_captured=tuple(part.as_result() for part in plan.capture.left_out),
-        stored_bytes=plan.estimate,
-    )
-    result = {**point.as_result(), "id": None, "created": None}
-    return Made(result, changed=True, warnings=_warnings(plan, request, plan.expected_level, plan.why_not_frozen))
-
-
-def _warnings(plan: PointPlan, request: Request, level: str, why_not_frozen: str | None) -> list[str]:
-    warnings = []
-    left_out = plan.capture.warning(plan.domain.name)
-    if left_out:
-        warnings.append(left_out)
-    if level == "crash":
-        warnings.append(f"{plan.domain.name}: the point is only crash-consistent: {_why_crash(plan, why_not_frozen)}")
-    asked = request.compression is not None
-    uncompressed = [disk.target for disk in plan.disks if asked and disk.facts.disk.encrypted]
-    if uncompressed:
-        warnings.append(
-            f"{plan.domain.name}: {', '.join(uncompressed)} is encrypted in the guest's own image, and stays so uncompressed"
-        )
-    opened = [disk.target for disk in plan.disks if disk.reason == "encryption changed" and disk.passphrase is None]
-    if opened:
-        warnings.append(
-            f"{plan.domain.name}: {', '.join(opened)} is stored in the clear, while the points before are encrypted"
-        )
-    full = [
-        disk for disk in plan.disks if disk.parent is None and disk.reason in ("raw", "old qcow2", "transient domain")
-    ]
-    if full:
-        warnings.append(
-            f"{plan.domain.name}: always full: " + ", ".join(f"{disk.target} ({REASONS[disk.reason]})" for disk in full)
-        )
-    return warnings
-
-
-def _why_crash(plan: PointPlan, why_not_frozen: str | None) -> str:
-    if plan.domain.managed_save:
-        return "it has a saved state, whose memory is not part of the point"
-    if not plan.domain.state.running:
-        return f"it was {plan.domain.state.name} ({plan.domain.state.reason})"
-    return why_not_frozen or "it was not frozen"
 
 
 class _Taking:
@@ -279,7 +133,7 @@ class _Taking:
             for plan in self._plans:
                 self._make_targets(plan)
             outcomes = self._cut_all()
-            points = [self._describe(plan, outcomes.get(plan.domain.uuid)) for plan in self._plans]
+            points = [self._complete(plan, outcomes.get(plan.domain.uuid)) for plan in self._plans]
         except OSError as error:
             self._undo(error)
             raise self._explained(error) from error
@@ -294,7 +148,7 @@ class _Taking:
             Made(
                 point.as_result(),
                 changed=True,
-                warnings=_warnings(
+                warnings=preflight.warnings_of(
                     plan, self._request, point.consistency, self._why_not(plan, outcomes.get(plan.domain.uuid))
                 ),
             )
@@ -491,7 +345,7 @@ class _Taking:
     def _keep_nvram(self, plan: PointPlan) -> None:
         kept = os.path.join(self._push_directory(plan) if plan.live else self._directory(plan), "nvram.fd")
         if plan.domain.nvram is not None and not os.path.exists(kept):
-            _copy_nvram(plan.domain.nvram.path, kept)
+            describing.copy_nvram(plan.domain.nvram.path, kept)
 
     def _check_cuts(self, outcomes: dict[str, instant.Outcome[None]]) -> None:
         for uuid, outcome in outcomes.items():
@@ -577,102 +431,26 @@ class _Taking:
                     advice="Run this again",
                 )
 
-    # --- what makes it a point ---------------------------------------------------------------------
-
-    def _describe(self, plan: PointPlan, outcome: instant.Outcome[None] | None) -> Point:
+    def _complete(self, plan: PointPlan, outcome: instant.Outcome[None] | None) -> Point:
+        """Everything of the point, in its directory that has not its name yet."""
         self._journal.step("describe", domain=plan.domain.name)
-        uuid, directory = plan.domain.uuid, self._directory(plan)
-        disks = tuple(self._describe_disk(plan, disk, directory) for disk in plan.disks)
-        files = self._write_files(plan, directory)
-        name = self._checkpoint(plan)
-        point = Point(
+        uuid = plan.domain.uuid
+        self._keep_nvram(plan)
+        written = describing.Written(
+            plan=plan,
             id=self._ids[uuid],
-            sequence=plan.sequence,
-            domain=plan.domain.name,
-            domain_uuid=uuid,
-            created=manifest.parse_time(_time_of(self._ids[uuid])).isoformat(timespec="seconds"),
-            type=plan.type,
-            reason=REASONS[plan.reason],
-            parent=plan.parent,
-            consistency=self._level(uuid, outcome),
+            directory=self._directory(plan),
+            # Where QEMU pushed elsewhere, the digests are of what it pushed: a fault of the copy does not become the truth.
+            pushed=self._push_directory(plan) if plan.live and self._scratch is not None else None,
+            pushed_images={disk.target: self._pushed(plan, disk) for disk in plan.disks},
+            history=self._facts[uuid].history,
+            level=self._level(uuid, outcome),
             frozen_ms=outcome.frozen_ms if outcome else None,
             paused_ms=outcome.paused_ms if outcome else None,
-            checkpoint=name,
+            checkpoint=self._checkpoint(plan),
             group=tuple(sorted(self._ids.values())) if len(self._ids) > 1 else (),
-            disks=disks,
-            description=self._request.description or "",
-            tags=dict(self._request.tags or {}),
-            protected=self._request.protected,
-            not_captured=tuple(part.as_result() for part in plan.capture.left_out),
-            nvram=plan.domain.nvram.format if plan.domain.nvram and "nvram.fd" in files else None,
-            files=files,
-            versions=_versions(self._connection),
-            stored_bytes=sum(disk.stored_bytes for disk in disks),
-            changed_bytes=sum(disk.changed_bytes for disk in disks),
         )
-        for entry in os.scandir(directory):
-            status = entry.stat(follow_symlinks=False)
-            if (status.st_uid, status.st_gid) != (0, 0) and is_local(directory):
-                os.chown(entry.path, 0, 0)  # a server may have made somebody else of root, and not let go
-            os.chmod(entry.path, 0o600)
-        places.write_json(os.path.join(directory, "manifest.json"), manifest.to_json(point))
-        return point
-
-    def _describe_disk(self, plan: PointPlan, disk: DiskPlan, directory: str) -> StoredDisk:
-        path = os.path.join(directory, disk.file)
-        reservation.release(path)
-        # Where QEMU pushed elsewhere, the digests are of what it pushed: a fault of the copy does not become the truth.
-        pushed = plan.live and self._scratch is not None
-        top = self._pushed(plan, disk) if pushed else Image(path, "qcow2", disk.passphrase)
-        layers = [top]
-        if disk.parent is not None:
-            history = self._facts[plan.domain.uuid].history
-            parent = history.point(disk.parent)
-            if parent is not None:
-                lineage = history.lineage(parent, disk.target)
-                layers += stored.images_of(self._repository, lineage, disk.target, disk.passphrase)
-        extents = digests.extents_of(layers)
-        own = [extent for extent in extents if extent.depth == 0]
-        grown_from = disk.parent_size if disk.parent_size is not None and disk.parent_size < disk.facts.size else None
-        with digests.content_of(layers, extents) as content:
-            sums = digests.sums_of(
-                content, extents, disk.facts.size, complete=disk.parent is None, grown_from=grown_from
-            )
-        digests.write_sums(os.path.join(directory, f"{disk.target}.sums"), sums)
-        plain: Sequence[digests.Extent] = ()
-        if not disk.coded:
-            plain = digests.extents_of([Image(path)]) if pushed else own
-        return StoredDisk(
-            target=disk.target,
-            type=disk.type,
-            reason=REASONS[disk.reason],
-            parent=disk.parent,
-            virtual_size=disk.facts.size,
-            stored_bytes=os.stat(path).st_blocks * 512,
-            changed_bytes=sum(extent.length for extent in own if extent.data or disk.parent is not None),
-            metadata=digests.metadata_digest(path, plain),
-            source_format=disk.facts.layers[0].format,
-            source=source_layers(disk.facts),
-            compression=disk.compression,
-            encryption=manifest.LUKS if disk.passphrase is not None else None,
-            encrypted_source=disk.facts.disk.encrypted,
-        )
-
-    def _write_files(self, plan: PointPlan, directory: str) -> dict[str, str]:
-        handle = self._handles[plan.domain.uuid]
-        contents = {"domain.xml": _definition(handle, plan)}
-        name = self._checkpoint(plan)
-        if name:
-            contents["checkpoint.xml"] = checkpoints.full_xml(handle, name)
-        for file, text in contents.items():
-            _write(os.path.join(directory, file), text.encode())
-        self._keep_nvram(plan)
-        kept = os.path.join(self._push_directory(plan), "nvram.fd")
-        if plan.live and self._scratch is not None and os.path.exists(kept):
-            _copy_nvram(kept, os.path.join(directory, "nvram.fd"))
-        if os.path.exists(os.path.join(directory, "nvram.fd")):
-            contents["nvram.fd"] = ""
-        return {file: digests.file_digest(os.path.join(directory, file)) for file in sorted(contents)}
+        return describing.complete(self._connection, self._handles[uuid], self._repository, written, self._request)
 
     # --- ends --------------------------------------------------------------------------------------
 
@@ -722,50 +500,3 @@ def _make_passable(directory: str) -> None:
     """QEMU's user gets through it and cannot list it."""
     os.mkdir(directory, 0o711)
     os.chmod(directory, 0o711)
-
-
-def _time_of(identifier: str) -> str:
-    stamp = identifier.partition("-")[0]
-    return f"{stamp[:4]}-{stamp[4:6]}-{stamp[6:8]}T{stamp[9:11]}:{stamp[11:13]}:{stamp[13:15]}+00:00"
-
-
-def _definition(handle: Any, plan: PointPlan) -> str:
-    """The definition of the next start; where that lacks a captured disk (plugged in live), the present one."""
-    if plan.domain.persistent:
-        inactive = read_domain(handle, inactive=True)
-        if all(inactive.disk(disk.target) is not None for disk in plan.disks):
-            return definition.persistent_xml(handle)
-    flags = (constant("VIR_DOMAIN_XML_SECURE") or 0) | (constant("VIR_DOMAIN_XML_MIGRATABLE") or 0)
-    with explaining(f"Reading the definition of domain {plan.domain.name!r}"):
-        return str(handle.XMLDesc(flags))
-
-
-def _write(path: str, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _copy_nvram(source: str, destination: str) -> None:
-    try:
-        if os.stat(source).st_size > _NVRAM_LIMIT:
-            raise InvalidInput(f"{source} is too large for UEFI variables", advice="See the domain's definition")
-    except FileNotFoundError:
-        return  # a domain that was never started has none yet
-    shutil.copyfile(source, destination)
-    descriptor = os.open(destination, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fchmod(descriptor, 0o600)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _versions(connection: Any) -> dict[str, str]:
-    return {
-        "libvirt": dotted(version_triple(connection.getLibVersion())),
-        "qemu": dotted(version_triple(connection.getVersion())),
-        "host": str(connection.getHostname()),
-    }

@@ -12,7 +12,7 @@ from typing import Any
 from ..hypervisor.connection import open_connection
 from ..safety import long_operation
 from ..safety.long_operation import Answer, Operation, Waiting
-from . import plan, restoring, settle, taking
+from . import plan, restore_plan, restoring, settle, taking
 
 _ENTRY = "backup.workers"
 
@@ -56,7 +56,7 @@ def _take(connection: Any, uri: str, handles: Sequence[Any], path: str, request:
     }
 
 
-def restore(connection: Any, uri: str, request: restoring.Request, *, check: bool) -> Answer:
+def restore(connection: Any, uri: str, request: restore_plan.Request, *, check: bool) -> Answer:
     """What a restore task answers: ``{changed, domain, restored, id, warnings}``, or with a ``job`` where that goes on.
 
     Raises :class:`TookTooLong` when it is not done after the request's ``wait_seconds``; the worker goes on.
@@ -72,7 +72,7 @@ def restore(connection: Any, uri: str, request: restoring.Request, *, check: boo
     return long_operation.run(operation, uri, lambda: [restoring.subject(connection, uri, request)], carry_out, waiting)
 
 
-def _restore(connection: Any, uri: str, request: restoring.Request, check: bool) -> Answer:
+def _restore(connection: Any, uri: str, request: restore_plan.Request, check: bool) -> Answer:
     done = restoring.restore(connection, uri, request, check=check)
     answer = {"domain": done.domain, "restored": done.restored, "id": done.point}
     return {"changed": True, **answer, **({"job": done.job} if done.job else {}), "warnings": done.warnings}
@@ -90,6 +90,6 @@ def work(uri: str, request: Mapping[str, Any]) -> Answer:
     }
     options["passphrase"] = long_operation.passphrase_in(request)
     if "repository" not in request:
-        return _restore(connection, uri, restoring.Request(**options), False)
+        return _restore(connection, uri, restore_plan.Request(**options), False)
     handles = [connection.lookupByUUIDString(uuid) for uuid, _name in request["domains"]]
     return _take(connection, uri, handles, request["repository"], plan.Request(**options), False)

@@ -84,11 +84,12 @@ def _compare_existing(request: Request, facts: Facts, plan: ExportPlan) -> Expor
             # Whoever only wants it handed over is told what it is: an earlier run of the same task may have made it.
             source = (manifest.source.uuid, manifest.source.snapshot)
             same = not differences and source == (plan.domain.uuid, None)
+            there: dict[str, Any] = {"image": as_result(request.path, manifest, digest)} if same else {}
             raise Conflict(
                 f"There is an image {request.path} from {manifest.created}, and domain {plan.domain.name!r} runs:"
                 " its content is another one now",
                 advice=advice,
-                **({"image": as_result(request.path, manifest, digest)} if same else {}),
+                **there,
             )
         if not differences:
             differences = list(_differences_of_content(request, manifest, plan, opened))

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import plan, restoring, workers
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import plan, restore_plan, restoring, workers
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.image_node import Passphrase
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import journal, worker
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.worker import Job
 
-REQUEST = restoring.Request(
+REQUEST = restore_plan.Request(
     "/srv/backup", id="p1", domain="web-r", disks=("vda",), running=True, passphrase=Passphrase(b"keep it secret")
 )
 
