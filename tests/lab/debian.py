@@ -2,22 +2,17 @@
 # Copyright: vmkeeper.libvirt contributors
 """A whole Debian guest with PostgreSQL, its data and its write-ahead log on disks of their own.
 
-The tiny guest of :mod:`lab.guest` is for almost everything. This one is for what only a real database shows: whether a
-restored machine comes up and its pages and indexes are whole. It is built once (two minutes) and kept in the lab's cache.
+It is for what only a real database shows: whether a restored machine comes up and its pages and indexes are whole. It is built
+once (two minutes) and kept in the lab's cache.
 """
 
 from __future__ import annotations
 
 import base64
-import contextlib
-import fcntl
-import hashlib
+import inspect
 import json
-import os
 import shlex
 import shutil
-import subprocess
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,38 +21,24 @@ from typing import Any
 import libvirt
 import libvirt_qemu
 
-from . import assets, probe
-from .host import TestHost
+from .images import run
 from .waiting import until
-
-IMAGES = Path("/var/lib/libvirt/images/lab")
-BOOT = Path("/var/lib/libvirt/boot")
-BOOT_SECONDS = 600  # emulated, on a busy machine
+from .whole_debian import BOOT_SECONDS, WholeGuest, cached, make_root
 
 #: Target of a disk -> the directory of the guest that lies on it, and its size.
 DISKS = {"vda": ("/", 2 << 30), "vdb": ("/srv/data", 512 << 20), "vdc": ("/srv/wal", 512 << 20)}
 
-PACKAGES = (
-    *("systemd-sysv", "dbus", "udev", "kmod", "initramfs-tools", "zstd", "e2fsprogs", "linux-image-cloud-amd64"),
-    *("qemu-guest-agent", "postgresql"),
-)
+PACKAGES = ("qemu-guest-agent", "postgresql")
 
 #: Runs in the new root file system. The database is made by the builder's CPU, not by the emulated one.
 PROVISION = """
-set -eu
 echo debian >/etc/hostname
-rm -f /etc/resolv.conf
 printf '127.0.0.1 localhost\\n' >/etc/hosts
 cat >/etc/fstab <<'FSTAB'
 LABEL=root / ext4 noatime,errors=remount-ro 0 1
 LABEL=data /srv/data ext4 noatime,errors=remount-ro 0 2
 LABEL=wal /srv/wal ext4 noatime,errors=remount-ro 0 2
 FSTAB
-sed -i 's/^MODULES=.*/MODULES=list/' /etc/initramfs-tools/initramfs.conf
-printf 'virtio_pci\\nvirtio_blk\\n' >/etc/initramfs-tools/modules
-update-initramfs -u -k all
-systemctl mask apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service \\
-    fstrim.timer getty@tty1.service systemd-timesyncd.service systemd-pstore.service
 pg=$(ls /usr/lib/postgresql)
 pg_dropcluster "$pg" main 2>/dev/null || true
 install -d -o postgres -g postgres /srv/data /srv/wal
@@ -72,47 +53,17 @@ pg_ctlcluster --skip-systemctl-redirect "$pg" main stop
 """
 
 
-class BuildError(RuntimeError):
-    """The guest could not be built; the message says why."""
-
-
 def built() -> Path:
     """The directory with ``vmlinuz``, ``initrd.img`` and ``<target>.qcow2``; built unless the cache has it."""
-    inputs = (json.dumps([PACKAGES, DISKS]), PROVISION, Path(__file__).read_text())
-    digest = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
-    cache = assets.cache_directory().resolve() / "debian"
-    cache.mkdir(parents=True, exist_ok=True)
-    directory = cache / f"postgresql-{digest}"
-    with (cache / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not directory.exists():
-            for stale in cache.glob("*/"):
-                shutil.rmtree(stale)
-            _build(directory)
-    return directory
+    recipe = [inspect.getsource(function) for function in (_build, _disk)]
+    return cached("postgresql-guest", [json.dumps([PACKAGES, DISKS]), PROVISION, *recipe], _build)
 
 
-def _build(directory: Path) -> None:
-    if shutil.which("mmdebstrap") is None:
-        raise BuildError("a Debian guest is built by mmdebstrap: apt-get install mmdebstrap")
-    with tempfile.TemporaryDirectory(prefix="building-", dir=directory.parent) as name:
-        root, content = Path(name) / "root", Path(name) / "content"
-        content.mkdir()
-        left_out = [f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in ("doc", "man", "info")]
-        _run(
-            # A mount and a process namespace of its own: were it killed, neither mounts nor a database stay behind.
-            *("unshare", "--mount", "--pid", "--fork", "--kill-child"),
-            *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", "--format=directory", "--components=main"),
-            *(f"--include={','.join(PACKAGES)}", *left_out),
-            f'--customize-hook=chroot "$1" sh -c {shlex.quote(PROVISION)}',
-            *("bookworm", str(root)),
-        )
-        for target, (path, size) in reversed(DISKS.items()):
-            _disk(root / path.lstrip("/"), size, content / f"{target}.qcow2", path)
-        for file, pattern in (("vmlinuz", "boot/vmlinuz-*"), ("initrd.img", "boot/initrd.img-*")):
-            (only,) = root.glob(pattern)
-            shutil.copyfile(only, content / file)
-        content.rename(directory)
+def _build(scratch: Path, content: Path) -> None:
+    root = scratch / "root"
+    make_root(root, PACKAGES, PROVISION, (), content)
+    for target, (path, size) in reversed(DISKS.items()):
+        _disk(root / path.lstrip("/"), size, content / f"{target}.qcow2", path)
 
 
 def _disk(tree: Path, size: int, image: Path, path: str) -> None:
@@ -121,26 +72,12 @@ def _disk(tree: Path, size: int, image: Path, path: str) -> None:
     with raw.open("wb") as file:
         file.truncate(size)
     label = path.rsplit("/", 1)[1] or "root"
-    _run("mke2fs", "-q", "-t", "ext4", "-L", label, "-d", str(tree), str(raw))
-    _run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(image))
+    run("mke2fs", "-q", "-t", "ext4", "-L", label, "-d", tree, raw)
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, image)
     raw.unlink()
     if path != "/":
         for entry in tree.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-
-def _run(*argv: str) -> None:
-    result = subprocess.run(
-        argv,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    if result.returncode != 0:
-        raise BuildError(f"{argv[0]} failed with exit code {result.returncode}:\n{result.stdout[-3000:]}")
 
 
 @dataclass(frozen=True)
@@ -151,44 +88,12 @@ class Ran:
     output: str
 
 
-class DebianGuest:
+class DebianGuest(WholeGuest):
     """A domain with the built disks. It is talked to through its agent only."""
-
-    def __init__(self, host: TestHost, name: str) -> None:
-        self.host = host
-        self.name = name
-        self.directory = IMAGES / name
 
     def define(self) -> None:
         """Copy the disks and define the domain."""
-        source = built()
-        self.directory.mkdir(parents=True)
-        self.directory.chmod(0o711)
-        BOOT.mkdir(exist_ok=True)
-        for file in ("vmlinuz", "initrd.img"):
-            shutil.copyfile(source / file, BOOT / f"{self.name}-{file}")
-        disks = []
-        for target in DISKS:
-            shutil.copyfile(source / f"{target}.qcow2", self.directory / f"{target}.qcow2")
-            disks.append(
-                f"<disk type='file' device='disk'><driver name='qemu' type='qcow2' discard='unmap'/>"
-                f"<source file='{self.directory}/{target}.qcow2'/><target dev='{target}' bus='virtio'/></disk>"
-            )
-        self.host.connect().defineXML(
-            f"<domain type='{probe.acceleration()}'><name>{self.name}</name><memory unit='MiB'>512</memory><vcpu>1</vcpu>"
-            f"<os><type arch='x86_64' machine='q35'>hvm</type><kernel>{BOOT}/{self.name}-vmlinuz</kernel>"
-            f"<initrd>{BOOT}/{self.name}-initrd.img</initrd>"
-            "<cmdline>root=LABEL=root console=ttyS0 quiet panic=-1 mitigations=off audit=0</cmdline></os>"
-            "<features><acpi/><apic/></features><clock offset='utc'/>"
-            f"<devices>{''.join(disks)}"
-            f"<serial type='file'><source path='/var/log/libvirt/qemu/{self.name}-serial.log' append='on'/></serial>"
-            "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
-            "<memballoon model='virtio'/></devices></domain>"
-        )
-
-    def domain(self) -> libvirt.virDomain:
-        """The libvirt domain, looked up afresh."""
-        return self.host.connect().lookupByName(self.name)
+        self.define_from(built(), DISKS, memory=512)
 
     def start(self) -> None:
         """Start it and wait until its database answers."""
@@ -226,16 +131,3 @@ class DebianGuest:
     def _agent(self, command: str, arguments: dict[str, Any]) -> Any:
         request = json.dumps({"execute": command, "arguments": arguments})
         return json.loads(libvirt_qemu.qemuAgentCommand(self.domain(), request, 30, 0))["return"]
-
-    def cleanup(self) -> None:
-        """Remove the domain and its files."""
-        with contextlib.suppress(libvirt.libvirtError):
-            self.domain().destroy()
-        with contextlib.suppress(libvirt.libvirtError):
-            self.domain().undefineFlags(
-                libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
-            )
-        shutil.rmtree(self.directory, ignore_errors=True)
-        for file in ("vmlinuz", "initrd.img"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(BOOT / f"{self.name}-{file}")
