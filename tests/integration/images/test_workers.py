@@ -56,7 +56,7 @@ def steps_now() -> list[str]:
     return []
 
 
-def process_of(answer: tasks.Result) -> int:
+def process_of(answer: tasks.Outcome) -> int:
     """The process of the worker that a task has started."""
     return int(json.loads((WORKERS / answer["job"]["id"] / "state.json").read_text())["process"][0])
 
@@ -66,7 +66,7 @@ def job_of(name: str, **options: Any) -> dict[str, Any]:
     return found
 
 
-def cancel_at(step: str, answer: tasks.Result, name: str) -> None:
+def cancel_at(step: str, answer: tasks.Outcome, name: str) -> None:
     """Cancel the worker when it has recorded the step; it is held meanwhile, so that it gets no further."""
     pid = process_of(answer)
     until(lambda: step in steps_now(), f"the worker reaching {step}", interval=0.002)
@@ -81,7 +81,7 @@ def cancel_at(step: str, answer: tasks.Result, name: str) -> None:
 
     until(is_told, "the worker being told to end")
     os.kill(pid, signal.SIGCONT)
-    result = tasks.result_of(cancelling)
+    result = tasks.finish(cancelling)
     assert (result.rc, result.changed) == (0, True), result
     assert job_of(name)["state"] == "cancelled"
     assert not tasks.ok("domain_job", domain=name, state="absent").changed

@@ -15,7 +15,7 @@ from lab import evidence
 from lab.guest import DiskSpec, Guest, GuestSpec
 from lab.spec import MIB
 
-from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import tasks
+from ansible_collections.vmkeeper.libvirt.tests.lab import tasks
 
 BINDING = Path("/usr/lib/python3/dist-packages/libvirt.py")
 OURS = [Path("/var/lib/vmkeeper.libvirt")]

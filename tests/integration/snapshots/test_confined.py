@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import tasks, ways
+from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import ways
 from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots.proof import alive
+from ansible_collections.vmkeeper.libvirt.tests.lab import tasks
 from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
 from ansible_collections.vmkeeper.libvirt.tests.lab.spec import MIB
 

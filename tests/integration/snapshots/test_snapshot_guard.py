@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import tasks, ways
+from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import ways
+from ansible_collections.vmkeeper.libvirt.tests.lab import tasks
 from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
 from ansible_collections.vmkeeper.libvirt.tests.lab.spec import MIB
 
