@@ -105,6 +105,11 @@ options:
       - A duration such as V(90s) or V(2m), or seconds.
     type: str
     default: 60s
+  bandwidth:
+    description:
+      - Limit of the copy in bytes per second, such as V(100M), for each disk. No limit when left out.
+      - What a running guest is about to overwrite is copied at full speed all the same, so that its writes do not wait.
+    type: str
   wait:
     description:
       - With V(false) the task is checked and answers at once with RV(job), while a worker on the hypervisor does all of it, from the
@@ -286,6 +291,7 @@ def request_of(call: _module.Call) -> Request:
         deadline=deadline,
         passphrase=passphrase_option((params["encryption"] or {}).get("passphrase"), "encryption.passphrase"),
         seal=tuple(name for name in OPERATIONS if name in params["seal"]),
+        bandwidth=names.parse_size(params["bandwidth"], "bandwidth") if params["bandwidth"] else 0,
     )
 
 
@@ -332,6 +338,7 @@ def main() -> None:
             },
             "tags": {"type": "raw"},
             "deadline": {"type": "str", "default": "60s"},
+            "bandwidth": {"type": "str"},
             "wait": {"type": "bool", "default": True},
             "wait_timeout": {"type": "str"},
         },

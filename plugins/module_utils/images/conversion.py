@@ -30,12 +30,14 @@ def convert(
     *,
     doing: str,
     confined: Confinement | None = None,
+    bandwidth: int = 0,
 ) -> None:
     """Flatten ``source`` with all that it stands on into a sparse, self-contained file.
 
+    ``bandwidth`` in bytes per second, 0 for no limit.
     ``confined``: the destination was made before, empty, since the confined program can make no file.
     """
-    arguments = ["convert", "-q", "-f", source_format, "-O", destination_format]
+    arguments = ["convert", "-q", "-f", source_format, "-O", destination_format, *qemu_img.limiting(bandwidth)]
     if confined is not None:
         arguments += ["-n", "--target-is-zero"]
     if destination_format == "qcow2" and compression != "none":
@@ -58,12 +60,13 @@ def content_size(path: str, image_format: str) -> int:
     return int(json.loads(said)["required"])
 
 
-def encrypt(source: str, source_format: str, destination: Image, size: int, *, doing: str) -> None:
-    """Flatten ``source`` into a qcow2 that only its passphrase opens."""
+def encrypt(source: str, source_format: str, destination: Image, size: int, *, doing: str, bandwidth: int = 0) -> None:
+    """Flatten ``source`` into a qcow2 that only its passphrase opens. ``bandwidth`` as for :func:`convert`."""
     qemu_img.create_layer(destination, size)
     with Keys() as keys:
         options = image_node.as_options(image_node.node([destination], keys))
         arguments = ["convert", "-q", "-n", "--target-is-zero", "-W", "-m", "16", "-f", source_format]
+        arguments += qemu_img.limiting(bandwidth)
         qemu_img.run([*arguments, "--target-image-opts", source, options], doing=doing, keys=keys, with_caller=True)
 
 

@@ -37,7 +37,7 @@ _SNAPSHOT_LABELS = "domain/metadata/{urn:vmkeeper:libvirt:snapshot:1}snapshot"
 
 @dataclass(frozen=True)
 class Request:
-    """The task's options, checked. ``deadline`` in seconds."""
+    """The task's options, checked. ``deadline`` in seconds, ``bandwidth`` in bytes per second (0: no limit)."""
 
     dest: str
     name: str
@@ -52,6 +52,7 @@ class Request:
     deadline: float = 60.0
     seal: tuple[str, ...] = ()
     passphrase: Passphrase | None = None
+    bandwidth: int = 0
 
     @property
     def path(self) -> str:

@@ -9,7 +9,7 @@ import contextlib
 import datetime
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -291,10 +291,16 @@ class _Export:
             standing=plan.standing,
             info=self._facts.agent,
         )
+
+        def begin(one: instant.Member) -> None:
+            live_copy.begin(one.handle, xml)
+            with contextlib.suppress(LibvirtFailed):  # tried again when the guest is on its way
+                self._limit(targets)
+
         outcome = instant.take(
             self._uri,
             [member],
-            lambda one: live_copy.begin(one.handle, xml),
+            begin,
             deadline=self._request.deadline,
             purpose=f"export of image {self._request.name!r}",
             journal=journal,
@@ -315,7 +321,7 @@ class _Export:
                 advice="Look at what thawed it (the agent's log), or give a longer deadline",
             )
         journal.step("copy")
-        live_copy.limit(self._handle, targets, worker.limit_for(now.uuid, 0))
+        self._limit(targets)
         live_copy.finish(self._handle, self._copies)
         if not outcome.thawed:
             raise VmkeeperError(
@@ -324,6 +330,11 @@ class _Export:
                 advice="Look at the guest; if it hangs, restart its qemu-guest-agent",
             )
         return level, outcome.frozen_ms, outcome.why_not_frozen or plan.why_not_frozen
+
+    def _limit(self, targets: Iterable[str]) -> None:
+        """Slow the copy down. What the guest is about to overwrite is copied at full speed all the same."""
+        uuid = self._plan.domain.uuid
+        live_copy.limit(self._handle, targets, worker.limit_for(uuid, self._request.bandwidth))
 
     def _copy_of(self, target: str) -> str:
         if not self._plan.converts:
@@ -341,15 +352,16 @@ class _Export:
     def _seal(self, journal: Journal) -> dict[str, str]:
         """Seal copies of the disks; returns the digests of what a stopped domain's held before, by target."""
         plan, digests = self._plan, {}
-        doing = f"Sealing the image of domain {plan.domain.name!r}"
+        doing, limit = f"Sealing the image of domain {plan.domain.name!r}", self._request.bandwidth
         for disk in plan.disks:
             journal.step("copy-to-seal", target=disk.target)
             copy = self._sealed_of(disk.target)
             if plan.live:
-                conversion.convert(self._copy_of(disk.target), "qcow2", copy, "raw", doing=doing)
+                conversion.convert(self._copy_of(disk.target), "qcow2", copy, "raw", doing=doing, bandwidth=limit)
                 os.unlink(self._copy_of(disk.target))
             else:
-                conversion.convert(disk.source.path or "", disk.source.format or "raw", copy, "raw", doing=doing)
+                source, source_format = disk.source.path or "", disk.source.format or "raw"
+                conversion.convert(source, source_format, copy, "raw", doing=doing, bandwidth=limit)
                 digests[disk.target] = conversion.content_digest(copy)
         journal.step("clean", operations=list(self._request.seal))
         sealing.seal(
@@ -376,7 +388,9 @@ class _Export:
             doing = f"Exporting disk {disk.target!r} of domain {self._plan.domain.name!r}"
             if self._request.passphrase is not None:
                 encrypted = Image(path, "qcow2", self._request.passphrase)
-                conversion.encrypt(source, source_format, encrypted, disk.size, doing=doing)
+                conversion.encrypt(
+                    source, source_format, encrypted, disk.size, doing=doing, bandwidth=self._request.bandwidth
+                )
             elif self._plan.converts:
                 conversion.convert(
                     source,
@@ -385,6 +399,7 @@ class _Export:
                     self._request.format,
                     self._request.compression,
                     doing=doing,
+                    bandwidth=self._request.bandwidth,
                 )
             if self._plan.converts and (self._plan.live or self._plan.seals):
                 os.unlink(source)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,40 @@ def test_an_export_goes_on_without_its_task_and_the_same_task_is_about_it(heavy:
     for waiting in ({}, {"wait": False}, {"wait_timeout": "1m"}):
         found = tasks.ok("export_image", **options, **waiting)
         assert (found.changed, found["image"]["digest"]) == (False, image["digest"])
+
+
+def test_a_limited_export_keeps_to_its_limit_until_that_is_lifted(heavy: Guest, library: Path) -> None:
+    tasks.refused("export_image", "bandwidth", domain=heavy.name, dest=str(library), name="slow", bandwidth="fast")
+    options = {"domain": heavy.name, "dest": str(library), "name": "slow", "disks": ["vdb"]}
+    tasks.ok("export_image", wait=False, bandwidth="1M", **options)
+
+    def copies() -> list[dict[str, Any]]:
+        return list(tasks.ok("domain_job", domain=heavy.name)["block_jobs"])
+
+    until(lambda: [job["bandwidth"] for job in copies()] == [1 << 20], "the limit")
+    (job,) = copies()
+    assert job["done"] < SIZE // 2
+    assert tasks.ok("domain_job", domain=heavy.name, bandwidth="0").changed
+    image = job_of(heavy.name, state="finished", wait_timeout="5m")["result"]["image"]
+    run(
+        "qemu-img", "compare", "-q", "-U", "-f", "raw", "-F", "qcow2", heavy.images["vdb"], f"{image['path']}/vdb.qcow2"
+    )
+    assert_nothing_lies_around(library)
+
+
+def test_a_limit_holds_for_the_copy_of_a_stopped_domain_too(host: TestHost, library: Path) -> None:
+    guest = Guest(host, GuestSpec("limited", disks=(DiskSpec("vda", size=SIZE, format="raw", fs=None, writer=False),)))
+    seconds = []
+    try:
+        guest.define()
+        guest.images["vda"].write_bytes(os.urandom(SIZE))
+        for name, limit in (("limited", {"bandwidth": str(SIZE // 8)}), ("free", {})):
+            began = time.monotonic()
+            tasks.ok("export_image", name=name, domain=guest.name, dest=str(library), **limit)
+            seconds.append(time.monotonic() - began)
+    finally:
+        guest.cleanup()
+    assert seconds[0] > seconds[1] + 2, "eight seconds' worth at that limit"
 
 
 def test_a_cancelled_export_leaves_nothing(heavy: Guest, library: Path) -> None:
