@@ -416,6 +416,7 @@ def main() -> None:
             "compression": {"type": "str", "choices": ["none", "zlib", "zstd"], "default": "none"},
             "encryption": {
                 "type": "dict",
+                "no_log": True,  # the log would show it as Python writes it, where a mask for the passphrase may not match
                 "options": {"passphrase": {"type": "str", "required": True, "no_log": True}},
             },
             "scratch": {"type": "path"},

@@ -334,6 +334,7 @@ def main() -> None:
             "seal": {"type": "list", "elements": "str", "choices": list(OPERATIONS), "default": []},
             "encryption": {
                 "type": "dict",
+                "no_log": True,  # the log would show it as Python writes it, where a mask for the passphrase may not match
                 "options": {"passphrase": {"type": "str", "required": True, "no_log": True}},
             },
             "tags": {"type": "raw"},

@@ -444,13 +444,27 @@ def _chain_reason(history: History, last: Point, target: str) -> str | None:
     return "chain limit" if len(lineage) >= CHAIN_LIMIT else None
 
 
-def young_enough(history: History, min_age: float, now: datetime.datetime) -> Point | None:
-    """The newest point, if it is younger than ``min_age`` seconds. One from the future proves a wrong clock, not youth."""
-    if not history.points:
-        return None
-    newest = history.points[-1]
-    age = (now - newest.created_at).total_seconds()
-    return newest if 0 <= age < min_age else None
+def young_enough(request: Request, facts: Facts, now: datetime.datetime) -> Point | None:
+    """The newest point that is what ``request`` asks for and younger than its ``min_age`` seconds.
+
+    One from the future proves a wrong clock, not youth.
+    """
+    for point in reversed(facts.history.points):
+        age = (now - point.created_at).total_seconds()
+        if request.min_age is not None and 0 <= age < request.min_age and _serves(request, facts, point):
+            return point
+    return None
+
+
+def _serves(request: Request, facts: Facts, point: Point) -> bool:
+    """Whether a point holds all disks of the task, is as consistent as it wants, and encrypted if and only if it wants that."""
+    wanted = {disk.target for disk in choose(facts.domain, disks=request.disks, exclude=request.exclude).disks}
+    if not wanted <= {disk.target for disk in point.disks}:
+        return False
+    if request.quiesce == "required" and point.consistency not in (*consistency.QUIESCED, "offline"):
+        return False
+    encrypted = request.passphrase is not None
+    return all(disk.encrypted_source or (disk.encryption is not None) == encrypted for disk in point.disks)
 
 
 def source_layers(disk: DiskFacts) -> tuple[SourceLayer, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .._errors import NoSpace, NotFound, Refused, VmkeeperError
+from .._errors import Conflict, NoSpace, NotFound, Refused, VmkeeperError
 from ..hypervisor.connection import find_domain
 from ..hypervisor.image_node import Passphrase
 from ..safety import locks, settlement
@@ -173,11 +173,18 @@ def find_subject(connection: Any, repository: Repository, domain: str) -> Subjec
         return Subject(handle.UUIDString(), handle.name(), handle)
     except NotFound:
         pass
-    for uuid in repository.domain_uuids():
-        points = _all_points(repository.history(uuid))
-        if domain == uuid or any(point.domain == domain for point in points):
-            return subject_of(connection, repository, uuid)
-    return None
+    found = [
+        uuid
+        for uuid in repository.domain_uuids()
+        if domain == uuid or any(point.domain == domain for point in _all_points(repository.history(uuid)))
+    ]
+    if len(found) > 1:
+        raise Conflict(
+            f"Several domains called {domain!r} were backed up there: {', '.join(found)}",
+            advice="Give the UUID of one of them",
+            existing=found,
+        )
+    return subject_of(connection, repository, found[0]) if found else None
 
 
 def subject_of(connection: Any, repository: Repository, domain_uuid: str) -> Subject:

@@ -152,13 +152,8 @@ class _Restoring:
     def _settle(self, uuid: str, check: bool) -> Plan | None:
         """Settle what was interrupted; returns its plan when that finished this very restore."""
         interrupted = journals.peek(uuid)
-        handle = settle.find(self._connection, uuid)
-        if handle is not None:
-            settlement.settle_before_change(self._uri, [handle], settlers.SETTLERS, check=check)
-        elif not check:
-            pending = journals.unfinished(uuid)
-            if pending is not None:
-                settlers.SETTLERS[pending.operation.kind](self._uri, pending)
+        name = interrupted.plan.get("name", self._point.domain) if interrupted is not None else self._point.domain
+        settlement.settle_named(self._uri, [(uuid, name)], settlers.SETTLERS, check=check)
         if check or interrupted is None or interrupted.kind != settle.RESTORE or not interrupted.reached("place"):
             return None
         if interrupted.plan["request"] != self._planner.identity():

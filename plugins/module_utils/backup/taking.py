@@ -84,7 +84,7 @@ def _recent(request: Request, facts: Sequence[Facts]) -> list[Made] | None:
     """With ``min_age``, the points that are young enough, if every domain of the task has one."""
     if request.min_age is None:
         return None
-    found = [young_enough(one.history, request.min_age, manifest.now_utc()) for one in facts]
+    found = [young_enough(request, one, manifest.now_utc()) for one in facts]
     if any(point is None for point in found):
         return None
     return [Made(point.as_result(), changed=False) for point in found if point is not None]

@@ -93,8 +93,11 @@ def _probe(path: str) -> str:
 
 def chain_of(disk: Disk) -> tuple[Layer, ...]:
     """The chain of a disk: as libvirt states it for a live disk, else by following the files."""
-    if len(disk.chain) > 1 or disk.active is None or disk.active.path is None:
+    if disk.active is None or disk.active.path is None:
         return disk.chain
+    if len(disk.chain) > 1:
+        last = disk.chain[-1]
+        return (*disk.chain[:-1], *follow(last)) if disk.open_ended and last.path is not None else disk.chain
     return follow(disk.active)
 
 

@@ -129,6 +129,9 @@ class Disk:
     job: BlockJob | None = None
     pool: str | None = None
     volume: str | None = None
+    open_ended: bool = (
+        False  #: the definition does not say that ``chain`` ends where it does: libvirt reads on in the images
+    )
     storage: str | None = None  #: ``thin-lvm`` or ``zfs``: a layer is a device of a kind that is not handled
 
     @property
@@ -274,6 +277,13 @@ def _chain(element: ElementTree.Element) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
+def _is_open_ended(element: ElementTree.Element) -> bool:
+    current = element
+    while (below := current.find("backingStore")) is not None and below.find("source") is not None:
+        current = below
+    return below is None
+
+
 def _job(element: ElementTree.Element) -> BlockJob | None:
     mirror = element.find("mirror")
     if mirror is None:
@@ -311,6 +321,7 @@ def parse_disk(element: ElementTree.Element) -> Disk:
         kind=kind,
         bus=target.get("bus") if target is not None else None,
         chain=_chain(element),
+        open_ended=_is_open_ended(element),
         readonly=element.find("readonly") is not None,
         shareable=element.find("shareable") is not None,
         transient=element.find("transient") is not None,

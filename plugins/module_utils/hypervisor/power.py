@@ -16,6 +16,12 @@ from .connection import explaining
 #: How long a guest may take to shut down before a task gives up and leaves it running.
 SHUTDOWN_SECONDS = 300.0
 _ASK_AGAIN_SECONDS = 15.0
+
+#: How long one waits for a guest that a run which has ended had told to shut down.
+LATE_SECONDS = 30.0
+
+#: libvirt's reasons for being off that nobody has chosen: what was running before is started again.
+ENDED_BY_ITSELF = ("shutdown", "unknown", "crashed", "failed")
 _POLL_SECONDS = 0.2
 
 
@@ -38,3 +44,10 @@ def shut_down(handles: Sequence[Any], *, seconds: float = SHUTDOWN_SECONDS) -> l
             return [handle.name() for handle in going]
         time.sleep(_POLL_SECONDS)
     return []
+
+
+def wait_for_late(handles: Sequence[Any], *, seconds: float = LATE_SECONDS) -> None:
+    """Wait until guests that may be shutting down are off, or it takes too long: then they have not heard it."""
+    give_up = time.monotonic() + seconds
+    while any(handle.isActive() for handle in handles) and time.monotonic() < give_up:
+        time.sleep(_POLL_SECONDS)

@@ -83,7 +83,7 @@ def _compare_existing(request: Request, facts: Facts, plan: ExportPlan) -> Expor
         if facts.live:
             # Whoever only wants it handed over is told what it is: an earlier run of the same task may have made it.
             source = (manifest.source.uuid, manifest.source.snapshot)
-            same = not differences and source == (plan.domain.uuid, None)
+            same = not differences and source == (plan.domain.uuid, None) and _is_as_good(request, manifest)
             there: dict[str, Any] = {"image": as_result(request.path, manifest, digest)} if same else {}
             raise Conflict(
                 f"There is an image {request.path} from {manifest.created}, and domain {plan.domain.name!r} runs:"
@@ -99,6 +99,16 @@ def _compare_existing(request: Request, facts: Facts, plan: ExportPlan) -> Expor
             advice=advice,
         )
     return Exported(as_result(request.path, manifest, digest), changed=False)
+
+
+def _is_as_good(request: Request, manifest: Manifest) -> bool:
+    """Whether an image that is there opens with what this task gives, and is as consistent as it wants."""
+    if request.quiesce == "required" and manifest.consistency not in (*consistency.QUIESCED, "offline"):
+        return False
+    return request.passphrase is None or all(
+        qemu_img.opens(Image(os.path.join(request.path, disk.file), disk.format, request.passphrase))
+        for disk in manifest.disks
+    )
 
 
 def _encryption(request: Request) -> str:

@@ -27,6 +27,12 @@ _VMDK_TYPES = ("monolithicSparse", "streamOptimized")
 _VMDK_EXTENT = re.compile(r"(RW|RDONLY|NOACCESS)\s+(\d{1,18})\s+(\w+)(\s+\"[^\"]*\")?(\s+\d+)?")
 _VMDK_KEY = re.compile(r"([A-Za-z][\w. ]*?)\s*=\s*(.*)")
 
+#: QEMU reads a parent from 20 sectors behind the first, and takes the footer for the header where the grain directory is at all ones
+#: (block/vmdk.c: s->desc_offset, DESC_SIZE, VMDK4_GD_AT_END). What ``qemu-img`` writes has its descriptor there, and no footer.
+_VMDK_DESCRIPTOR_SECTOR = 1
+_VMDK_SEARCHED = 20 * 512
+_VMDK_FOOTER = (1 << 64) - 1
+
 #: MS-VHDX, sections 2.2.3 (region table) and 2.6 (metadata region)
 _VHDX_MAGIC = b"vhdxfile"
 _VHDX_REGION_TABLES = (192 << 10, 256 << 10)
@@ -87,10 +93,16 @@ def _vmdk(path: str) -> int:
         if version not in (1, 2, 3) or not capacity or not 1 <= grain <= 1 << 16:
             # Capacity 0 makes QEMU read the descriptor as a list of extents.
             raise BadHeader("its header is out of range")
-        if not 0 < sectors * 512 <= _VMDK_DESCRIPTOR_LIMIT or offset > 1 << 32:
-            raise BadHeader("its descriptor is out of range")
+        if not 0 < sectors * 512 <= _VMDK_DESCRIPTOR_LIMIT or offset != _VMDK_DESCRIPTOR_SECTOR:
+            raise BadHeader("its descriptor is not where QEMU looks for it")
+        if struct.unpack_from("<Q", header, 56)[0] == _VMDK_FOOTER:
+            raise BadHeader("its header is in its footer")
         image.seek(offset * 512)
         descriptor = image.read(sectors * 512)
+        # QEMU searches as much for a parent, whatever the header says of the descriptor's place and length.
+        image.seek(_VMDK_DESCRIPTOR_SECTOR * 512)
+        if b"parentfile" in image.read(max(sectors * 512, _VMDK_SEARCHED)).lower():
+            raise BadHeader("it stands on another file")
     _check_vmdk_descriptor(descriptor.partition(b"\0")[0].decode("utf-8"), capacity)
     return int(capacity) * 512
 

@@ -256,25 +256,31 @@ def unpack(layout: str, remote: Remote, destination: str) -> Manifest:
 def _unpack_one(blob: str, folder: str, name: str, destination: str, limit: int) -> None:
     """The one file of a layer. Its name is ours to say, so nothing in the layer decides where anything is written."""
     try:
-        with tarfile.open(blob, "r:") as archive:
-            member = archive.next()
-            if member is not None and member.isdir() and member.name.rstrip("/") == folder:
-                member = archive.next()
-            plain = member is not None and member.type == tarfile.REGTYPE and not member.issparse()
-            if member is None or not plain or member.name != f"{folder}/{name}" or member.size > limit:
+        with open(blob, "rb") as archive:
+            # One header after the other, by hand: tarfile would read extended headers into memory, however long they say they are.
+            member = _next_header(archive)
+            if member.type == tarfile.DIRTYPE and member.size == 0 and member.name.rstrip("/") == folder:
+                member = _next_header(archive)
+            if member.type != tarfile.REGTYPE or member.name != f"{folder}/{name}" or member.size > limit:
                 raise refuse(f"the layer of {name} holds something else")
-            source = archive.extractfile(member)
-            if source is None:
-                raise refuse(f"the layer of {name} cannot be read")
             descriptor = os.open(
                 destination, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
             )
             with os.fdopen(descriptor, "wb", buffering=0) as target:
-                while chunk := source.read(_CHUNK):
+                left = member.size
+                while left:
+                    chunk = archive.read(min(_CHUNK, left))
+                    if not chunk:
+                        raise refuse(f"the layer of {name} ends too early")
+                    left -= len(chunk)
                     if chunk.count(0) == len(chunk):
                         target.seek(len(chunk), os.SEEK_CUR)
                     else:
                         target.write(chunk)
                 target.truncate(member.size)
-    except (tarfile.TarError, EOFError) as error:
+    except tarfile.TarError as error:
         raise refuse(f"the layer of {name} is not a tar archive: {error}") from error
+
+
+def _next_header(archive: IO[bytes]) -> tarfile.TarInfo:
+    return tarfile.TarInfo.frombuf(archive.read(tarfile.BLOCKSIZE), "utf-8", "strict")

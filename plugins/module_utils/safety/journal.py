@@ -44,6 +44,10 @@ class Operation:
         """Whether the step was begun."""
         return any(step["name"] == name for step in self.steps)
 
+    def names(self, uuid: str) -> bool:
+        """Whether it is about that domain."""
+        return any(domain["uuid"] == uuid for domain in self.domains)
+
     def last(self, name: str) -> dict[str, Any] | None:
         """The newest record of the step, if it was begun."""
         return next((step for step in reversed(self.steps) if step["name"] == name), None)
@@ -120,7 +124,13 @@ def unfinished(uuid: str, *, directory: str = places.JOURNAL) -> Journal | None:
             f"The journal {directory}/{uuid}.json was written by a newer version",
             advice="Run recover_domain of that version",
         )
-    return Journal(Operation(**content), directory=directory)
+    operation = Operation(**content)
+    if not operation.names(uuid):
+        # A link that a run killed between two unlinks has left: what it leads to by now is about others.
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(directory, f"{uuid}.json"))
+        return None
+    return Journal(operation, directory=directory)
 
 
 def all_unfinished(*, directory: str = places.JOURNAL) -> set[str]:
@@ -136,6 +146,7 @@ def peek(uuid: str, *, directory: str = places.JOURNAL) -> Operation | None:
     """What :func:`unfinished` would find, for information only: needs no lock and changes nothing."""
     try:
         content = places.read_json(os.path.join(directory, f"{uuid}.json"))
-        return Operation(**content) if isinstance(content, dict) else None
+        operation = Operation(**content) if isinstance(content, dict) else None
+        return operation if operation is not None and operation.names(uuid) else None
     except (OSError, ValueError, TypeError):
         return None

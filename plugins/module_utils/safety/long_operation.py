@@ -29,6 +29,10 @@ class Waiting:
     seconds: float | None = None
 
 
+#: Whether a worker was handed a passphrase; which one is kept nowhere.
+_WITH_PASSPHRASE = "with_passphrase"
+
+
 @dataclass(frozen=True)
 class Operation:
     """What a worker can be asked: ``entry`` is its module (see :func:`.worker.start`), ``asked`` is JSON without secrets."""
@@ -67,7 +71,7 @@ def run(
             uri,
             changing,
             operation.entry,
-            {**operation.asked, "domains": changing},
+            {**operation.asked, "domains": changing, _WITH_PASSPHRASE: secret is not None},
             confidential={"passphrase": secret.value.decode()} if secret is not None else None,
         )
     if not waiting.wait:
@@ -80,6 +84,8 @@ def twin(operation: Operation, *, over: bool = False) -> worker.Job | None:
     stored = json.loads(json.dumps(operation.asked))
     for job in worker.all_jobs():
         same = job.operation == operation.name and all(job.request.get(key) == value for key, value in stored.items())
+        # What is encrypted is not what was asked for in the clear.
+        same = same and bool(job.request.get(_WITH_PASSPHRASE)) == (operation.passphrase is not None)
         if same and (job.state == worker.FINISHED if over else not job.over):
             return job
     return None

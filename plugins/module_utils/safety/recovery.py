@@ -112,8 +112,8 @@ def _foresee(uuid: str, name: str, settlers: Mapping[str, Settler], left: list[s
 
 def _settle(uri: str, uuid: str, name: str, settlers: Mapping[str, Settler], left: list[str]) -> list[dict[str, Any]]:
     findings: list[dict[str, Any]] = []
-    with locks.hold([(uuid, name)], "recover_domain"):
-        try:
+    try:
+        with locks.hold([(uuid, name)], "recover_domain"):
             if release.release_orphans(uuid):
                 findings.append(
                     {
@@ -125,17 +125,17 @@ def _settle(uri: str, uuid: str, name: str, settlers: Mapping[str, Settler], lef
                     }
                 )
             found = settlement.settle_named(uri, [(uuid, name)], settlers)
-        except VmkeeperError as error:
-            findings.append(
-                {
-                    "domain": name,
-                    "what": "an interrupted operation",
-                    "action": f"failed: {error}",
-                    "settled": False,
-                    "left": left,
-                }
-            )
-        else:
-            # What can wait, and has to, is put off by its settler; its journal is still there then.
-            findings += [{**one, "settled": journal.peek(uuid) is None, "left": left} for one in found]
+    except VmkeeperError as error:
+        findings.append(
+            {
+                "domain": name,
+                "what": "an interrupted operation",
+                "action": f"failed: {error}",
+                "settled": False,
+                "left": left,
+            }
+        )
+    else:
+        # What can wait, and has to, is put off by its settler; its journal is still there then.
+        findings += [{**one, "settled": journal.peek(uuid) is None, "left": left} for one in found]
     return findings

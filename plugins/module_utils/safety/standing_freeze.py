@@ -189,7 +189,22 @@ def _give_up(candidate: _Candidate) -> bool:
 def thaw(handles: Sequence[Any], *, check: bool = False) -> list[Condition]:
     """``state: thawed``. A domain that does not run is thawed by definition."""
     with _locked(handles, "fsfreeze", check):
-        return [_thaw_one(handle, check) for handle in handles]
+        thawed, failed = [], []
+        for handle in handles:
+            # One that cannot be thawed keeps no other frozen.
+            try:
+                thawed.append(_thaw_one(handle, check))
+            except VmkeeperError as error:
+                failed.append(error)
+        if failed:
+            done = ", ".join(one.domain for one in thawed if one.changed)
+            first = failed[0]
+            if done and not check:
+                first.state = f"{first.state} Thawed: {done}.".strip()
+            first.problem = "; ".join(one.problem for one in failed)
+            first.args = (str(first),)
+            raise first
+        return thawed
 
 
 def _thaw_one(handle: Any, check: bool) -> Condition:

@@ -121,6 +121,11 @@ def _command(argv: Sequence[str] | None) -> tuple[str, ...] | None:
         return None
     if not argv or not all(argv):
         raise InvalidInput("health_command is empty", advice="Give a program and its arguments as a list")
+    if len(argv) == 1 and any(blank in argv[0].strip() for blank in " \t"):
+        raise InvalidInput(
+            f"health_command {argv[0]!r} is one word with blanks in it; it is run without a shell",
+            advice="Give the program and each of its arguments as a list",
+        )
     return tuple(argv)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .._errors import VmkeeperError
+from .._errors import AgentSilent, VmkeeperError
 from ..hypervisor import appliance, checkpoints
 from ..hypervisor.definition import define, persistent_xml
 from ..safety import locks, settlement
@@ -36,6 +36,7 @@ from .facts import Facts, read_facts
 from .guest_filesystem import Filesystem
 from .memory_plan import live_memory
 from .outcome import Outcome
+from .preconditions import check_restart
 from .request import Request
 from .restart import RolledBack, restart
 from .settle import OPERATION, SETTLERS
@@ -265,7 +266,13 @@ class _Run:
                 advice="Use apply: auto, with allow_restart to have it at once",
                 guest_sees=outcome.guest_sees,
             )
-        if change.what in ("vcpus", "memory") and self._request.allow_restart and self._facts.configured.persistent:
+        may_restart, note = self._request.allow_restart and self._facts.configured.persistent, outcome.note
+        if change.what in ("vcpus", "memory") and may_restart:
+            try:
+                check_restart(self._request, self._facts)
+            except AgentSilent as blind:
+                may_restart, note = False, f"{note}; no restart: {blind.problem}"
+        if change.what in ("vcpus", "memory") and may_restart:
             # The plan was live, the guest thought otherwise: the second best way.
             self._set = replace(
                 self._set,
@@ -279,7 +286,7 @@ class _Run:
             return
         if change.what in ("vcpus", "memory"):
             self._applied[change.what] = NEXT_BOOT
-            self._set = replace(self._set, pending=(*self._set.pending, f"{change.what}: {outcome.note}"))
+            self._set = replace(self._set, pending=(*self._set.pending, f"{change.what}: {note}"))
 
     def _restart(self, new_xml: str) -> None:
         for change in self._set.due:

@@ -103,6 +103,7 @@ def abandon(uri: str, pending: Journal) -> dict[str, str]:
     if pending.operation.steps[-1]["name"] not in _BEFORE_A_COMMIT_IS_DONE:
         return settle(uri, pending)
     _settle_disks(handle, work, pending, cancelled=True)
+    _wait_for_late(handle, pending)
     _start_again(handle, pending)
     pending.finish()
     return {"what": f"a {pending.operation.kind} in progress", "action": "cancelled"}
@@ -114,6 +115,8 @@ def settle(uri: str, pending: Journal) -> dict[str, str]:
     handle = connection.lookupByUUIDString(pending.operation.domains[0]["uuid"])
     work = Work.from_json(pending.operation.plan["work"])
     what = f"an interrupted {pending.operation.kind}"
+    if work.restart:
+        _wait_for_late(handle, pending)
     if work.restart and handle.isActive() and not pending.operation.reached("commit"):
         # Nothing was merged, and the guest runs: it is not shut down by a task that was not allowed to.
         _settle_disks(handle, work, pending)
@@ -185,13 +188,20 @@ def _shut_down(handle: Any, journal: Journal) -> None:
     journal.step("shut-off")
 
 
+def _wait_for_late(handle: Any, journal: Journal) -> None:
+    """A guest whose power button was pressed may still be on its way down; who looked now would believe that it stays."""
+    operation = journal.operation
+    if operation.reached("shutdown") and not operation.reached("shut-off") and operation.boot_id == processes.boot_id():
+        power.wait_for_late([handle])
+
+
 def _start_again(handle: Any, journal: Journal) -> None:
     """Start what this operation itself has shut down, in this boot; what is off otherwise is off for other reasons."""
     operation = journal.operation
     if not operation.reached("shutdown") or operation.boot_id != processes.boot_id():
         return
     state = read_domain(handle).state
-    if state.active or state.reason not in ("shutdown", "unknown"):
+    if state.active or state.reason not in power.ENDED_BY_ITSELF:
         return
     journal.step("start")
     with explaining(

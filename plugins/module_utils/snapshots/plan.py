@@ -384,6 +384,11 @@ def compare_existing(request: Request, facts: Facts) -> Existing | None:
     found = by_name(facts.snapshots, request.name)
     if found is None:
         return None
+    if found.labels is not None and found.labels.ending:
+        raise Conflict(
+            f"The removal of snapshot {request.name!r} of domain {facts.domain.name!r} was begun: nobody can go back to it any more",
+            advice="Finish that with state: absent, then run this again",
+        )
     differences = []
     wanted = {disk.target for disk in choose(facts.domain, disks=request.disks, exclude=request.exclude).disks}
     held = {disk.target for disk in found.captured}

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..hypervisor import block_jobs
+from ..hypervisor import block_jobs, power
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import code_of, explaining, open_connection
 from ..hypervisor.domain_model import read_state
@@ -213,7 +213,10 @@ def _start_again(connection: Any, operation: Operation) -> None:
         if handle is None or not plan["shutdown"]:
             continue
         state = read_state(handle)
-        if not state.active and state.reason in ("shutdown", "unknown"):
+        if state.active and not operation.reached("shut-off"):
+            power.wait_for_late([handle])
+            state = read_state(handle)
+        if not state.active and state.reason in power.ENDED_BY_ITSELF:
             with explaining(f"Starting domain {handle.name()!r} again", state="It is shut off."):
                 handle.create()
 

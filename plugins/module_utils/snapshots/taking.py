@@ -224,9 +224,11 @@ class _Taking:
             raise
         # From here on the snapshot is good: what fails now leaves it, and the journal, for the next run to finish.
         self._journal.step("label", levels=levels)
-        for handle, plan in zip(self._handles, self._plans):
-            self._label(handle, plan, outcomes[plan.domain.uuid], levels[plan.domain.uuid])
-        self._start_again()
+        try:
+            for handle, plan in zip(self._handles, self._plans):
+                self._label(handle, plan, outcomes[plan.domain.uuid], levels[plan.domain.uuid])
+        finally:
+            self._start_again()
         self._journal.finish()
         self._check_thawed(outcomes)
         return [
@@ -348,7 +350,7 @@ class _Taking:
         if unclean:
             raise VmkeeperError(
                 f"{', '.join(unclean)} stopped without a clean shutdown",
-                state="The snapshot was taken back and the domain started again.",
+                state="The snapshot was taken back, and what crashed was started again; what somebody destroyed is off.",
                 advice="Look at the guest's own log; quiesce: auto takes a snapshot without stopping it",
             )
         return levels

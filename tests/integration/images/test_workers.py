@@ -31,7 +31,7 @@ JOURNAL = Path("/var/lib/vmkeeper.libvirt/journal")
 WORKERS = Path("/var/lib/vmkeeper.libvirt/workers")
 
 #: So much that a worker is still at it when somebody has seen what it is doing.
-SIZE = 96 << 20
+SIZE = 256 << 20
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_a_limited_export_keeps_to_its_limit_until_that_is_lifted(heavy: Guest, 
 
     until(lambda: [job["bandwidth"] for job in copies()] == [1 << 20], "the limit")
     (job,) = copies()
-    assert job["done"] < SIZE // 2
+    assert job["done"] < SIZE
     assert tasks.ok("domain_job", domain=heavy.name, bandwidth="0").changed
     image = job_of(heavy.name, state="finished", wait_timeout="5m")["result"]["image"]
     run(

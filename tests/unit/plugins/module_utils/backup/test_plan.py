@@ -179,11 +179,28 @@ def test_the_xml_names_every_disk_and_increments_by_checkpoint() -> None:
 
 
 def test_a_point_from_the_future_is_not_young() -> None:
-    history = facts((BASE,), recorded=(BASE,)).history
-    created = history.points[0].created_at
-    assert planning.young_enough(history, 60, created + datetime.timedelta(seconds=59)) is not None
-    assert planning.young_enough(history, 60, created + datetime.timedelta(seconds=61)) is None
-    assert planning.young_enough(history, 60, created - datetime.timedelta(seconds=1)) is None
+    known = facts((BASE,), recorded=(BASE,))
+    created = known.history.points[0].created_at
+    young = planning.Request(min_age=60)
+    assert planning.young_enough(young, known, created + datetime.timedelta(seconds=59)) is not None
+    assert planning.young_enough(young, known, created + datetime.timedelta(seconds=61)) is None
+    assert planning.young_enough(young, known, created - datetime.timedelta(seconds=1)) is None
+
+
+def test_a_young_point_of_something_else_does_not_stand_for_what_is_asked() -> None:
+    known = facts((BASE,), recorded=(BASE,))
+    (point,) = known.history.points
+    now = point.created_at + datetime.timedelta(seconds=1)
+
+    def young(request: planning.Request, **changes: object) -> bool:
+        changed = replace(known, history=replace(known.history, points=(replace(point, **changes),)))
+        return planning.young_enough(replace(request, min_age=60), changed, now) is not None
+
+    assert young(planning.Request())
+    assert not young(planning.Request(), disks=())
+    assert young(planning.Request(quiesce="required"), consistency="filesystem")
+    assert not young(planning.Request(quiesce="required"), consistency="crash")
+    assert not young(planning.Request(passphrase=Passphrase(b"correct horse battery")))
 
 
 def test_room_is_bounded_by_the_disk() -> None:

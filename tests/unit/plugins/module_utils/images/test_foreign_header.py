@@ -95,3 +95,34 @@ def test_a_vmdk_descriptor_that_names_anything_else_is_refused(old: str, new: st
     foreign_header._check_vmdk_descriptor(DESCRIPTOR, 8192)
     with pytest.raises(foreign_header.BadHeader):
         foreign_header._check_vmdk_descriptor(DESCRIPTOR.replace(old, new, 1), 8192)
+
+
+@needs_qemu_img
+def test_a_vmdk_whose_descriptor_is_not_where_qemu_looks_is_refused(tmp_path: Path) -> None:
+    path = made(tmp_path / "disk", "vmdk")
+    content = bytearray(path.read_bytes())
+    clean = bytes(content[512 : 512 + 20 * 512])
+    parent = clean.replace(b"parentCID=ffffffff", b"parentCID=00000001").replace(
+        b"createType", b'parentFileNameHint="/victim.vmdk"\ncreateType', 1
+    )
+    moved = bytearray(content)
+    moved[512 : 512 + 20 * 512] = parent[: 20 * 512]
+    moved[128 * 512 : 148 * 512] = clean
+    moved[28:36] = (128).to_bytes(8, "little")
+    path.write_bytes(moved)
+    with pytest.raises(Refused, match="not where QEMU looks"):
+        foreign_header.check(str(path), "vmdk", SIZE, "disk")
+
+    # The header says one sector; QEMU reads twenty.
+    behind = bytearray(content)
+    behind[36:44] = (1).to_bytes(8, "little")
+    behind[512 + 1024 : 512 + 1024 + 40] = b'\nparentfilenameHINT="/victim.vmdk"\n'.ljust(40, b"#")
+    path.write_bytes(behind)
+    with pytest.raises(Refused):
+        foreign_header.check(str(path), "vmdk", SIZE, "disk")
+
+    footer = bytearray(content)
+    footer[56:64] = b"\xff" * 8
+    path.write_bytes(footer)
+    with pytest.raises(Refused, match="footer"):
+        foreign_header.check(str(path), "vmdk", SIZE, "disk")

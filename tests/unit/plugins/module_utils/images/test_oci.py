@@ -101,6 +101,8 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
         archive((member("disk/vda.qcow2"), CONTENT + b"more than promised")),
         archive((member("disk/vda.qcow2"), b"less")),
         archive((member("disk/other"), CONTENT)),
+        archive((member("pax", tarfile.XHDTYPE), b"17 path=disk/vda\n"), (member("disk/vda.qcow2"), CONTENT)),
+        archive((member("long", tarfile.GNUTYPE_LONGNAME), b"disk/vda.qcow2"), (member("disk/vda.qcow2"), CONTENT)),
         archive(),
         b"no tar at all",
     ],
