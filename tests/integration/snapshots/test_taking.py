@@ -16,7 +16,8 @@ from lab.guest import DiskSpec, Guest, GuestSpec
 from lab.spec import MIB
 from lab.waiting import until
 
-from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import proof, tasks
+from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import proof
+from ansible_collections.vmkeeper.libvirt.tests.lab import tasks
 
 SMALL = 64 * MIB
 EXTRA = """

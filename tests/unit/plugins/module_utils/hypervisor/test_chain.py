@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 
@@ -90,6 +91,16 @@ def test_a_live_chain_is_believed_and_an_inactive_one_is_read_from_the_files(tmp
         str(base),
     ]
     assert chain.chain_of(Disk("sda", "cdrom", "file", "sata", ())) == ()
+
+
+def test_a_definition_that_does_not_say_where_the_chain_ends_is_read_on_in_the_images(tmp_path, base):
+    """libvirt does so when it starts the guest; a chain that is said to end is believed."""
+    middle = overlay(tmp_path / "middle.qcow2", base)
+    top = overlay(tmp_path / "top.qcow2", middle)
+    said = (Layer(str(top), "qcow2"), Layer(str(middle), "qcow2"))
+    disk = Disk("vda", "disk", "file", "virtio", said, open_ended=True)
+    assert paths(chain.chain_of(disk)) == [str(top), str(middle), str(base)]
+    assert chain.chain_of(replace(disk, open_ended=False)) == said
 
 
 def test_virtual_sizes_come_from_header_or_length(tmp_path, base):

@@ -61,6 +61,18 @@ def test_a_link_whose_operation_is_over_is_no_operation(place):
     assert os.listdir(place) == []
 
 
+def test_a_stale_link_does_not_lead_to_what_others_do_by_now(place):
+    """A group's run was killed when it had removed the file and not yet the link to it."""
+    Journal.begin("snapshot", DOMAINS, {}, directory=place)
+    os.unlink(os.path.join(place, "u1.json"))
+    alone = Journal.begin("snapshot", [one for one in DOMAINS if one[0] == "u1"], {}, directory=place)
+    assert journal.peek("u2", directory=place) is None
+    assert journal.unfinished("u2", directory=place) is None
+    assert not os.path.lexists(os.path.join(place, "u2.json"))
+    assert journal.unfinished("u1", directory=place) is not None
+    alone.finish()
+
+
 def test_a_journal_of_a_newer_version_is_refused(place):
     Journal.begin("snapshot", DOMAINS, {}, directory=place)
     path = os.path.join(place, "u1.json")
