@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -148,11 +147,10 @@ def steps_in(log: Path) -> list[str]:
     return named
 
 
-@functools.cache
 def _only_ansible() -> str:
     """A directory with nothing but ansible-core in it: the rest of a virtual environment is not the hypervisor's.
 
-    It is the controller's: module_utils are plain Python, good for any interpreter.
+    It is the controller's: module_utils are plain Python, good for any interpreter. A test that empties /run takes it along.
     """
     import ansible
 

@@ -69,6 +69,7 @@ def wait(uri: str, handle: Any, directory: str, interrupted: Callable[[], str | 
     ``interrupted`` is asked in between; its text ends the wait with an error (the caller undoes).
     """
     uuid, name = handle.UUIDString(), handle.name()
+    watch = block_jobs.BackupWatch()
     pause, away_since, restarted = _POLL_SECONDS, None, False
     while True:
         trouble = interrupted()
@@ -77,6 +78,8 @@ def wait(uri: str, handle: Any, directory: str, interrupted: Callable[[], str | 
         try:
             if not is_ours(handle, directory):
                 return _judge(handle, restarted)
+            if watch.is_lost(handle):
+                return End(False, "libvirt was interrupted and does not notice that QEMU's jobs have ended")
             away_since = None
         except libvirt.libvirtError as error:
             if handle.connect().isAlive() and code_of(error) not in [constant(one) for one in _LOST]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import time
 from typing import Any
+from xml.etree import ElementTree
 
 from .._errors import Busy, LibvirtFailed
 from .binding import libvirt
@@ -19,6 +20,8 @@ from .connection import code_of, constant, explaining, message_of
 from .domain_model import Disk, read_domain, read_state
 
 _POLL_SECONDS = 0.05
+_LOOK_SECONDS = 1.0
+_LOST_SECONDS = 10.0
 
 #: A speed (bytes per second) at which a job begins and does not end: it waits for :func:`release`.
 HELD = 1
@@ -271,6 +274,31 @@ def limit_running(domain: Any, target: str, bandwidth: int) -> None:
         job = job_of(domain, target)
         if job is not None and job["done"] < job["total"]:
             raise
+
+
+class BackupWatch:
+    """Tells when libvirt goes on reporting a backup job whose jobs in QEMU have ended.
+
+    libvirt 9.0 does so for ever if it was killed while they were about to end: nobody tells it, and it does not look.
+    """
+
+    def __init__(self) -> None:
+        self._without_since: float | None = None
+        self._looked_at = 0.0
+
+    def is_lost(self, domain: Any) -> bool:
+        """Whether none of its disks has had a job for too long. Raises libvirtError as libvirt does."""
+        now = time.monotonic()
+        if now - self._looked_at < _LOOK_SECONDS:
+            return False
+        self._looked_at = now
+        disks = ElementTree.fromstring(domain.backupGetXMLDesc(0)).iterfind("disks/disk")
+        targets = [disk.get("name", "") for disk in disks if disk.get("backup") != "no"]
+        if any(domain.blockJobInfo(target, 0) for target in targets):
+            self._without_since = None
+            return False
+        self._without_since = self._without_since or now
+        return now - self._without_since > _LOST_SECONDS
 
 
 def abort_backup(domain: Any) -> None:
