@@ -116,7 +116,10 @@ class _Taking:
         self._by_uuid = {plan.domain.uuid: plan for plan in plans}
         self._request = request
         self._floor = floor
-        self._ids = {plan.domain.uuid: new_id() for plan in plans}
+        self._ids: dict[str, str] = {}
+        for plan in plans:
+            taken = [*self._ids.values(), *(point.id for one in facts for point in one.history.points)]
+            self._ids[plan.domain.uuid] = new_id(taken)
         self._live = [plan for plan in plans if plan.live]
         self._scratch = scratch
         # Nothing that is stored encrypted lies in the clear on its way. A random key needs no slow derivation, which would
