@@ -287,14 +287,18 @@ class BackupWatch:
         self._looked_at = 0.0
 
     def is_lost(self, domain: Any) -> bool:
-        """Whether none of its disks has had a job for too long. Raises libvirtError as libvirt does."""
+        """Whether none of its disks has had a job for too long. Where libvirt does not say, or there is no backup job any more: no."""
         now = time.monotonic()
         if now - self._looked_at < _LOOK_SECONDS:
             return False
         self._looked_at = now
-        disks = ElementTree.fromstring(domain.backupGetXMLDesc(0)).iterfind("disks/disk")
-        targets = [disk.get("name", "") for disk in disks if disk.get("backup") != "no"]
-        if any(domain.blockJobInfo(target, 0) for target in targets):
+        try:
+            disks = ElementTree.fromstring(domain.backupGetXMLDesc(0)).iterfind("disks/disk")
+            targets = [disk.get("name", "") for disk in disks if disk.get("backup") != "no"]
+            copying = any(domain.blockJobInfo(target, 0) for target in targets)
+        except libvirt.libvirtError:
+            return False
+        if copying:
             self._without_since = None
             return False
         self._without_since = self._without_since or now

@@ -61,7 +61,7 @@ def finish(handle: Any, directory: str) -> None:
     watch = block_jobs.BackupWatch()
     with explaining(f"Copying the disks of domain {name!r}", state=state):
         while handle.jobInfo()[0] != none:
-            if _is_lost(watch, handle):
+            if watch.is_lost(handle):
                 handle.abortJob()
                 raise LibvirtFailed(
                     f"Copying the disks of domain {name!r}: libvirt was interrupted and does not notice that QEMU's jobs have ended",
@@ -85,13 +85,6 @@ def finish(handle: Any, directory: str) -> None:
         why = stats.get("errmsg") or "the job did not complete (did the guest stop, or somebody cancel it?)"
         raise LibvirtFailed(f"Copying the disks of domain {name!r}: {why}", state=state, advice="Run this again")
     processes.wait_released(os.path.join(directory, file) for file in os.listdir(directory))
-
-
-def _is_lost(watch: block_jobs.BackupWatch, handle: Any) -> bool:
-    try:
-        return watch.is_lost(handle)
-    except libvirt.libvirtError:
-        return False  # it has ended just now
 
 
 def stop(handle: Any, directories: list[str]) -> None:
