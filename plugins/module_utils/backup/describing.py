@@ -128,7 +128,7 @@ def _write_files(handle: Any, written: Written) -> dict[str, str]:
     if written.checkpoint:
         contents["checkpoint.xml"] = checkpoints.full_xml(handle, written.checkpoint)
     for file, text in contents.items():
-        _write(os.path.join(directory, file), text.encode())
+        places.write_new(os.path.join(directory, file), text.encode())
     kept = os.path.join(written.pushed, "nvram.fd") if written.pushed is not None else None
     if kept is not None and os.path.exists(kept):
         copy_nvram(kept, os.path.join(directory, "nvram.fd"))
@@ -151,14 +151,6 @@ def _definition(handle: Any, plan: PointPlan) -> str:
     flags = (constant("VIR_DOMAIN_XML_SECURE") or 0) | (constant("VIR_DOMAIN_XML_MIGRATABLE") or 0)
     with explaining(f"Reading the definition of domain {plan.domain.name!r}"):
         return str(handle.XMLDesc(flags))
-
-
-def _write(path: str, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def copy_nvram(source: str, destination: str) -> None:

@@ -461,7 +461,7 @@ def _serves(request: Request, facts: Facts, point: Point) -> bool:
     wanted = {disk.target for disk in choose(facts.domain, disks=request.disks, exclude=request.exclude).disks}
     if not wanted <= {disk.target for disk in point.disks}:
         return False
-    if request.quiesce == "required" and point.consistency not in (*consistency.QUIESCED, "offline"):
+    if request.quiesce == "required" and point.consistency not in consistency.CLEAN:
         return False
     encrypted = request.passphrase is not None
     return all(disk.encrypted_source or (disk.encryption is not None) == encrypted for disk in point.disks)

@@ -338,12 +338,7 @@ class _Restoring:
         if digests.file_digest(source) != self._point.files.get("nvram.fd"):
             raise Refused(f"{source} is not what was written", advice="Restore another point")
         with open(source, "rb") as stream:
-            content = stream.read()
-        descriptor = os.open(piece.part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+            places.write_new(piece.part, stream.read())
 
     def _answer(self, plan: Plan) -> Restored:
         return Restored(

@@ -129,9 +129,8 @@ class Disk:
     job: BlockJob | None = None
     pool: str | None = None
     volume: str | None = None
-    open_ended: bool = (
-        False  #: the definition does not say that ``chain`` ends where it does: libvirt reads on in the images
-    )
+    #: The definition does not say that ``chain`` ends where it does: libvirt reads on in the images.
+    open_ended: bool = False
     storage: str | None = None  #: ``thin-lvm`` or ``zfs``: a layer is a device of a kind that is not handled
 
     @property

@@ -62,7 +62,7 @@ def seal(staging: str, path: str, manifest: Manifest) -> str:
         os.chown(file, os.geteuid(), os.getegid())
         os.chmod(file, 0o600)
         places.fsync_file(file)
-    write_private(os.path.join(staging, manifests.FILE_NAME), content)
+    places.write_new(os.path.join(staging, manifests.FILE_NAME), content)
     publish(staging, path)
     return sha256_of_bytes(content)
 
@@ -73,15 +73,6 @@ def publish(staging: str, path: str) -> None:
     places.fsync_directory(staging)
     os.rename(staging, path)
     places.fsync_directory(os.path.dirname(path))
-
-
-def write_private(path: str, content: bytes) -> None:
-    """A new file, 0600, durable."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def remove(path: str) -> None:

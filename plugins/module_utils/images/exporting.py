@@ -19,7 +19,7 @@ from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import message_of
 from ..hypervisor.domain_model import Layer, qemu_owner, read_domain
 from ..hypervisor.image_node import Image
-from ..safety import consistency, instant, locks, settlement, space, worker
+from ..safety import consistency, instant, locks, places, settlement, space, worker
 from ..safety.journal import Journal
 from . import bundle, conversion, export_plan, foreign_header, live_copy, sealing, settle
 from .bundle import lock_key
@@ -103,7 +103,7 @@ def _compare_existing(request: Request, facts: Facts, plan: ExportPlan) -> Expor
 
 def _is_as_good(request: Request, manifest: Manifest) -> bool:
     """Whether an image that is there opens with what this task gives, and is as consistent as it wants."""
-    if request.quiesce == "required" and manifest.consistency not in (*consistency.QUIESCED, "offline"):
+    if request.quiesce == "required" and manifest.consistency not in consistency.CLEAN:
         return False
     return request.passphrase is None or all(
         qemu_img.opens(Image(os.path.join(request.path, disk.file), disk.format, request.passphrase))
@@ -181,7 +181,7 @@ def _predict(request: Request, plan: ExportPlan) -> Exported:
                 "sha256": None,
                 "serial": disk.serial,
                 "unsealed_sha256": None,
-                "encryption": "luks" if request.passphrase is not None else "none",
+                "encryption": _encryption(request),
             }
             for disk in plan.disks
         ],
@@ -413,7 +413,7 @@ class _Export:
                 )
             if self._plan.converts and (self._plan.live or self._plan.seals):
                 os.unlink(source)
-            encryption = "luks" if self._request.passphrase is not None else "none"
+            encryption = _encryption(self._request)
             foreign_header.check(path, self._request.format, disk.size, disk.file, encryption)
             written.append(
                 ImageDisk(
@@ -440,7 +440,7 @@ class _Export:
             return None
         path = os.path.join(self._staging, NVRAM_FILE)
         with open(self._plan.nvram, "rb") as stream:
-            bundle.write_private(path, stream.read(LARGEST_NVRAM))
+            places.write_new(path, stream.read(LARGEST_NVRAM))
         return Nvram(NVRAM_FILE, os.stat(path).st_size, bundle.digest_of(path))
 
     def _manifest(self, disks: list[ImageDisk], nvram: Nvram | None, level: str, frozen_ms: int | None) -> Manifest:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from .._errors import InvalidInput, Unsupported
+from ..safety import places
 from . import bundle, strict_json
 from . import manifest as manifests
 from .manifest import Manifest, refuse
@@ -142,9 +143,9 @@ class Layout:
         """Write what makes the directory a layout with that one image in it."""
         if self._directory is None:
             return
-        bundle.write_private(os.path.join(self._directory, "oci-layout"), b'{"imageLayoutVersion": "1.0.0"}')
+        places.write_new(os.path.join(self._directory, "oci-layout"), b'{"imageLayoutVersion": "1.0.0"}')
         index = {"schemaVersion": 2, "manifests": [manifest.as_json()]}
-        bundle.write_private(os.path.join(self._directory, "index.json"), json.dumps(index).encode())
+        places.write_new(os.path.join(self._directory, "index.json"), json.dumps(index).encode())
 
 
 def build(opened: bundle.Opened, manifest: Manifest, digest: str, layout: Layout) -> Blob:

@@ -19,7 +19,6 @@ from .._errors import InvalidInput, Unsupported, VmkeeperError
 from ..hypervisor.lifeline import end_with_caller
 from ..safety import places
 from ..safety.processes import ProcessIdentity, myself
-from . import bundle
 from .oci import Reference
 
 _SECRETS = "/run/vmkeeper.libvirt/secrets"
@@ -190,10 +189,10 @@ def open_registry(reference: Reference, access: Access) -> Iterator[Registry]:
         if access.username is not None:
             pair = f"{access.username}:{access.password}".encode()
             auths[reference.host] = {"auth": base64.b64encode(pair).decode()}
-        bundle.write_private(os.path.join(directory, "auth.json"), json.dumps({"auths": auths}).encode())
+        places.write_new(os.path.join(directory, "auth.json"), json.dumps({"auths": auths}).encode())
         if access.ca_cert:
             with open(access.ca_cert, "rb") as stream:
-                bundle.write_private(os.path.join(directory, "ca.crt"), stream.read(1 << 20))
+                places.write_new(os.path.join(directory, "ca.crt"), stream.read(1 << 20))
         yield Registry(access, directory)
     finally:
         shutil.rmtree(directory, ignore_errors=True)

@@ -14,6 +14,9 @@ from ..hypervisor.domain_model import Domain, DomainState
 LEVELS = ("application", "filesystem", "memory", "offline", "crash")
 QUIESCED = ("application", "filesystem")
 
+#: What satisfies ``quiesce: required`` in something that was made before: nothing has to be replayed.
+CLEAN = (*QUIESCED, "offline")
+
 
 @dataclass(frozen=True)
 class FreezeDecision:

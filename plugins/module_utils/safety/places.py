@@ -129,6 +129,15 @@ def write_json_once(path: str, value: Any) -> Any:
     return read_json(path)
 
 
+def write_new(path: str, content: bytes) -> None:
+    """A new file, 0600, durable. Raises FileExistsError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
 def write_file(path: str, content: bytes) -> None:
     """Replace ``path`` by ``content``, as :func:`write_json` does."""
     with _temporary(path, content) as temporary:

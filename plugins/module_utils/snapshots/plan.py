@@ -398,7 +398,7 @@ def compare_existing(request: Request, facts: Facts) -> Existing | None:
         differences.append("it has no memory")
     if request.mode != "auto" and request.mode != found.mode:
         differences.append(f"it is {found.mode}")
-    if request.quiesce == "required" and found.consistency not in (*consistency.QUIESCED, "offline"):
+    if request.quiesce == "required" and found.consistency not in consistency.CLEAN:
         differences.append(f"its consistency is {found.consistency} and quiesce is required")
     if request.quiesce == "shutdown" and found.consistency != "offline":
         differences.append(f"its consistency is {found.consistency}, and the guest was not shut down for it")
