@@ -58,7 +58,10 @@ class Merge:
 
 @dataclass(frozen=True)
 class RemovalPlan:
-    """``points`` go, oldest first; ``merges`` come before, in this order."""
+    """``points`` go, oldest first; ``merges`` come before, in this order.
+
+    ``most_freed``: most bytes that the images can take less afterwards. What lies beside them is not counted.
+    """
 
     points: tuple[Point, ...]
     merges: tuple[Merge, ...]
@@ -110,13 +113,23 @@ def plan_removal(staying: Sequence[Point], leaving: Sequence[Point]) -> RemovalP
             disk = _stored(points, merge.point, target)
             copies.append(Merge(COPY, merge.point, target, merge.through, None, disk.virtual_size + _TABLES))
         replaced.append(last)
-        kept_files += _stored(points, ground, target).stored_bytes
+        merged = [_stored(points, identifier, target) for identifier in (last.point, *last.through[:-1])]
+        full = _stored(points, ground, target).stored_bytes
+        kept_files += full - min(full, sum(_cleared(disk) for disk in merged))
         kept_files -= _stored(points, last.point, target).stored_bytes
     return RemovalPlan(
         tuple(sorted(leaving, key=lambda point: point.sequence)),
         (*rebased, *copies, *replaced),
         max(0, sum(point.stored_bytes for point in leaving) - kept_files),
     )
+
+
+def _cleared(disk: StoredDisk) -> int:
+    """Most bytes that a full takes less, its own image apart, when this one is written into it.
+
+    Zeros, and what compresses better, give back what the full held there.
+    """
+    return max(0, disk.changed_bytes - max(0, disk.stored_bytes - _TABLES))
 
 
 def _stored(points: dict[str, Point], identifier: str, disk: StoredDisk | str) -> StoredDisk:

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .._errors import InvalidInput, NotFound, VmkeeperError
 from ..hypervisor.image_node import Passphrase
 from . import listing, removal
+from .folding_plan import RemovalPlan
 from .repository import History, Repository, open_repository
 from .retention_plan import Keep, Kept, Plan, plan_retention
 
@@ -119,7 +120,10 @@ def _prune_domain(
         )
         pruned.kept += plan.kept
         pruned.removed += [point.as_result() for point in reversed((*finished, *done.points))]
-        pruned.freed += done.most_freed if check else max(0, earlier - _stored(repository, subject.uuid))
+        if check:
+            pruned.freed += done.most_freed + _beside_images(repository, history, done)
+        else:
+            pruned.freed += max(0, earlier - _stored(repository, subject.uuid))
 
 
 def _plan(repository: Repository, subject: removal.Subject, history: History, keep: Keep, *, fold: bool) -> Plan:
@@ -145,7 +149,24 @@ def _warnings(subject: removal.Subject, history: History, plan: Plan) -> list[st
 
 def _stored(repository: Repository, domain_uuid: str) -> int:
     """Bytes that the directory of a domain takes."""
-    total = 0
-    for where, _directories, names in os.walk(repository.domain_directory(domain_uuid)):
-        total += sum(os.lstat(os.path.join(where, name)).st_blocks * 512 for name in names)
-    return total
+    return _taken(repository.domain_directory(domain_uuid))
+
+
+def _beside_images(repository: Repository, history: History, removal_plan: RemovalPlan) -> int:
+    """Bytes of everything but images (sums, manifests, proofs) in the points that go, or are described anew."""
+    touched = {point.id for point in removal_plan.points} | {merge.point for merge in removal_plan.merges}
+    return sum(
+        _taken(repository.point_directory(point.domain_uuid, point.id), without={disk.file for disk in point.disks})
+        for point in (*history.points, *history.going)
+        if point.id in touched
+    )
+
+
+def _taken(directory: str, *, without: Collection[str] = ()) -> int:
+    """Bytes that the files below a directory take on their filesystem."""
+    return sum(
+        os.lstat(os.path.join(where, name)).st_blocks * 512
+        for where, _directories, names in os.walk(directory)
+        for name in names
+        if name not in without
+    )

@@ -13,6 +13,9 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.manifest i
 UUID = "8b2f4a3e-0000-4000-8000-000000000001"
 MIB = 1 << 20
 
+#: MiB of an image that may be its own tables, and hold nothing of the guest's.
+TABLES = 1
+
 
 def point(name: str, stored: int = MIB, **parents: str | None) -> Point:
     """A point called like its place; ``parents`` are of its disks."""
@@ -45,14 +48,23 @@ def test_the_oldest_is_folded_at_the_increments_cost() -> None:
     made = plan(CHAIN, "a")
     assert told(made) == [("fold", "b", "vda", ("a",), None)]
     assert made.needed == 4 * MIB
-    assert made.most_freed == 3 * MIB
+    assert made.most_freed == (3 + TABLES) * MIB
 
 
 def test_several_of_the_oldest_are_folded_at_once() -> None:
     made = plan(CHAIN, "a", "b", "c")
     assert told(made) == [("fold", "d", "vda", ("c", "b", "a"), None)]
     assert made.needed == (7 + 5 + 3 + 1) * MIB
-    assert made.most_freed == (3 + 5 + 7) * MIB
+    assert made.most_freed == (3 + 5 + 7 + 3 * TABLES) * MIB
+
+
+def test_zeros_that_are_folded_give_back_what_the_full_held() -> None:
+    full, last = point("a", 100 * MIB, vda=None), point("b", 3 * MIB, vda="a")
+    (disk,) = last.disks
+    wiped = last.with_disks([replace(disk, changed_bytes=43 * MIB)])
+    assert plan([full, wiped], "a").most_freed == (3 + 40 + TABLES) * MIB
+    wiped = last.with_disks([replace(disk, changed_bytes=900 * MIB)])
+    assert plan([full, wiped], "a").most_freed == (3 + 100) * MIB, "no more than it held"
 
 
 def test_one_in_the_middle_is_merged_into_what_stands_on_it() -> None:
