@@ -240,3 +240,20 @@ def test_a_restart_killed_at_any_step_leaves_a_guest_that_runs_after_the_next_ta
         assert ways.content_of(guest, "two") == {"two"}, step
         tasks.ok("blockcommit", domain=guest.name)
         ways.assert_whole(guest)
+
+
+def test_a_guest_that_goes_down_late_for_a_commit_is_waited_for_and_the_commit_finished(
+    guest: Guest, profile: Profile, tmp_path: Path
+) -> None:
+    history(guest, "one", "two")
+    env = {**profile.written_anew(), **tasks.kill_environment(tmp_path / "steps", "shutdown")}
+    assert tasks.run("blockcommit", domain=guest.name, keep=2, allow_restart=True, env=env).killed
+    guest.exec("(sleep 3; poweroff -f) >/dev/null 2>&1 &")  # a slow guest, whose power button that run had pressed
+    found = tasks.ok("recover_domain", domain=guest.name)["findings"]
+    assert [one["action"] for one in found] == ["finished"]
+    guest.wait_ready()
+    assert ways.read(guest) == {"end"}
+    assert ways.snapshots(guest) == {"two": None}
+    assert ways.content_of(guest, "two") == {"two"}
+    tasks.ok("blockcommit", domain=guest.name)
+    ways.assert_whole(guest)

@@ -172,6 +172,34 @@ def test_a_guest_that_was_shut_down_for_its_snapshot_runs_again_whatever_was_kil
     assert_quiet(other)
 
 
+def test_a_guest_that_goes_down_late_for_a_run_that_has_ended_is_waited_for_and_started_again(other, log):
+    task = {"domains": [other.name], "name": next(_names), "quiesce": "shutdown"}
+    assert tasks.finish(tasks.killed_at("shutdown", "snapshot", log, **task)).killed
+    ran_as = other.domain().ID()
+    other.exec("(sleep 3; poweroff -f) >/dev/null 2>&1 &")  # a slow guest, whose power button that run had pressed
+    assert tasks.ok("recover_domain", domain=other.name).changed
+    assert other.is_running()
+    assert other.domain().ID() != ran_as, "it went down, and nobody but recover_domain can have started it"
+    other.wait_ready()
+    assert task["name"] not in snapshot_names(other)
+    assert_quiet(other)
+
+
+def test_a_guest_that_was_shut_down_runs_again_also_where_its_snapshot_cannot_be_labelled(other, log):
+    task = {"domains": [other.name], "name": next(_names), "quiesce": "shutdown"}
+    process = tasks.killed_at("label", "snapshot", log, how="stop", **task)
+    wait_for_step(log, "label")
+    assert not other.is_running()
+    other.domain().snapshotLookupByName(task["name"]).delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
+    os.kill(process.pid, signal.SIGCONT)
+    assert tasks.finish(process).failed
+    assert other.is_running()
+    other.wait_ready()
+    assert tasks.ok("snapshot", **task)["snapshot"]["consistency"] == "offline"
+    other.wait_ready()
+    assert_quiet(other)
+
+
 # --- the deadline, and libvirtd in the window --------------------------------------------------------
 
 

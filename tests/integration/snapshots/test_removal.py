@@ -114,6 +114,9 @@ def test_a_removal_killed_at_any_step_is_finished_by_the_same_task(guest: Guest,
         if step == "commit":
             back = tasks.run("snapshot", domain=guest.name, name=name, state="reverted", allow_restart=True, check=True)
             assert back.failed
+            there = tasks.run("snapshot", domain=guest.name, name=name, check=True)
+            assert there.failed
+            assert "removal" in there.message, "it is no snapshot that anybody may rely on"
         assert remove(guest, name).changed, step
         assert name not in ways.snapshots(guest)
         assert ways.read(guest) == {"end"}

@@ -62,3 +62,60 @@ def test_a_held_job_that_an_interrupted_run_left_is_released_by_the_next(job, mo
     monkeypatch.setattr(block_jobs, "_in_chain", lambda *_arguments: True)
     block_jobs.begin_intermediate(object(), "vda", "/base", "/top")
     assert job.bandwidth == 0
+
+
+class Copying:
+    """A domain whose backup job libvirt reports; ``jobs``: the disks that have a job in QEMU."""
+
+    def __init__(self, jobs):
+        self.jobs = set(jobs)
+        self.backup = True
+
+    def backupGetXMLDesc(self, _flags):
+        if not self.backup:
+            raise block_jobs.libvirt.libvirtError("no domain backup job present")
+        disks = "".join(f"<disk name='vd{one}' backup='{'no' if one == 'c' else 'yes'}'/>" for one in "abc")
+        return f"<domainbackup><disks>{disks}</disks></domainbackup>"
+
+    def blockJobInfo(self, target, _flags):
+        return {"type": 5} if target in self.jobs else {}
+
+
+@pytest.fixture
+def looking(monkeypatch):
+    """Looks at a domain once a second; returns after how many seconds its job is called lost, None within a minute."""
+
+    def look(domain, happening=None):
+        watch = block_jobs.BackupWatch()
+        for second in range(1, 60):
+            monkeypatch.setattr(block_jobs.time, "monotonic", lambda now=second: float(now))
+            if happening is not None:
+                happening(domain, second)
+            if watch.is_lost(domain):
+                return second
+        return None
+
+    return look
+
+
+def test_a_backup_job_that_nothing_copies_for_is_lost(looking):
+    assert looking(Copying([])) == 1 + int(block_jobs._LOST_SECONDS) + 1
+    assert looking(Copying(["vdc"])) is not None, "it takes no part in the backup"
+
+
+def test_a_backup_job_is_not_lost_while_any_disk_is_copied(looking):
+    assert looking(Copying(["vdb"])) is None
+
+
+def test_a_pause_between_jobs_is_no_loss(looking):
+    def now_and_then(domain, second):
+        domain.jobs = {"vda"} if second % 8 == 0 else set()
+
+    assert looking(Copying([]), now_and_then) is None
+
+
+def test_a_backup_job_that_libvirt_reports_no_more_is_not_lost_but_over(looking):
+    def ends(domain, second):
+        domain.backup = second < 5
+
+    assert looking(Copying([]), ends) is None
