@@ -205,8 +205,8 @@ RETURN = r"""
 image:
   description: The image.
   returned:
-    success, except where a worker goes on; also on failure, when the domain runs and an image of that name was made of it before with
-    the same options
+    success, except where a worker goes on; also on failure, when an image of that name was made of the domain before with the same
+    options and cannot be compared with it now, since the domain runs, or the image is sealed and encrypted
   type: dict
   contains:
     path:

@@ -9,7 +9,7 @@ import contextlib
 import datetime
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,14 +80,14 @@ def _compare_existing(request: Request, facts: Facts, plan: ExportPlan) -> Expor
         opened.require_ours()
         manifest, digest = opened.read_manifest()
         differences = list(_differences_of_kind(request, manifest, plan))
-        if facts.live:
+        untold = _why_not_compared(facts, manifest, plan.domain.name, differences)
+        if untold is not None:
             # Whoever only wants it handed over is told what it is: an earlier run of the same task may have made it.
             source = (manifest.source.uuid, manifest.source.snapshot)
-            same = not differences and source == (plan.domain.uuid, None) and _is_as_good(request, manifest)
+            same = not differences and source == (plan.domain.uuid, request.snapshot) and _is_as_good(request, manifest)
             there: dict[str, Any] = {"image": as_result(request.path, manifest, digest)} if same else {}
             raise Conflict(
-                f"There is an image {request.path} from {manifest.created}, and domain {plan.domain.name!r} runs:"
-                " its content is another one now",
+                f"There is an image {request.path} from {manifest.created}, and {untold}",
                 advice=advice,
                 **there,
             )
@@ -99,6 +99,16 @@ def _compare_existing(request: Request, facts: Facts, plan: ExportPlan) -> Expor
             advice=advice,
         )
     return Exported(as_result(request.path, manifest, digest), changed=False)
+
+
+def _why_not_compared(facts: Facts, manifest: Manifest, name: str, differences: Sequence[str]) -> str | None:
+    """Why nobody can tell whether an image still is what the domain holds; None where reading both tells it."""
+    if facts.live:
+        return f"domain {name!r} runs: its content is another one now"
+    if not differences and manifest.sealed and any(disk.unsealed_sha256 is None for disk in manifest.disks):
+        # A digest of what was encrypted would tell whoever reads the manifest what it is, by trying.
+        return f"it is sealed and encrypted: whether domain {name!r} still holds what it was made of cannot be told"
+    return None
 
 
 def _is_as_good(request: Request, manifest: Manifest) -> bool:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ansible_collections.vmkeeper.libvirt.tests.lab import evidence, secrecy
@@ -13,24 +12,13 @@ from ansible_collections.vmkeeper.libvirt.tests.lab.guest import Guest
 from ansible_collections.vmkeeper.libvirt.tests.lab.images import run
 
 from . import tasks
-
-KEY = "correct-Horse-battery-51"
+from .opened import KEY, content_of
 
 #: What the guest writes, and nothing but an unencrypted copy of its disk can hold.
 MARK = "vmk-plaintext-of-the-guest"
 
 IMAGES = Path("/var/lib/libvirt/images")
 JOURNAL = Path("/var/lib/vmkeeper.libvirt/journal")
-
-
-def content_of(image: Path, work: Path) -> Path:
-    """What an encrypted qcow2 holds, as a raw file; by QEMU alone."""
-    key, raw = work / "key", work / "opened"
-    key.write_text(KEY)
-    node = {"driver": "qcow2", "encrypt": {"format": "luks", "key-secret": "key"}}
-    name = "json:" + json.dumps({**node, "file": {"driver": "file", "filename": str(image)}})
-    run("qemu-img", "convert", "--object", f"secret,id=key,file={key}", "-O", "raw", name, raw)
-    return raw
 
 
 def remove(bundle: Path) -> None:

@@ -26,6 +26,7 @@ from ansible_collections.vmkeeper.libvirt.tests.lab.spec import DiskSpec
 from ansible_collections.vmkeeper.libvirt.tests.lab.waiting import until
 
 from . import tasks
+from .opened import KEY, content_of
 
 EVERYTHING = ["machine-id", "ssh-hostkeys", "dhcp-leases", "logs", "histories", "cloud-init", "passwords"]
 JOURNAL = Path("/var/lib/vmkeeper.libvirt/journal")
@@ -129,7 +130,11 @@ def names_in(raw: Path, directory: str) -> set[str]:
 
 def assert_sealed(image: Path, work: Path) -> None:
     """Nothing of :data:`FILES` that is secret is in there, also not in free space, and what is not is."""
-    raw = raw_of(image, work)
+    assert_content_sealed(raw_of(image, work))
+
+
+def assert_content_sealed(raw: Path) -> None:
+    """The same of what an image holds, which is removed."""
     content = raw.read_bytes()
     assert b"SECRET" not in content, content[content.index(b"SECRET") - 20 :][:60]
     assert b"5ec2e75ec2e75e" not in content
@@ -180,6 +185,28 @@ def test_everything_is_sealed_in_the_image_and_nothing_in_the_machine(
     again = tasks.run("export_image", env=environment, seal=EVERYTHING, **options)
     assert (again.rc, again.changed) == (0, False), again
     tasks.refused("export_image", "what is sealed", env=environment, seal=["logs"], **options)
+
+
+def test_an_image_may_be_sealed_and_encrypted_and_is_handed_over_where_it_cannot_be_compared(
+    machine: Guest, environment: dict[str, str], library: Path, tmp_path: Path
+) -> None:
+    options = {"domain": machine.name, "dest": str(library), "name": "both", "seal": EVERYTHING}
+    closed = {**options, "encryption": {"passphrase": KEY}}
+    made = tasks.run("export_image", env=environment, **closed)
+    assert made.rc == 0, made
+    image = library / "both" / "vda.qcow2"
+    assert b"KEPT-data" not in image.read_bytes()
+    assert_content_sealed(content_of(image, tmp_path))
+    assert {disk["unsealed_sha256"] for disk in made["image"]["disks"]} == {None}, "it would tell what was encrypted"
+
+    again = tasks.run("export_image", env=environment, **closed)
+    assert again.failed
+    assert "cannot be told" in again.message
+    assert again["image"]["digest"] == made["image"]["digest"], "whoever only hands it over is told what it is"
+    for other in ({**closed, "encryption": {"passphrase": KEY + "x"}}, options, {**closed, "seal": ["logs"]}):
+        refused = tasks.run("export_image", env=environment, **other)
+        assert refused.failed
+        assert "image" not in refused.answer, "it is not what was asked for"
 
 
 def test_an_unsealed_image_says_which_secrets_may_travel(machine: Guest, library: Path) -> None:
