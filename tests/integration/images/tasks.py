@@ -25,6 +25,8 @@ from ansible_collections.vmkeeper.libvirt.tests.lab.tasks import (
 )
 from ansible_collections.vmkeeper.libvirt.tests.lab.waiting import until
 
+SCALE = int(os.environ.get("VMK_SCALE", "1"))
+
 __all__ = [
     "PYTHON",
     "ROOT",
@@ -33,6 +35,7 @@ __all__ = [
     "finish",
     "kill_at",
     "kill_with",
+    "of_its_own",
     "ok",
     "refused",
     "run",
@@ -56,6 +59,11 @@ def steps_of(module: str, log: Path, *, env: dict[str, str] | None = None, **opt
     log.unlink(missing_ok=True)
     ok(module, env={**(env or {}), **kill_environment(log)}, **options)
     return steps_in(log)
+
+
+def of_its_own(steps: list[str], *own: str) -> list[str]:
+    """Those steps, where others stand for the rest: plain exports are killed at every step. All in ``make test-long``."""
+    return [step for step in steps if SCALE > 1 or step.partition("#")[0] in own]
 
 
 def kill_at(step: str, module: str, log: Path, *, env: dict[str, str] | None = None, **options: Any) -> None:
