@@ -22,12 +22,12 @@ from xml.etree import ElementTree
 from .._errors import LibvirtFailed, Refused, Unsupported, VmkeeperError
 from ..hypervisor import apparmor, definition, health, qemu_img, screenshot
 from ..hypervisor.binding import libvirt
-from ..hypervisor.connection import code_of, constant, explaining, open_connection
+from ..hypervisor.connection import code_of, constant, explaining, find_by_uuid, open_connection
 from ..hypervisor.domain_model import Domain, DomainState, Layer, parse_domain, qemu_owner
 from ..safety import journal as journals
 from ..safety import locks, places, space, views
 from ..safety.journal import Journal
-from . import digests, settle
+from . import digests
 from .host import read_host, stored_definition
 from .lending import Loan, lend, plan_loan
 from .listing import Found
@@ -196,7 +196,7 @@ def clear(uri: str, journal: Journal) -> None:
 
 
 def _destroy(uri: str, uuid: str) -> None:
-    handle = settle.find(open_connection(uri), uuid)
+    handle = find_by_uuid(open_connection(uri), uuid)
     if handle is None:
         return
     try:

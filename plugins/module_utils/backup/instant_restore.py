@@ -20,7 +20,7 @@ from .._errors import LibvirtFailed, Refused, VmkeeperError
 from ..hypervisor import block_jobs, definition, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.block_jobs import TookTooLong
-from ..hypervisor.connection import constant, explaining, open_connection
+from ..hypervisor.connection import constant, explaining, find_by_uuid, open_connection
 from ..hypervisor.domain_model import Layer, qemu_owner, read_domain, read_state
 from ..hypervisor.image_header import BadHeader, read_qcow2
 from ..safety import host_graph, locks, places, views, worker
@@ -112,7 +112,7 @@ def _undoable(uri: str, pending: Journal) -> bool:
     """Whether nobody has written anything yet."""
     if not pending.operation.reached("start"):
         return True
-    handle = settle.find(open_connection(uri), pending.operation.plan["uuid"])
+    handle = find_by_uuid(open_connection(uri), pending.operation.plan["uuid"])
     if pending.operation.reached("running") or (handle is not None and handle.isActive()):
         return False
     return not any(
@@ -122,7 +122,7 @@ def _undoable(uri: str, pending: Journal) -> bool:
 
 def _start(connection: Any, pending: Journal) -> None:
     plan = pending.operation.plan
-    handle = settle.find(connection, plan["uuid"])
+    handle = find_by_uuid(connection, plan["uuid"])
     if handle is None:
         raise Refused(f"The restored domain {plan['name']!r} was undefined meanwhile", advice="Run the restore again")
     pending.step("start")
@@ -140,7 +140,7 @@ def stand_again(uri: str, pending: Journal) -> None:
     """Start a guest that stopped while it stood on its point: a crash, a reboot of the host. Running: nothing to do."""
     connection = open_connection(uri)
     plan = pending.operation.plan
-    handle = settle.find(connection, plan["uuid"])
+    handle = find_by_uuid(connection, plan["uuid"])
     if handle is None or handle.isActive():
         return
     lend(_loan(plan), qemu_owner(connection.getCapabilities()))
@@ -156,7 +156,7 @@ def undo(uri: str, pending: Journal) -> None:
     """Remove all of it; nobody has written anything."""
     plan = pending.operation.plan
     pending.step("undo")
-    handle = settle.find(open_connection(uri), plan["uuid"])
+    handle = find_by_uuid(open_connection(uri), plan["uuid"])
     paths = {piece["path"] for piece in _disks(plan)}
     if handle is not None and paths & {disk.path for disk in read_domain(handle, inactive=True).disks}:
         with explaining(f"Undefining domain {plan['name']!r}", state="Its files are kept."):
@@ -202,7 +202,7 @@ def work(uri: str, request: Mapping[str, Any]) -> dict[str, Any]:
 def carry_on(uri: str, pending: Journal, *, seconds: float | None = None) -> None:
     """From a started guest to one that needs the repository no more. Every step looks first at what is done."""
     plan = pending.operation.plan
-    handle = settle.find(open_connection(uri), plan["uuid"])
+    handle = find_by_uuid(open_connection(uri), plan["uuid"])
     if handle is not None:
         try:
             if not handle.isActive():
@@ -234,7 +234,7 @@ def _pull_disk(uri: str, plan: Mapping[str, Any], target: str, seconds: float | 
     errors, away_since = 0, None
     while True:
         try:
-            handle = settle.find(open_connection(uri), plan["uuid"])
+            handle = find_by_uuid(open_connection(uri), plan["uuid"])
             if handle is None or not handle.isActive():
                 raise _Stopped(read_state(handle).reason if handle is not None else "undefined")
             away_since = None
@@ -273,7 +273,7 @@ def _after_stop(uri: str, pending: Journal, reason: str) -> None:
     if reason == "undefined":
         return
     connection = open_connection(uri)
-    handle = settle.find(connection, plan["uuid"])
+    handle = find_by_uuid(connection, plan["uuid"])
     if handle is not None and handle.isPersistent() and handle.hasManagedSaveImage():
         raise Refused(
             f"Domain {plan['name']!r} has a saved state that needs the repository {_loan(plan).repository}",
@@ -308,7 +308,7 @@ def _stands_on_something(path: str) -> bool:
 
 def _define_alone(uri: str, plan: Mapping[str, Any]) -> None:
     connection = open_connection(uri)
-    handle = settle.find(connection, plan["uuid"])
+    handle = find_by_uuid(connection, plan["uuid"])
     if handle is None or not handle.isPersistent():
         return
     ours = {piece["path"] for piece in _disks(plan)}
@@ -352,7 +352,7 @@ def settle_instant(uri: str, pending: Journal) -> dict[str, str]:
     if not pending.operation.reached("start"):
         undo(uri, pending)
         return {"what": what, "action": "undone"}
-    handle = settle.find(open_connection(uri), plan["uuid"])
+    handle = find_by_uuid(open_connection(uri), plan["uuid"])
     if handle is None:
         carry_on(uri, pending)
         return {"what": what, "action": "given up: the domain was undefined"}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._errors import Conflict, NoSpace, NotFound, Refused, VmkeeperError
-from ..hypervisor.connection import find_domain
+from ..hypervisor.connection import find_by_uuid, find_domain
 from ..hypervisor.image_node import Passphrase
 from ..safety import locks, settlement
 from ..safety.journal import Journal
@@ -189,7 +189,7 @@ def find_subject(connection: Any, repository: Repository, domain: str) -> Subjec
 
 def subject_of(connection: Any, repository: Repository, domain_uuid: str) -> Subject:
     """The domain with that UUID, by the name that it has here or had last."""
-    handle = settle.find(connection, domain_uuid)
+    handle = find_by_uuid(connection, domain_uuid)
     if handle is not None:
         return Subject(domain_uuid, handle.name(), handle)
     points = _all_points(repository.history(domain_uuid))

@@ -16,11 +16,11 @@ from xml.etree import ElementTree
 
 from .._errors import Conflict, InvalidInput, NotFound, Refused, Unsupported
 from ..hypervisor import chain, definition, libvirt_secret, pools
-from ..hypervisor.connection import explaining, find_domain
+from ..hypervisor.connection import explaining, find_by_uuid, find_domain
 from ..hypervisor.domain_model import Disk, Layer, qemu_owner, read_domain
 from ..hypervisor.image_node import Passphrase
 from ..safety import names, views
-from . import lending, listing, settle
+from . import lending, listing
 from .host import read_host, stored_definition
 from .mapping import Target, fit
 from .repository import Repository
@@ -138,7 +138,7 @@ class Planner:
 
     def original(self) -> Any:
         """The domain that the point was made of."""
-        handle = settle.find(self._connection, self._point.domain_uuid)
+        handle = find_by_uuid(self._connection, self._point.domain_uuid)
         if handle is None:
             raise NotFound(
                 f"The domain {self._point.domain!r} ({self._point.domain_uuid}) is not defined here",

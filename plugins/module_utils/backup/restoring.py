@@ -17,7 +17,7 @@ from typing import Any
 from .._errors import InvalidInput, Refused, VmkeeperError
 from ..hypervisor import image_node, libvirt_secret, qemu_img
 from ..hypervisor.binding import libvirt
-from ..hypervisor.connection import find_domain
+from ..hypervisor.connection import find_by_uuid, find_domain
 from ..hypervisor.image_node import Image, Keys, Passphrase
 from ..safety import domain_jobs, locks, names, places, settlement, space, worker
 from ..safety import journal as journals
@@ -147,7 +147,7 @@ class _Restoring:
         )
 
     def _exists(self, uuid: str) -> bool:
-        return settle.find(self._connection, uuid) is not None
+        return find_by_uuid(self._connection, uuid) is not None
 
     def _settle(self, uuid: str, check: bool) -> Plan | None:
         """Settle what was interrupted; returns its plan when that finished this very restore."""
@@ -269,7 +269,7 @@ class _Restoring:
         """A worker that pulls the guest of this very restore local now."""
         if not self._begun(uuid):
             return None
-        handle = settle.find(self._connection, uuid)
+        handle = find_by_uuid(self._connection, uuid)
         job = domain_jobs.newest(uuid) if handle is not None and handle.isActive() else None
         return None if job is None or job.over or job.operation != instant_restore.KIND else job
 

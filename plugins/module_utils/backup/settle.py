@@ -16,8 +16,7 @@ from xml.etree import ElementTree
 
 from .._errors import LibvirtFailed, Refused, VmkeeperError
 from ..hypervisor import block_jobs, definition, libvirt_secret
-from ..hypervisor.binding import libvirt
-from ..hypervisor.connection import code_of, constant, explaining, open_connection
+from ..hypervisor.connection import constant, explaining, find_by_uuid, open_connection
 from ..hypervisor.domain_model import read_domain
 from ..hypervisor.image_node import Passphrase
 from ..safety import places, processes, settlement
@@ -71,7 +70,7 @@ def finish(uri: str, pending: Journal) -> None:
         publish(repository, uuid, part["id"])
     pending.step("retire")
     for uuid, part in plan["domains"].items():
-        handle = find(connection, uuid)
+        handle = find_by_uuid(connection, uuid)
         if handle is not None:
             checkpoints.remove(handle, [name for name in part["retire"] if name != part["checkpoint"]])
     _clear_scratch(connection, plan)
@@ -94,7 +93,7 @@ def undo(uri: str, pending: Journal) -> None:
     connection = open_connection(uri)
     unmounted = Repository(plan["repository"], plan["repository_uuid"])
     for uuid, part in plan["domains"].items():
-        handle = find(connection, uuid)
+        handle = find_by_uuid(connection, uuid)
         if handle is not None:
             job.abort(handle, part["scratch"] or unmounted.new_directory(uuid, part["id"]))
             block_jobs.resume_starved(handle)
@@ -139,16 +138,6 @@ def _dismiss_sentry(pending: Journal) -> None:
         sentry.dismiss(posted["sentry"])
 
 
-def find(connection: Any, uuid: str) -> Any | None:
-    """The domain, or None when it has been undefined since."""
-    try:
-        return connection.lookupByUUIDString(uuid)
-    except libvirt.libvirtError as error:
-        if code_of(error) == constant("VIR_ERR_NO_DOMAIN"):
-            return None
-        raise LibvirtFailed(f"Looking up domain {uuid}: {error}", state=_STATE) from error
-
-
 def settle_removal(uri: str, pending: Journal) -> dict[str, str]:
     """Go on with one interrupted removal of points; returns ``{what, action}``.
 
@@ -163,7 +152,7 @@ def settle_removal(uri: str, pending: Journal) -> dict[str, str]:
         connection = open_connection(uri)
         with repository.locked(uuid, "finishing a removal of points"):
             folding.require_unread(connection, repository, uuid, plan["points"])
-            carry_out_removal(find(connection, uuid), repository, uuid, pending)
+            carry_out_removal(find_by_uuid(connection, uuid), repository, uuid, pending)
     except (VmkeeperError, OSError) as error:
         return {"what": what, "action": f"put off: {error}"}
     return {"what": what, "action": "finished"}
@@ -270,7 +259,7 @@ def require_stopped(connection: Any, plan: Mapping[str, Any], *, state: str, adv
     """Nothing is put in place under a guest that somebody has started meanwhile."""
     if not plan["in_place"] or not any(os.path.lexists(piece["part"]) for piece in plan["pieces"]):
         return
-    handle = find(connection, plan["uuid"])
+    handle = find_by_uuid(connection, plan["uuid"])
     if handle is not None and handle.isActive():
         raise Refused(
             f"Domain {plan['name']!r} was started while point {plan['point']} was restored in its place",
@@ -296,7 +285,7 @@ def _start_restored(handle: Any, name: str, pending: Journal) -> None:
 
 
 def _define_restored(connection: Any, plan: Mapping[str, Any]) -> Any | None:
-    handle = find(connection, plan["uuid"])
+    handle = find_by_uuid(connection, plan["uuid"])
     if plan["xml"] is None or (handle is not None and not plan["in_place"]):
         return handle
     definition.define(
@@ -305,11 +294,11 @@ def _define_restored(connection: Any, plan: Mapping[str, Any]) -> Any | None:
         doing=f"Defining domain {plan['name']!r}",
         state="Everything is as it was before.",
     )
-    return find(connection, plan["uuid"])
+    return find_by_uuid(connection, plan["uuid"])
 
 
 def _take_back(connection: Any, plan: Mapping[str, Any]) -> None:
-    handle = find(connection, plan["uuid"])
+    handle = find_by_uuid(connection, plan["uuid"])
     used: set[str | None] = set()
     if handle is not None:
         used = {disk.path for inactive in (False, True) for disk in read_domain(handle, inactive=inactive).disks}

@@ -137,6 +137,16 @@ def find_domain(connection: Any, wanted: str) -> Any:
     )
 
 
+def find_by_uuid(connection: Any, uuid: str) -> Any | None:
+    """The domain, or None when it is gone: undefined, or transient and stopped."""
+    try:
+        return connection.lookupByUUIDString(uuid)
+    except libvirt.libvirtError as error:
+        if code_of(error) == libvirt.VIR_ERR_NO_DOMAIN:
+            return None
+        raise LibvirtFailed(f"Looking up domain {uuid}: {message_of(error)}", libvirt=message_of(error)) from error
+
+
 def find_domains(connection: Any, wanted: list[str]) -> list[Any]:
     """The domains called ``wanted``, each once, in that order."""
     found: dict[str, Any] = {}

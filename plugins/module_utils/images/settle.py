@@ -13,8 +13,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..hypervisor.binding import libvirt
-from ..hypervisor.connection import code_of, open_connection
+from ..hypervisor.connection import find_by_uuid, open_connection
 from ..safety import journal as journals
 from ..safety import places, release
 from ..safety import ticket as tickets
@@ -37,7 +36,7 @@ def settle_export(uri: str, pending: Journal) -> dict[str, str]:
     sealed = pending.operation.last("seal")
     whole = sealed is not None and _manifest_is(plan["path"], sealed["manifest"])
     release.release_orphans(uuid)
-    handle = _lookup(open_connection(uri), uuid)
+    handle = find_by_uuid(open_connection(uri), uuid)
     if handle is not None:
         live_copy.stop(handle, plan["directories"])
     for directory in plan["directories"]:
@@ -57,7 +56,7 @@ def settle_export(uri: str, pending: Journal) -> dict[str, str]:
 def settle_import(uri: str, pending: Journal) -> dict[str, str]:
     """An import is whole once its domain is defined, and can start; before that no file of it stays."""
     plan = pending.operation.plan
-    handle = _lookup(open_connection(uri), plan["uuid"])
+    handle = find_by_uuid(open_connection(uri), plan["uuid"])
     placed, defining = pending.operation.last("place"), pending.operation.last("define")
     if handle is not None and defining is not None and machine.nvram_misfit(handle, defining.get("nvram")):
         handle.undefineFlags(_KEEP_NVRAM)
@@ -116,15 +115,6 @@ def settle_push(_uri: str, pending: Journal) -> dict[str, str]:
     bundle.remove(plan["staging"])
     pending.finish()
     return {"what": f"an interrupted push to {plan['reference']}", "action": "taken back"}
-
-
-def _lookup(connection: Any, uuid: str) -> Any:
-    try:
-        return connection.lookupByUUIDString(uuid)
-    except libvirt.libvirtError as error:
-        if code_of(error) == libvirt.VIR_ERR_NO_DOMAIN:
-            return None
-        raise
 
 
 def _manifest_is(path: str, sha256: str) -> bool:

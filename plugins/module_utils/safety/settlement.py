@@ -60,6 +60,12 @@ def settle_named(
     return findings
 
 
+def given_up(pending: Journal, what: str, *, where: str = "its files") -> dict[str, str]:
+    """Close the journal of a domain that was undefined since: nothing is left that could be finished, and no file is touched."""
+    pending.finish()
+    return {"what": what, "action": f"given up: the domain is not defined any more; {where} are left alone"}
+
+
 def _foreign(name: str, kind: str) -> Unfinished:
     return Unfinished(
         f"Domain {name!r} has an interrupted operation ({kind}) that must be settled first",

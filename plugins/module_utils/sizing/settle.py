@@ -9,14 +9,15 @@ the domain turns out to be well with its new size, else the old definition comes
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._errors import VmkeeperError
 from ..hypervisor import appliance, health
-from ..hypervisor.connection import explaining, find_domain, open_connection
+from ..hypervisor.connection import explaining, find_by_uuid, open_connection
 from ..hypervisor.domain_model import read_domain
-from ..safety import processes
+from ..safety import processes, settlement
 from ..safety.journal import Journal
 from . import restart, shrinking
 from .outcome import wait_for
@@ -30,20 +31,25 @@ _SHUTDOWN_SECONDS = 60.0
 def settle(uri: str, pending: Journal) -> dict[str, str]:
     """Finish or undo one interrupted resize; returns ``{what, action}``."""
     operation = pending.operation
+    what = f"an interrupted resize of {operation.domains[0]['name']!r}"
     connection = open_connection(uri)
     try:
-        action = _settle(connection, pending)
+        handle = find_by_uuid(connection, operation.domains[0]["uuid"])
+        if handle is None:
+            kept = [shrink["kept"] for shrink in operation.plan.get("shrinks", ()) if os.path.lexists(shrink["kept"])]
+            also = f" and its disks as they were before ({', '.join(kept)})" if kept else ""
+            return settlement.given_up(pending, what, where=f"its files{also}")
+        action = _settle(connection, handle, pending)
     finally:
         connection.close()
     pending.finish()
-    return {"what": f"an interrupted resize of {operation.domains[0]['name']!r}", "action": action}
+    return {"what": what, "action": action}
 
 
-def _settle(connection: Any, pending: Journal) -> str:
+def _settle(connection: Any, handle: Any, pending: Journal) -> str:
     operation = pending.operation
     if not operation.reached("shutdown"):
         return "left as far as it had got"
-    handle = find_domain(connection, operation.domains[0]["uuid"])
     shrinks = operation.plan.get("shrinks", ())
     if shrinks:
         _end_of_shrinking(handle, shrinks)

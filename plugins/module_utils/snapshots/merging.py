@@ -16,9 +16,9 @@ from typing import Any
 
 from .._errors import VmkeeperError
 from ..hypervisor import apparmor, block_jobs, checkpoints, power
-from ..hypervisor.connection import explaining, open_connection
+from ..hypervisor.connection import explaining, find_by_uuid, open_connection
 from ..hypervisor.domain_model import read_domain
-from ..safety import processes
+from ..safety import processes, settlement
 from ..safety.journal import Journal
 from . import layer_merge, records
 from .merge_plan import Work
@@ -98,7 +98,9 @@ def _settle_disks(handle: Any, work: Work, journal: Journal, *, refused: bool = 
 
 def abandon(uri: str, pending: Journal) -> dict[str, str]:
     """Cancel an operation that was stopped: its running jobs end and the chains stay as they are now."""
-    handle = open_connection(uri).lookupByUUIDString(pending.operation.domains[0]["uuid"])
+    handle = find_by_uuid(open_connection(uri), pending.operation.domains[0]["uuid"])
+    if handle is None:
+        return settle(uri, pending)
     work = Work.from_json(pending.operation.plan["work"])
     if pending.operation.steps[-1]["name"] not in _BEFORE_A_COMMIT_IS_DONE:
         return settle(uri, pending)
@@ -111,10 +113,11 @@ def abandon(uri: str, pending: Journal) -> dict[str, str]:
 
 def settle(uri: str, pending: Journal) -> dict[str, str]:
     """Finish an interrupted run; returns ``{what, action}``."""
-    connection = open_connection(uri)
-    handle = connection.lookupByUUIDString(pending.operation.domains[0]["uuid"])
+    handle = find_by_uuid(open_connection(uri), pending.operation.domains[0]["uuid"])
     work = Work.from_json(pending.operation.plan["work"])
     what = f"an interrupted {pending.operation.kind}"
+    if handle is None:
+        return settlement.given_up(pending, what)
     if work.restart:
         _wait_for_late(handle, pending)
     if work.restart and handle.isActive() and not pending.operation.reached("commit"):

@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..hypervisor import block_jobs, power
-from ..hypervisor.binding import libvirt
-from ..hypervisor.connection import code_of, explaining, open_connection
+from ..hypervisor.connection import explaining, find_by_uuid, open_connection
 from ..hypervisor.domain_model import read_state
 from ..safety import consistency, processes, release
 from ..safety import ticket as tickets
@@ -76,7 +75,7 @@ def settle(uri: str, pending: Journal) -> dict[str, str]:
     connection = open_connection(uri)
     for uuid in operation.plan["domains"]:
         release.release_orphans(uuid)
-        handle = _lookup(connection, uuid)
+        handle = find_by_uuid(connection, uuid)
         if handle is not None:
             block_jobs.wait_idle(handle)
     phases = _phases(operation)
@@ -119,7 +118,7 @@ def _phases(operation: Operation) -> dict[str, float]:
 
 def _found(connection: Any, operation: Operation, uuid: str, phases: Mapping[str, float]) -> Found:
     plan = operation.plan["domains"][uuid]
-    handle = _lookup(connection, uuid)
+    handle = find_by_uuid(connection, uuid)
     exists = handle is not None and by_name(read_snapshots(handle), operation.plan["name"]) is not None
     judged = operation.reached("label")  # the run had all the evidence, and found every cut good, before it died
     fired = phases.get("fired", float("inf"))
@@ -166,7 +165,7 @@ def undo(uri: str, pending: Journal) -> list[str]:
     connection = open_connection(uri)  # the one that failed may be dead
     kept: list[str] = []
     for uuid, plan in operation.plan["domains"].items():
-        handle = _lookup(connection, uuid)
+        handle = find_by_uuid(connection, uuid)
         if handle is None:
             continue
         block_jobs.wait_idle(handle)
@@ -194,22 +193,12 @@ def _keep_as_crash(handle: Any, name: str, plan: Mapping[str, Any]) -> bool:
     return True
 
 
-def _lookup(connection: Any, uuid: str) -> Any:
-    """The domain, or None when it is gone: undefined meanwhile, or transient and stopped. Its files are then left alone."""
-    try:
-        return connection.lookupByUUIDString(uuid)
-    except libvirt.libvirtError as error:
-        if code_of(error) == libvirt.VIR_ERR_NO_DOMAIN:
-            return None
-        raise
-
-
 def _start_again(connection: Any, operation: Operation) -> None:
     """Start what this operation itself has shut down, in this boot; anything else that is off is off for other reasons."""
     if not operation.reached("shutdown") or operation.boot_id != processes.boot_id():
         return
     for uuid, plan in operation.plan["domains"].items():
-        handle = _lookup(connection, uuid)
+        handle = find_by_uuid(connection, uuid)
         if handle is None or not plan["shutdown"]:
             continue
         state = read_state(handle)

@@ -16,9 +16,9 @@ from typing import Any
 
 from .._errors import VmkeeperError
 from ..hypervisor import block_jobs, definition, qemu_img
-from ..hypervisor.connection import constant, explaining, open_connection
+from ..hypervisor.connection import constant, explaining, find_by_uuid, open_connection
 from ..hypervisor.domain_model import qemu_owner, read_domain
-from ..safety import places
+from ..safety import places, settlement
 from ..safety.checkpoints_aside import set_aside
 from ..safety.host_graph import canonical
 from ..safety.journal import Journal
@@ -226,9 +226,10 @@ def settle(uri: str, pending: Journal) -> dict[str, str]:
     """Finish what went past stopping the guest, undo what did not; returns ``{what, action}``."""
     operation = pending.operation
     plan = RevertPlan.from_json(operation.plan)
-    connection = open_connection(uri)
-    handle = connection.lookupByUUIDString(operation.domains[0]["uuid"])
+    handle = find_by_uuid(open_connection(uri), operation.domains[0]["uuid"])
     what = f"an interrupted revert to snapshot {plan.snapshot!r}"
+    if handle is None:
+        return settlement.given_up(pending, what)
     if plan.internal:
         # One call of libvirt's: it was made or it was not, and libvirt finishes it without us.
         block_jobs.wait_idle(handle)

@@ -20,6 +20,7 @@ from ansible_collections.vmkeeper.libvirt.tests.integration.sizing.resizing impo
     twice,
     unfinished,
 )
+from ansible_collections.vmkeeper.libvirt.tests.lab import tasks
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,22 @@ def test_a_kill_at_any_step_of_a_restart_is_repaired(small: Guest, tmp_path: Pat
         assert not resize(small, **wanted)["changed"], step
     assert small.writer_log("vda").is_intact
     assert not unfinished(small)
+
+
+def test_a_restart_of_a_domain_that_is_undefined_since_is_given_up(small: Guest, tmp_path: Path) -> None:
+    wanted = {"max_vcpus": 3, "vcpus": 3, "allow_restart": True}
+    assert start(small, kill_at="shutdown", log=tmp_path / "log", **wanted).wait() < 0
+    definition = small.xml_text(inactive=True)
+    small.destroy()
+    small.domain().undefine()
+    try:
+        (found,) = tasks.ok("recover_domain")["findings"]
+        assert (found["domain"], found["settled"]) == (small.name, True)
+        assert "given up" in found["action"]
+        assert tasks.ok("recover_domain")["findings"] == []
+    finally:
+        small.connection().defineXML(definition)
+    small.start()
 
 
 @pytest.mark.parametrize("step", ["rollback", "start-old"])

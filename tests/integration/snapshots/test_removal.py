@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import libvirt
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import ways
@@ -142,6 +143,28 @@ def test_an_offline_removal_killed_at_any_step_is_finished_by_the_same_task(stop
             assert ways.read_stopped(ways.bases(stopped, other).values()) == {other}, (step, name)
         assert ways.read_stopped(stopped.active_paths().values()) == {"end"}
         ways.assert_whole(stopped)
+
+
+@pytest.mark.parametrize("state", ["absent", "reverted"])
+def test_what_was_begun_on_a_domain_that_is_undefined_since_is_given_up_and_its_files_stay(
+    stopped: Guest, tmp_path: Path, state: str
+) -> None:
+    for name in ("one", "two"):
+        ways.write_stopped(stopped, name)
+        tasks.ok("snapshot", domain=stopped.name, name=name)
+    asked = {"domain": stopped.name, "name": "one", "state": state}
+    assert tasks.finish(
+        tasks.killed_at("mark" if state == "absent" else "stop", "snapshot", tmp_path / "log", **asked)
+    ).killed
+    before, definition = ways.files(stopped), stopped.xml_text(inactive=True)
+    stopped.domain().undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA)
+    (found,) = tasks.ok("recover_domain")["findings"]
+    assert (found["domain"], found["settled"]) == (stopped.name, True)
+    assert "given up" in found["action"]
+    assert ways.files(stopped) == before
+    assert tasks.ok("recover_domain")["findings"] == []
+    stopped.connection().defineXML(definition)
+    assert ways.read_stopped(stopped.active_paths().values()) == {"two"}
 
 
 def test_a_worker_removes_it_while_the_task_has_answered_and_can_be_cancelled(guest: Guest) -> None:
