@@ -26,8 +26,10 @@ def guest(make_guest: Callable[..., Guest]) -> Guest:
 
 
 @pytest.fixture
-def stopped(make_guest: Callable[..., Guest]) -> Guest:
-    return make_guest(GuestSpec("gone", disks=(DiskSpec("vda", size=8 * MIB, fs=None, writer=False),)), start="no")
+def stopped(make_guest: Callable[..., Guest]) -> Iterator[Guest]:
+    guest = make_guest(GuestSpec("gone", disks=(DiskSpec("vda", size=8 * MIB, fs=None, writer=False),)), start="no")
+    yield guest
+    guest.cleanup()
 
 
 @pytest.fixture(autouse=True)
