@@ -33,8 +33,8 @@ options:
       - V(structure) also has each image of the chain checked by C(qemu-img check).
       - V(boot) then also boots it. Only the guest's agent, or O(boot_check), proves that it has booted, never that something runs. A
         domain without a guest agent channel is refused.
-      - V(boot) needs Linux 5.12, a repository on a local filesystem such as ext4, XFS or Btrfs, the guest's memory on this host, and a
-        point that is not encrypted. A guest that boots from a kernel of its host needs that kernel here.
+      - V(boot) needs Linux 5.12, a repository on a local filesystem such as ext4, XFS or Btrfs, the guest's memory on this host, and
+        O(passphrase) for an encrypted point. A guest that boots from a kernel of its host needs that kernel here.
     type: str
     choices: [digest, structure, boot]
     default: structure
@@ -51,7 +51,8 @@ options:
     default: 5m
   passphrase:
     description:
-      - Opens an encrypted point, so that its content is proved.
+      - Opens an encrypted point, so that its content is proved, and for O(level=boot) the guest. What that guest writes is encrypted,
+        too.
       - Without it, the files of an encrypted point are proved to be what was written, and RV(not_checked) says what that leaves open.
     type: str
 extends_documentation_fragment:
@@ -139,16 +140,16 @@ def handle(call: _module.Call) -> _module.Answer:
         raise InvalidInput("Neither id nor source_domain is given", advice="Give one of them")
     repository = open_repository(params["repository"])
     found = listing.find_point(repository, identifier=params["id"], source=params["source_domain"])
+    passphrase = image_node.passphrase_option(params["passphrase"], "passphrase")
     boot = None
     if params["level"] == "boot":
         request = boot_proof.Request(
             tuple(params["boot_check"]) if params["boot_check"] else None,
             names.parse_duration(params["boot_timeout"], "boot_timeout"),
         )
-        boot = partial(boot_proof.boot, call.connection, call.uri, repository, found, request)
+        boot = partial(boot_proof.boot, call.connection, call.uri, repository, found, request, passphrase)
     elif params["boot_check"]:
         raise InvalidInput("boot_check goes with level: boot", advice="Leave it out, or give level: boot")
-    passphrase = image_node.passphrase_option(params["passphrase"], "passphrase")
     proof = verifying.prove(repository, found, params["level"], passphrase, boot=boot, check=call.check)
     result = {
         "verified": proof.verified,

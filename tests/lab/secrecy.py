@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -18,11 +19,12 @@ def holding(words: Sequence[str], *places: str | Path) -> list[str]:
     """Files below some directories that hold any of the words."""
     found = []
     for place in places:
-        for path in Path(place).rglob("*"):
-            with contextlib.suppress(OSError):
-                if path.is_file() and not path.is_symlink():
-                    content = path.read_bytes()
-                    found += [f"{path}: {word}" for word in words if word.encode() in content]
+        for where, _directories, names in os.walk(place):  # passes over what goes meanwhile
+            for path in (Path(where, name) for name in names):
+                with contextlib.suppress(OSError):
+                    if path.is_file() and not path.is_symlink():
+                        content = path.read_bytes()
+                        found += [f"{path}: {word}" for word in words if word.encode() in content]
     return found
 
 

@@ -6,6 +6,9 @@
 It has a fresh identity, no network and no device of the host (:mod:`.throwaway`), writes into overlays in a private
 directory, and reads the repository through a view that nobody can write to.  libvirt destroys it as soon as this process's
 connection ends, and the journal, under a UUID of its own, names what else has to go.
+
+What is encrypted is opened by libvirt secrets that are in libvirtd's memory only and that nobody reads back; the guest's own
+writes over it are encrypted with a key that ends with the proof.
 """
 
 from __future__ import annotations
@@ -20,14 +23,15 @@ from typing import Any
 from xml.etree import ElementTree
 
 from .._errors import LibvirtFailed, Refused, Unsupported, VmkeeperError
-from ..hypervisor import apparmor, definition, health, qemu_img, screenshot
+from ..hypervisor import apparmor, definition, health, image_node, libvirt_secret, qemu_img, screenshot
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import code_of, constant, explaining, find_by_uuid, open_connection
 from ..hypervisor.domain_model import Domain, DomainState, Layer, parse_domain, qemu_owner
+from ..hypervisor.image_node import Image, Passphrase
 from ..safety import journal as journals
 from ..safety import locks, places, space, views
 from ..safety.journal import Journal
-from . import digests
+from . import digests, stored
 from .host import read_host, stored_definition
 from .lending import Loan, lend, plan_loan
 from .listing import Found
@@ -58,31 +62,58 @@ class _Plan:
     xml: str
     loan: Loan
     nvram: str | None
+    overlay_secret: str | None
+
+    @property
+    def secrets(self) -> list[str]:
+        """The UUIDs of the libvirt secrets that it needs."""
+        return [secret for secret in (self.loan.secret, self.overlay_secret) if secret is not None]
 
 
-def boot(connection: Any, uri: str, repository: Repository, found: Found, request: Request) -> BootOutcome:
-    """Boot a point and throw the guest away. Call it with the points' lock shared."""
+def boot(
+    connection: Any,
+    uri: str,
+    repository: Repository,
+    found: Found,
+    request: Request,
+    passphrase: Passphrase | None = None,
+    *,
+    check: bool = False,
+) -> BootOutcome | None:
+    """Boot a point and throw the guest away. Call it with the points' lock shared. With ``check`` it is only planned: None.
+
+    Raises :class:`InvalidInput` where an encrypted point is not opened by the ``passphrase``.
+    """
     point = found.point
     # One at a time for each domain: the name is the same each time, and so is libvirt's log of it.
     uuid = str(uuids.uuid5(uuids.UUID(repository.uuid), f"boot-proof/{point.domain_uuid}"))
     with locks.hold([(uuid, f"boot proof of {point.domain}")], f"booting {point.id}"):
         left = journals.unfinished(uuid)
-        if left is not None:
+        if left is not None and not check:
             settle_proof(uri, left)
-        plan = _plan(connection, repository, found, uuid)
-        journal = Journal.begin(KIND, [(uuid, plan.name)], {"uuid": uuid, "point": point.id, "loan": asdict(plan.loan)})
+        plan = _plan(connection, repository, found, uuid, passphrase)
+        if check:
+            return None
+        journal = Journal.begin(
+            KIND,
+            [(uuid, plan.name)],
+            {"uuid": uuid, "point": point.id, "loan": asdict(plan.loan), "secrets": plan.secrets},
+        )
         try:
-            return _carry_out(connection, repository, found, plan, request, journal)
+            return _carry_out(connection, repository, found, plan, request, journal, passphrase)
         finally:
             clear(uri, journal)
 
 
-def _plan(connection: Any, repository: Repository, found: Found, uuid: str) -> _Plan:
+def _plan(connection: Any, repository: Repository, found: Found, uuid: str, passphrase: Passphrase | None) -> _Plan:
     point = found.point
-    stored = stored_definition(repository, point)
-    domain = parse_domain(stored, DomainState("shutoff"))
-    _require_bootable(stored, domain, point.id)
+    definition_then = stored_definition(repository, point)
+    domain = parse_domain(definition_then, DomainState("shutoff"))
+    _require_bootable(definition_then, domain, point.id)
     loan = plan_loan(repository, found, [disk.target for disk in point.disks], uuid)
+    stored.require_opening(
+        repository, point, loan.chains, passphrase, advice="Give the passphrase that it was backed up with"
+    )
     views.require_support(loan.source, qemu_owner(connection.getCapabilities()))
     places.passable_directory(places.PROOFS)
     space.require_memory(domain.memory_max, f"Booting point {point.id}")
@@ -90,8 +121,9 @@ def _plan(connection: Any, repository: Repository, found: Found, uuid: str) -> _
     name = f"vmk-proof-{uuid[:8]}"
     scratch = os.path.join(places.PROOFS, uuid)
     nvram = os.path.join(scratch, "nvram.fd") if point.nvram is not None else None
+    overlay_secret = str(uuids.uuid4()) if loan.encrypted else None
     mapped = fit(
-        stored,
+        definition_then,
         Target(
             name=name,
             uuid=uuid,
@@ -99,12 +131,14 @@ def _plan(connection: Any, repository: Repository, found: Found, uuid: str) -> _
             disks={target: Layer(_overlay(uuid, target), "qcow2") for target in loan.chains},
             nvram=nvram,
             network="disconnected",
+            secrets=dict.fromkeys(loan.chains, overlay_secret) if overlay_secret else {},
         ),
-        read_host(connection, stored),
+        read_host(connection, definition_then),
     )
     xml = throw_away(mapped.xml, f"Boot proof of {point.domain} {point.id}")
     models = definition.security_models(connection.getCapabilities())
-    return _Plan(uuid, name, definition.with_backing(xml, loan.layers(), models), loan, nvram)
+    xml = definition.with_backing(xml, loan.layers(), models, loan.secrets())
+    return _Plan(uuid, name, xml, loan, nvram, overlay_secret)
 
 
 def _require_bootable(xml: str, domain: Domain, identifier: str) -> None:
@@ -127,7 +161,13 @@ def _overlay(uuid: str, target: str) -> str:
 
 
 def _carry_out(
-    connection: Any, repository: Repository, found: Found, plan: _Plan, request: Request, journal: Journal
+    connection: Any,
+    repository: Repository,
+    found: Found,
+    plan: _Plan,
+    request: Request,
+    journal: Journal,
+    passphrase: Passphrase | None,
 ) -> BootOutcome:
     owner = qemu_owner(connection.getCapabilities())
     journal.step("scratch")
@@ -135,14 +175,12 @@ def _carry_out(
     journal.step("lend")
     lend(plan.loan, owner)
     journal.step("overlay")
+    key = _define_secrets(connection, plan, passphrase)
     for target, layers in plan.loan.layers().items():
-        qemu_img.create_overlay(
-            _overlay(plan.uuid, target),
-            backing=layers[0].path or "",
-            backing_format="qcow2",
-            size=plan.loan.sizes[target],
-            owner=owner,
-        )
+        overlay = Image(_overlay(plan.uuid, target), "qcow2", key)
+        size, milliseconds = plan.loan.sizes[target], qemu_img.KEY_MILLISECONDS
+        qemu_img.create_layer(overlay, size, backing=layers[0].path, milliseconds=milliseconds)
+        os.chown(overlay.path, *owner)
     if plan.nvram is not None:
         _copy_nvram(repository, found, plan.nvram)
     journal.step("boot")
@@ -158,6 +196,16 @@ def _carry_out(
     return BootOutcome(
         None if problem is None else f"booted, {problem}", None if problem else seconds, _screenshot(handle)
     )
+
+
+def _define_secrets(connection: Any, plan: _Plan, passphrase: Passphrase | None) -> Passphrase | None:
+    """Let libvirt open what is encrypted; the key of the overlays, None where nothing is."""
+    if plan.loan.secret is None or plan.overlay_secret is None or passphrase is None:
+        return None
+    key = image_node.random_key()
+    for uuid, value in ((plan.loan.secret, passphrase), (plan.overlay_secret, key)):
+        libvirt_secret.define(connection, uuid, value, "vmkeeper.libvirt: a boot proof", ephemeral=True)
+    return key
 
 
 def _wait(handle: Any, command: Sequence[str] | None, seconds: float) -> str | None:
@@ -190,6 +238,7 @@ def clear(uri: str, journal: Journal) -> None:
     journal.step("clear")
     _destroy(uri, uuid)
     apparmor.forget(uuid)
+    _forget_secrets(uri, journal.operation.plan.get("secrets", ()))
     shutil.rmtree(os.path.join(places.PROOFS, uuid), ignore_errors=True)
     views.close_view(Loan.from_json(journal.operation.plan["loan"]).name)
     journal.finish()
@@ -208,6 +257,15 @@ def _destroy(uri: str, uuid: str) -> None:
                 state="It may still run; it has no network and none of the original's disks.",
                 advice="Run recover_domain",
             ) from error
+
+
+def _forget_secrets(uri: str, secrets: Sequence[str]) -> None:
+    if not secrets:
+        return
+    connection = open_connection(uri)
+    with explaining("Removing the key of a boot proof", state="No guest uses it.", advice="Run recover_domain"):
+        for uuid in secrets:
+            libvirt_secret.forget(connection, uuid)
 
 
 def settle_proof(uri: str, pending: Journal) -> dict[str, str]:

@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 import os
+import uuid as uuids
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .._errors import Refused, Unsupported
+from .._errors import Refused
 from ..hypervisor.domain_model import Layer
-from ..hypervisor.image_header import BadHeader, read_qcow2
 from ..safety import places, views
-from . import verifying
+from . import stored, verifying
 from .listing import Found
 from .repository import Repository
 
@@ -23,7 +23,8 @@ from .repository import Repository
 class Loan:
     """What is lent. ``chains`` holds each disk's files from the point down to its full, relative to ``source``.
 
-    ``name`` is that of the view; ``sizes`` are the disks' virtual sizes in bytes.
+    ``name`` is that of the view; ``sizes`` are the disks' virtual sizes in bytes.  ``secret`` is the UUID of the libvirt secret
+    that opens the ``encrypted`` ones of these files, None where there are none.
     """
 
     name: str
@@ -32,6 +33,8 @@ class Loan:
     source: str
     chains: Mapping[str, Sequence[str]]
     sizes: Mapping[str, int]
+    encrypted: Sequence[str] = ()
+    secret: str | None = None
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Loan:
@@ -50,37 +53,30 @@ class Loan:
             for target, files in self.chains.items()
         }
 
+    def secrets(self) -> dict[str, str]:
+        """The secret of each encrypted layer, by its path as the guest sees it."""
+        return {os.path.join(self.view, file): self.secret for file in self.encrypted} if self.secret else {}
+
 
 def plan_loan(repository: Repository, found: Found, targets: Sequence[str], name: str) -> Loan:
-    """What has to be lent for ``targets``; raises where an image is not what its point says, or is encrypted."""
+    """What has to be lent for ``targets``; raises where an image is not what its point says."""
     point = found.point
     chains: dict[str, list[str]] = {}
+    encrypted: list[str] = []
     sizes: dict[str, int] = {}
     for target in targets:
         lineage = found.history.lineage(point, target)
         for holder in lineage:
-            _refuse_encrypted(verifying.image_path(repository, holder, target), point.id)
             findings = verifying.check_link(repository, holder, target)
             if findings:
                 raise Refused(f"Point {point.id} cannot be restored: {findings[0].problem}")
         chains[target] = [os.path.join(holder.id, f"{target}.qcow2") for holder in lineage]
+        encrypted += [file for file, holder in zip(chains[target], lineage) if stored.is_encrypted([holder], target)]
         disk = point.disk(target)
         sizes[target] = disk.virtual_size if disk is not None else 0
     source = repository.domain_directory(point.domain_uuid)
-    return Loan(name, repository.path, repository.uuid, source, chains, sizes)
-
-
-def _refuse_encrypted(path: str, identifier: str) -> None:
-    try:
-        encrypted = read_qcow2(path).encrypted
-    except (OSError, BadHeader):
-        return  # told by the check of the link
-    if encrypted:
-        raise Unsupported(
-            f"Point {identifier} is encrypted, and a guest cannot stand on it as it lies: each layer would need the passphrase as a"
-            " libvirt secret for as long as it does",
-            advice="Restore it with mode: copy; prove it with level: structure and its passphrase",
-        )
+    secret = str(uuids.uuid4()) if encrypted else None
+    return Loan(name, repository.path, repository.uuid, source, chains, sizes, encrypted, secret)
 
 
 def lend(loan: Loan, owner: tuple[int, int]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from xml.etree import ElementTree
 
+from ..hypervisor.definition import encrypt
 from ..hypervisor.domain_model import Layer
 
 _QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
@@ -204,12 +205,6 @@ def _stand_on(disk: ElementTree.Element, layer: Layer, secret: str | None) -> No
     if secret is not None:
         encrypt(source, secret)
     disk.insert(list(disk).index(driver) + 1, source)
-
-
-def encrypt(source: ElementTree.Element, secret: str) -> None:
-    """Say that a ``<source>`` is encrypted, and which libvirt secret opens it."""
-    encryption = ElementTree.SubElement(source, "encryption", format="luks")
-    ElementTree.SubElement(encryption, "secret", type="passphrase", uuid=secret)
 
 
 def _networks(root: ElementTree.Element, target: Target, host: Host, notes: list[str]) -> None:

@@ -22,7 +22,7 @@ from ..hypervisor.image_node import Passphrase
 from ..safety import places, processes, settlement
 from ..safety import ticket as tickets
 from ..safety.journal import Journal
-from . import checkpoints, folding, job, mapping, sentry
+from . import checkpoints, folding, job, sentry
 from .repository import Repository, discard
 
 BACKUP = "backup"
@@ -356,7 +356,7 @@ def _attach(handle: Any, plan: Mapping[str, Any]) -> None:
         ElementTree.SubElement(element, "driver", name="qemu", type=piece["format"])
         source = ElementTree.SubElement(element, "source", file=piece["path"])
         if piece["secret"]:
-            mapping.encrypt(source, piece["secret"])
+            definition.encrypt(source, piece["secret"])
         ElementTree.SubElement(element, "target", dev=target, bus="scsi" if target.startswith("sd") else "virtio")
         with explaining(
             f"Attaching {piece['path']} to domain {plan['name']!r}",

@@ -8,17 +8,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import uuid as uuids
 from collections.abc import Sequence
 from typing import Any
 
 from .._errors import LibvirtFailed, NoSpace, VmkeeperError
-from ..hypervisor import block_jobs, libvirt_secret, qemu_img
+from ..hypervisor import block_jobs, image_node, libvirt_secret, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import constant, explaining, message_of
 from ..hypervisor.domain_model import qemu_owner, read_domain
-from ..hypervisor.image_node import Image, Passphrase
+from ..hypervisor.image_node import Image
 from ..safety import consistency, instant, locks, processes, settlement
 from ..safety.journal import Journal
 from . import describing, job, manifest, preflight, reservation, settle, settlers
@@ -44,9 +43,6 @@ from .repository import (
     sweep,
 )
 from .sentry import Sentry, Watch
-
-#: For the random key of a scratch image; the least that QEMU can measure.
-_KEY_MILLISECONDS = 10
 
 
 def take(
@@ -124,7 +120,7 @@ class _Taking:
         self._scratch = scratch
         # Nothing that is stored encrypted lies in the clear on its way. A random key needs no slow derivation, which would
         # hold up QEMU, and the guest with it, when it opens the target.
-        self._key = Passphrase(secrets.token_hex(32).encode())
+        self._key = image_node.random_key()
         encrypting = any(disk.passphrase is not None for plan in self._live for disk in plan.disks)
         self._secret = str(uuids.uuid4()) if encrypting else None
 
@@ -208,7 +204,7 @@ class _Taking:
                 compression=disk.compression,
             )
             if plan.live and self._scratch is not None:
-                qemu_img.create_layer(self._pushed(plan, disk), disk.facts.size, milliseconds=_KEY_MILLISECONDS)
+                qemu_img.create_layer(self._pushed(plan, disk), disk.facts.size, milliseconds=qemu_img.KEY_MILLISECONDS)
             if plan.live:
                 os.chown(self._pushed(plan, disk).path, *self._owner)
 

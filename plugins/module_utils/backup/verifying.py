@@ -282,21 +282,21 @@ def prove(
     level: str,
     passphrase: Passphrase | None = None,
     *,
-    boot: Callable[[], BootOutcome] | None = None,
+    boot: Callable[..., BootOutcome | None] | None = None,
     check: bool = False,
 ) -> Proof:
     """Verify a point, keep the outcome, and raise :class:`NotProved` on any finding.
 
-    ``boot`` boots it, and is asked only for a point whose images are whole.  With ``check`` nothing is kept and nothing
-    booted, so that ``verified`` is None at level ``boot``.
+    ``boot`` boots it, and is asked only for a point whose images are whole; it takes ``check``.  With that nothing is kept and
+    nothing booted, so that ``verified`` is None at level ``boot``.
     """
     booted = None
     with repository.locked(found.point.domain_uuid, f"verifying {found.point.id}", shared=True):
         findings = verify(repository, found, level, passphrase)
         unseen = not_checked(found, passphrase)
-        if boot is not None and not findings and not check:
-            booted = boot()
-            if booted.problem is not None:
+        if boot is not None and not findings:
+            booted = boot(check=check)
+            if booted is not None and booted.problem is not None:
                 findings = [Finding(found.point.id, None, booted.problem)]
         kept = None if check else record(repository, found, level, findings, unseen, booted)
     directory = repository.point_directory(found.point.domain_uuid, found.point.id)

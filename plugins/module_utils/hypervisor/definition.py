@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 from xml.etree import ElementTree
 
@@ -58,11 +59,22 @@ def _record(disk: ElementTree.Element, below: Sequence[Layer]) -> None:
         ElementTree.SubElement(above, "backingStore")
 
 
-def with_backing(xml: str, chains: Mapping[str, Sequence[Layer]], models: Collection[str]) -> str:
+def encrypt(source: ElementTree.Element, secret: str) -> None:
+    """Say that a ``<source>`` is encrypted, and which libvirt secret opens it."""
+    encryption = ElementTree.SubElement(source, "encryption", format="luks")
+    ElementTree.SubElement(encryption, "secret", type="passphrase", uuid=secret)
+
+
+def with_backing(
+    xml: str,
+    chains: Mapping[str, Sequence[Layer]],
+    models: Collection[str],
+    secrets: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """The definition with what lies below the active layer of the disks in ``chains`` (by target), topmost first.
 
     libvirt leaves the owner and label of these layers alone: for each of the host's security ``models`` that would change
-    them they carry ``relabel='no'``.
+    them they carry ``relabel='no'``.  ``secrets`` are the UUIDs of the libvirt secrets that open the encrypted ones, by path.
     """
     root = ElementTree.fromstring(xml)
     for disk in root.iterfind("devices/disk"):
@@ -80,6 +92,9 @@ def with_backing(xml: str, chains: Mapping[str, Sequence[Layer]], models: Collec
             for model in ("dac", "selinux"):
                 if model in models:
                     ElementTree.SubElement(source, "seclabel", model=model, relabel="no")
+            secret = secrets.get(layer.path or "")
+            if secret is not None:
+                encrypt(source, secret)
             above = backing
         ElementTree.SubElement(above, "backingStore")
     return ElementTree.tostring(root, encoding="unicode")

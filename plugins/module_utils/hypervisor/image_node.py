@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,11 @@ class Passphrase:
     """What opens a LUKS image. Not shown by ``repr``, so that no log of a request holds it."""
 
     value: bytes = field(repr=False)
+
+
+def random_key() -> Passphrase:
+    """A passphrase for an image that nobody opens after this run."""
+    return Passphrase(secrets.token_hex(32).encode())
 
 
 #: A passphrase is guessed on the attacker's machines, whatever LUKS costs on ours.

@@ -125,6 +125,9 @@ def create_overlay(path: str, *, backing: str, backing_format: str, size: int | 
 LUKS_MILLISECONDS = 200
 
 
+#: The same for a random key, which nobody can guess; the least that QEMU can measure.
+KEY_MILLISECONDS = 10
+
 #: What QEMU before 9.1 says now and then on a busy host, whose accounting of processor time goes in steps, when it measures
 #: how many iterations take that long. The next try succeeds.
 _NO_CPU_TIME = "Unable to get accurate CPU usage"
@@ -141,8 +144,8 @@ def create_layer(
 ) -> None:
     """Make an empty private qcow2 of ``size`` bytes, which must not exist; encrypted when ``target`` has a passphrase.
 
-    ``backing`` is the name of the layer below, which is not opened.  ``milliseconds`` may be small for a passphrase that
-    is a random key.
+    ``backing`` is the name of the layer below, which is not opened.  ``milliseconds`` may be :data:`KEY_MILLISECONDS` for a
+    passphrase that is a random key.
     """
     os.close(os.open(target.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
     options = []

@@ -9,6 +9,7 @@ import shutil
 import signal
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,6 +17,7 @@ from xml.etree import ElementTree
 import pytest
 from lab.ansible import run_module_process
 from lab.guest import DiskSpec, Guest, GuestSpec
+from lab.secrecy import PLACES, Watch, holding
 from lab.spec import MIB
 from lab.waiting import until
 
@@ -23,6 +25,7 @@ from ansible_collections.vmkeeper.libvirt.tests.integration.backup import points
 from ansible_collections.vmkeeper.libvirt.tests.integration.backup.points import directory_of, ok, point, task
 from ansible_collections.vmkeeper.libvirt.tests.integration.backup.test_interrupted import steps_of
 
+PASSPHRASE = "eight-Wandering-otters-914"
 PRIVATE = Path("/var/lib/libvirt/vmkeeper")
 
 
@@ -57,7 +60,8 @@ def files(repository: Path) -> dict[str, Any]:
 
 
 def assert_nothing_left(guest: Guest) -> None:
-    """No domain, file, mount, journal or process of a proof."""
+    """No domain, file, mount, key, journal or process of a proof."""
+    assert guest.connection().listAllSecrets() == []
     assert [one.name() for one in guest.connection().listAllDomains()] == [guest.name]
     assert list(guest.host.qemu_pids()) in ([guest.name], [])
     assert [str(path) for path in PRIVATE.glob("*/*")] == []
@@ -204,6 +208,41 @@ def test_killed_at_every_step_nothing_is_left(
             assert task("backup_verify", **short)["error"]["kind"] == "not_proved"
         assert_nothing_left(guest)
         assert files(repository) == before, step
+
+
+def test_an_encrypted_point_boots_with_its_passphrase_and_the_guest_tells_nobody_what_it_holds(
+    guest: Guest, make_repository: Callable[[], Path], tmp_path: Path
+) -> None:
+    repository, mark = make_repository(), "vmk-plaintext-of-the-guest"
+    point(guest, repository, encryption={"passphrase": PASSPHRASE})
+    guest.write_file("/disk/vda/secret", (mark * 400).encode())
+    made = point(guest, repository, encryption={"passphrase": PASSPHRASE})
+    assert made["type"] == "incremental"
+    before, log = files(repository), tmp_path / "steps"
+    opened = arguments(repository, made, passphrase=PASSPHRASE)
+    for wrong in ({}, {"passphrase": PASSPHRASE + "x"}):
+        for check in (True, False):
+            refused = task("backup_verify", check=check, **arguments(repository, made, **wrong))
+            assert refused["failed"]
+            assert "passphrase" in refused["msg"]
+    with Watch(PASSPHRASE, [mark], "/var/lib/vmkeeper.libvirt", PRIVATE / "proofs", "/run") as watch:
+        # What it reads it writes again, where an overlay that is not encrypted would show it.
+        copies = ["sh", "-c", "cp /disk/vda/secret /disk/vda/again && sync"]
+        proved = ok("backup_verify", **opened, boot_check=copies)
+        assert proved["verified"] is True
+        assert_nothing_left(guest)
+        for number, step in enumerate(("overlay", "boot", "wait", "clear")):
+            killed = run_module_process("backup_verify", env=points.killed_at(step, log), **opened)
+            assert killed.wait() == -signal.SIGKILL, step
+            if number % 2:
+                assert ok("recover_domain")["findings"], step
+            else:
+                assert ok("backup_verify", **opened)["verified"], step
+            assert_nothing_left(guest)
+    assert watch.samples > 10
+    assert watch.seen == set()
+    assert holding([PASSPHRASE], *PLACES) == []
+    assert files(repository) == before
 
 
 def test_what_cannot_be_proved_is_refused(
