@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import os
 import secrets
 import time
@@ -106,17 +105,7 @@ class Ticket:
 
     def watched(self) -> bool:
         """Whether a guard holds this ticket now."""
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
+        return places.is_held(self.path)
 
     def enter_phase(self, phase: str) -> None:
         """Note that owner or guard got there. Survives both, not the host."""
