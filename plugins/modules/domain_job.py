@@ -82,7 +82,10 @@ job:
       type: list
       elements: str
     state:
-      description: V(running), V(finished), V(failed), V(cancelled), or V(interrupted) when the worker died.
+      description:
+        - V(pending) while the worker is on its way, then V(running), and at last V(finished), V(failed) or V(cancelled).
+        - V(interrupted) when the worker died, or never came up, since its task was killed or the host lost power while that started it.
+          Run the task again.
       type: str
     started:
       description: When it was started, in ISO 8601.

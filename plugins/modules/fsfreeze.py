@@ -21,7 +21,10 @@ options:
     description:
       - V(frozen) sees that the filesystems are frozen and that a guard watches over them. A guest that is frozen under a
         guard already is left alone, with the deadline that it has.
-      - V(thawed) sees that nothing is frozen.
+      - A guest that somebody else has frozen gets a guard and O(deadline), with a warning. Which of its filesystems are frozen
+        nobody can tell, so no snapshot or backup takes such a freeze for a proof.
+      - V(thawed) sees that nothing is frozen. A domain that was saved to disk before its freeze had ended is refused, since it
+        comes back frozen. Its guard thaws it when it runs again, at the deadline or, if that has passed, at once.
     type: str
     choices: [frozen, thawed]
     required: true
@@ -131,6 +134,12 @@ def handle(call: _module.Call) -> _module.Answer:
             {condition.domain: "frozen" if condition.was_frozen else "thawed" for condition in conditions},
             {condition.domain: "frozen" if condition.frozen else "thawed" for condition in conditions},
         ),
+        warnings=[
+            f"The guest of domain {condition.domain!r} was frozen by other means, perhaps not wholly: it has a guard now, and no"
+            " snapshot or backup takes the freeze for a proof"
+            for condition in conditions
+            if condition.adopted
+        ],
     )
 
 

@@ -83,7 +83,7 @@ class Sentry:
             description="watch over a backup",
         )
         give_up = time.monotonic() + _ARMING_SECONDS
-        while not _is_held(_orders(self._directory)):
+        while not places.is_held(_orders(self._directory)):
             if time.monotonic() > give_up:
                 raise VmkeeperError(
                     f"The process that watches over the backup did not come up within {_ARMING_SECONDS:.0f} s",
@@ -112,20 +112,6 @@ def dismiss(directory: str) -> None:
 
 def _orders(directory: str) -> str:
     return os.path.join(directory, "orders.json")
-
-
-def _is_held(path: str) -> bool:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
 
 
 def main(directory: str) -> None:

@@ -35,6 +35,20 @@ STATE_NAMES = {
     7: "pmsuspended",
 }
 RUNNING_STATES = ("running", "blocked")
+RUNNING_REASONS = {
+    0: "unknown",
+    1: "booted",
+    2: "migrated",
+    3: "restored",
+    4: "from-snapshot",
+    5: "unpaused",
+    6: "migration-canceled",
+    7: "save-canceled",
+    8: "wakeup",
+    9: "crashed",
+    10: "post-copy",
+    11: "post-copy-failed",
+}
 PAUSED_REASONS = {
     0: "unknown",
     1: "user",
@@ -520,7 +534,7 @@ def read_state(domain: Any) -> DomainState:
     with explaining(f"Reading the state of domain {domain.name()!r}"):
         code, reason = domain.state()
     name = STATE_NAMES.get(code, "nostate")
-    reasons = {"paused": PAUSED_REASONS, "shutoff": SHUTOFF_REASONS}.get(name, {})
+    reasons = {"running": RUNNING_REASONS, "paused": PAUSED_REASONS, "shutoff": SHUTOFF_REASONS}.get(name, {})
     return DomainState(name, reasons.get(reason, "unknown"))
 
 

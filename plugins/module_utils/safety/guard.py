@@ -18,7 +18,15 @@ from .ticket import Ticket, Ward
 _ARMING_SECONDS = 30.0
 
 
-def arm(uri: str, wards: Sequence[Ward], *, seconds: float, purpose: str, mountpoints: Sequence[str] = ()) -> Ticket:
+def arm(
+    uri: str,
+    wards: Sequence[Ward],
+    *,
+    seconds: float,
+    purpose: str,
+    mountpoints: Sequence[str] = (),
+    adopted: bool = False,
+) -> Ticket:
     """Put a guard on watch over ``wards`` and return its ticket once it is there.
 
     The guard acts ``seconds`` after the ``freeze`` or ``suspend`` phase was entered, or as soon as this process is dead,
@@ -33,6 +41,7 @@ def arm(uri: str, wards: Sequence[Ward], *, seconds: float, purpose: str, mountp
         purpose=purpose,
         owner=(identity.pid, identity.started),
         mountpoints=tuple(mountpoints),
+        adopted=adopted,
     )
     ticket.write()
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import stat
@@ -179,6 +180,21 @@ def read_json(path: str) -> Any:
             return json.load(stream)
     except FileNotFoundError:
         return None
+
+
+def is_held(path: str) -> bool:
+    """Whether a process holds a lock (flock) on a file: it is at its post, since the kernel drops the lock of a dead one."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
 
 
 def unlink_quietly(path: str) -> bool:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from .._errors import AgentSilent, Conflict, NotFound, VmkeeperError
+from .._errors import AgentSilent, Conflict, NotFound, Refused, VmkeeperError
 from ..hypervisor import agent
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import message_of
@@ -23,7 +23,10 @@ from .ticket import Ticket, Ward, forget, tickets_of
 
 @dataclass(frozen=True)
 class Condition:
-    """One domain's answer. ``filesystems`` are the guest's mountpoints concerned; ``deadline_at`` is ISO 8601."""
+    """One domain's answer. ``filesystems`` are the guest's mountpoints concerned; ``deadline_at`` is ISO 8601.
+
+    ``adopted``: somebody else had frozen it before, and which of its filesystems nobody can tell.
+    """
 
     domain: str
     frozen: bool
@@ -31,6 +34,7 @@ class Condition:
     deadline_at: str | None
     changed: bool
     was_frozen: bool = False
+    adopted: bool = False
 
     def as_result(self) -> dict[str, Any]:
         """``{domain, frozen, filesystems, deadline_at}``."""
@@ -60,10 +64,11 @@ def freeze(
             Condition(
                 candidate.domain.name,
                 frozen=True,
-                filesystems=tuple(mountpoints or candidate.mountpoints),
+                filesystems=() if candidate.adopts else tuple(mountpoints or candidate.mountpoints),
                 deadline_at=candidate.ticket.deadline_at() if candidate.ticket else None,
                 changed=candidate in missing,
                 was_frozen=candidate.frozen,
+                adopted=candidate.adopts,
             )
             for candidate in candidates
         ]
@@ -80,17 +85,23 @@ class _Candidate:
     mountpoints: tuple[str, ...]
     ticket: Ticket | None
 
+    @property
+    def adopts(self) -> bool:
+        """Somebody else has frozen it; here it only gets a guard."""
+        return self.frozen and (self.ticket is None or self.ticket.adopted)
+
     @classmethod
     def of(cls, handle: Any, wanted: Sequence[str] | None, check: bool) -> _Candidate:
         """Look at a domain; raises where it cannot be frozen as asked."""
         domain = read_domain(handle)
         if not check:
             release.release_orphans(domain.uuid)
-        info, problem, frozen = None, None, False
+        info, problem, frozen, told = None, None, False, False
         if domain.state.running and domain.agent_configured:
             try:
                 info = agent.ask_info(handle)
                 frozen = info.can_tell_frozen and agent.is_frozen(handle)
+                told = info.can_tell_frozen
             except AgentSilent as error:
                 problem = error.problem
         # A frozen guest's agent has the freeze itself switched off, which is no obstacle.
@@ -100,6 +111,9 @@ class _Candidate:
                 f"Domain {domain.name!r} cannot be frozen: {obstacle}",
                 advice="It must run, with qemu-guest-agent started in the guest and its channel in the definition",
             )
+        if told and not frozen and not check:
+            # Others have thawed it since. Its guard would act at a deadline that is not that of the freeze to come.
+            _dismiss_standing(domain.uuid)
         ticket = standing_ticket(domain.uuid) if frozen else None
         if ticket is not None and ticket.mountpoints != tuple(wanted or ()):
             raise Conflict(
@@ -160,7 +174,14 @@ def _arm(uri: str, candidate: _Candidate, mountpoints: Sequence[str] | None, dea
     domain = candidate.domain
     previous = agent.response_timeout(candidate.handle)
     ward = Ward(domain.uuid, domain.name, domain.runtime_id, thaw=True, resume=False, agent_timeout=previous)
-    return guard.arm(uri, [ward], seconds=deadline, purpose="fsfreeze", mountpoints=mountpoints or ())
+    return guard.arm(
+        uri,
+        [ward],
+        seconds=deadline,
+        purpose="fsfreeze",
+        mountpoints=mountpoints or (),
+        adopted=candidate.frozen,
+    )
 
 
 def _freeze_one(candidate: _Candidate, mountpoints: Sequence[str] | None, deadline: float) -> None:
@@ -179,11 +200,31 @@ def _give_up(candidate: _Candidate) -> bool:
     """Thaw what may be frozen, also when the freeze failed, and then twice; False leaves it to the guard."""
     if candidate.ticket is None:
         return True
-    if candidate.ticket.began() is not None and not thawing.thaw(candidate.handle, times=2)[0]:
-        return False
-    candidate.ticket.tear_up()
-    forget(candidate.ticket.path)
+    if candidate.ticket.began() is not None:
+        if not thawing.thaw(candidate.handle, times=2)[0]:
+            return False
+        _put_timeout_back(candidate.handle, candidate.ticket)
+    _dismiss(candidate.ticket)
     return True
+
+
+def _put_timeout_back(handle: Any, ticket: Ticket) -> None:
+    """A thaw leaves libvirt's time limit for the agent short; it was another one before."""
+    for ward in ticket.wards:
+        with contextlib.suppress(VmkeeperError):
+            agent.set_response_timeout(handle, ward.agent_timeout)
+
+
+def _dismiss(ticket: Ticket) -> None:
+    ticket.tear_up()
+    forget(ticket.path)
+
+
+def _dismiss_standing(uuid: str) -> None:
+    """Send the guards of a domain's freezes on request home: it is thawed."""
+    for ticket in tickets_of(uuid):
+        if ticket.standing():
+            _dismiss(ticket)
 
 
 def thaw(handles: Sequence[Any], *, check: bool = False) -> list[Condition]:
@@ -210,6 +251,9 @@ def thaw(handles: Sequence[Any], *, check: bool = False) -> list[Condition]:
 def _thaw_one(handle: Any, check: bool) -> Condition:
     domain = read_domain(handle)
     tickets = tickets_of(domain.uuid)
+    if thawing.comes_back_frozen(domain.state, managed_save=domain.managed_save):
+        # Of what is in a file of somebody's, only the guard of a freeze on request waits for the return.
+        _refuse_saved(domain, [one for one in tickets if domain.managed_save or one.standing()], check)
     if not domain.state.active or not domain.agent_configured:
         return Condition(domain.name, frozen=False, filesystems=(), deadline_at=None, changed=False)
     if not domain.state.running:
@@ -229,8 +273,20 @@ def _thaw_one(handle: Any, check: bool) -> Condition:
                     advice="Run this again; if the agent hangs, restart qemu-guest-agent in the guest",
                 )
             mountpoints = agent.mountpoints(handle)
-        for ticket in tickets:
-            if ticket.standing():
-                ticket.tear_up()
-                forget(ticket.path)
+        _dismiss_standing(domain.uuid)
     return Condition(domain.name, False, mountpoints, None, changed=was_frozen, was_frozen=was_frozen)
+
+
+def _refuse_saved(domain: Domain, tickets: Sequence[Ticket], check: bool) -> None:
+    """Nothing thaws a memory image; a guard does when the domain runs again, so there must be one while there are tickets."""
+    if not tickets:
+        return
+    if not check:
+        for ticket in tickets:
+            if not ticket.watched():
+                guard.post(ticket)
+    raise Refused(
+        f"Domain {domain.name!r} was saved to disk before its freeze had ended, and cannot be thawed there",
+        state="The guard on this host thaws it when it runs again, at the deadline of the freeze or, if that has passed, at once.",
+        advice="Start or restore the domain, and run this again",
+    )

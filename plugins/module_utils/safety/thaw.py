@@ -12,6 +12,7 @@ from typing import Any
 from .._errors import VmkeeperError
 from ..hypervisor import agent
 from ..hypervisor.binding import libvirt
+from ..hypervisor.domain_model import DomainState
 
 #: An agent that answers and says ``frozen`` is asked again: a thaw can fail once (a hook, a busy filesystem).
 _RETRIES = 2
@@ -38,6 +39,15 @@ def thaw(handle: Any, *, times: int = 1) -> tuple[bool, float]:
         except VmkeeperError:
             return not _runs(handle), ended
     return False, ended
+
+
+def comes_back_frozen(state: DomainState, *, managed_save: bool) -> bool:
+    """Whether a domain whose guest was frozen, and that runs no more, takes the freeze along into its next run. Pure.
+
+    The agent's state is memory, and what is saved is restored.  libvirt forgets, when its daemon restarts, that a domain was
+    saved to a file (``virsh save``); of its own managed save it always knows.
+    """
+    return not state.active and (managed_save or state.reason == "saved")
 
 
 def _runs(handle: Any) -> bool:

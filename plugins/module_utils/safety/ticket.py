@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import os
 import secrets
 import time
@@ -50,7 +49,10 @@ class Moment:
 
 @dataclass(frozen=True)
 class Ticket:
-    """``seconds`` is how long a freeze or pause may last; ``mountpoints`` are empty when all filesystems are meant."""
+    """``seconds`` is how long a freeze or pause may last; ``mountpoints`` are empty when all filesystems are meant.
+
+    ``adopted``: somebody else had frozen the guest before; what of it is frozen, the agent cannot tell.
+    """
 
     path: str
     uri: str
@@ -59,6 +61,7 @@ class Ticket:
     purpose: str
     owner: tuple[int, str]
     mountpoints: tuple[str, ...] = field(default=())
+    adopted: bool = False
 
     @property
     def names(self) -> str:
@@ -100,23 +103,22 @@ class Ticket:
         return os.path.lexists(self.path)
 
     @property
+    def whole(self) -> bool:
+        """Whether the freeze is ours and of all filesystems."""
+        return not self.mountpoints and not self.adopted
+
+    @property
     def owner_alive(self) -> bool:
         """The run that armed the guard is still there."""
         return ProcessIdentity(*self.owner).alive
 
     def watched(self) -> bool:
         """Whether a guard holds this ticket now."""
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
+        return places.is_held(self.path)
+
+    def thaws(self, uuid: str, runtime_id: int | None) -> bool:
+        """Whether this ticket is about that very run of a domain, and ends with its thaw."""
+        return any((ward.uuid, ward.runtime_id) == (uuid, runtime_id) and ward.thaw for ward in self.wards)
 
     def enter_phase(self, phase: str) -> None:
         """Note that owner or guard got there. Survives both, not the host."""

@@ -12,6 +12,7 @@ ticket the guard stays, and thaws whatever is frozen again.  It imports nothing 
 from __future__ import annotations
 
 import contextlib
+import enum
 import fcntl
 import os
 import signal
@@ -25,9 +26,9 @@ from .._errors import VmkeeperError
 from ..hypervisor import agent
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import code_of, open_connection
-from ..hypervisor.domain_model import read_state
+from ..hypervisor.domain_model import DomainState, parse_domain, read_state
 from . import thaw
-from .ticket import Ticket, Ward
+from .ticket import Ticket, Ward, tickets_of
 
 _POLL_SECONDS = 0.1
 _LONGEST_PAUSE = 5.0
@@ -48,6 +49,30 @@ def main(path: str) -> None:
     watch.connection()  # proves, before anything is frozen, that the guard will be able to act
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     watch.keep()
+
+
+class Duty(enum.Enum):
+    """What a guard that acts owes one ward."""
+
+    NOTHING = "nothing"
+    WAIT = "wait until it runs again"
+    ASK = "ask whether it is frozen, and thaw it then"
+    THAW = "thaw it"
+
+
+def duty_to(ward: Ward, state: DomainState, *, runtime_id: int | None, managed_save: bool, standing: bool) -> Duty:
+    """What is owed to a ward whose domain is in ``state`` now, as the run ``runtime_id``. Pure.
+
+    A freeze that does not stand belongs to a run that has ended: it is not waited for the file of a ``virsh save``, which
+    perhaps nobody ever restores, and which would keep every task from the domain.
+    """
+    if not state.active:
+        saved = thaw.comes_back_frozen(state, managed_save=managed_save)
+        return Duty.WAIT if ward.thaw and saved and (standing or managed_save) else Duty.NOTHING
+    if ward.runtime_id in (None, runtime_id):
+        return Duty.THAW if ward.thaw else Duty.NOTHING
+    # Another run. One that was restored has brought the freeze along, and may have been paused and resumed since.
+    return Duty.ASK if ward.thaw and state.reason != "booted" else Duty.NOTHING
 
 
 class _Watch:
@@ -132,23 +157,41 @@ class _Watch:
         """Thaw and resume one domain; True when nothing more is to be done for it."""
         try:
             domain = self.connection().lookupByUUIDString(ward.uuid)
-            if not domain.isActive():
-                if ward.thaw and domain.isPersistent() and domain.hasManagedSaveImage():
-                    self._saved.add(ward.uuid)
-                    return False
-                return True
-            if ward.runtime_id not in (None, domain.ID()) and ward.uuid not in self._saved:
-                return True  # it stopped, and what runs now was never frozen by us
-            if ward.resume and "suspend" in self._ticket.phases() and read_state(domain).name == "paused":
+            state = read_state(domain)
+            runtime_id = domain.ID() if state.active else None
+            managed_save = not state.active and domain.isPersistent() and bool(domain.hasManagedSaveImage())
+            if managed_save:
+                self._saved.add(ward.uuid)
+            ours = ward.runtime_id in (None, runtime_id) or ward.uuid in self._saved
+            if ours and ward.resume and state.name == "paused" and "suspend" in self._ticket.phases():
                 domain.resume()
+            duty = duty_to(
+                ward,
+                state,
+                runtime_id=runtime_id,
+                managed_save=managed_save,
+                standing=self._ticket.standing(),
+            )
+            if duty is Duty.ASK and not parse_domain(domain.XMLDesc(0), state, persistent=True).agent_configured:
+                return True  # what was frozen had a channel
         except libvirt.libvirtError as error:
             if code_of(error) == libvirt.VIR_ERR_NO_DOMAIN:
                 return True
             raise
-        if not ward.thaw:
+        if duty in (Duty.NOTHING, Duty.WAIT):
+            return duty is Duty.NOTHING
+        # In this order: a freeze under another guard has its ticket before it has begun.
+        if duty is Duty.ASK and (not agent.is_frozen(domain) or self._is_anothers(ward, runtime_id)):
             return True
         proven, _ended = thaw.thaw(domain, times=2)
         if proven:
             with contextlib.suppress(VmkeeperError):
                 agent.set_response_timeout(domain, ward.agent_timeout)
         return proven
+
+    def _is_anothers(self, ward: Ward, runtime_id: int | None) -> bool:
+        """Whether another guard, on watch, will thaw what runs now."""
+        return any(
+            ticket.path != self._ticket.path and ticket.thaws(ward.uuid, runtime_id) and ticket.watched()
+            for ticket in tickets_of(ward.uuid, directory=os.path.dirname(self._ticket.path))
+        )

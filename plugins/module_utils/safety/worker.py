@@ -3,9 +3,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """A long operation that goes on after its task has answered (``wait: false``), and what it says of itself.
 
-Each worker has a directory under ``/var/lib``: ``ticket.json`` is what it was asked and never changes, ``state.json`` what has
-become of it, replaced whole.  A worker that dies leaves the journal of its operation, like any other run; the next task, or
-``recover_domain``, settles that.
+Each worker has a directory under ``/var/lib``: ``ticket.json`` is what it was asked, by whom and since which boot, and never
+changes; ``state.json`` what has become of it, replaced whole.  A worker that dies leaves the journal of its operation, like
+any other run; the next task, or ``recover_domain``, settles that.  Until the worker has written its state, its task answers
+for it: of a worker that has none, and whose task is dead, there will be nothing.
 
 An operation offers itself by a module with ``work(uri, request) -> dict``: ``request`` is what the ticket holds, with what
 was confidential and is in no file, and the result is what its task would have answered.
@@ -30,7 +31,7 @@ from .._errors import VmkeeperError
 from ..hypervisor.connection import open_connection
 from . import detached, places
 from .handover import Offer, receive
-from .processes import ProcessIdentity, myself
+from .processes import ProcessIdentity, boot_id, myself
 
 #: A fresh interpreter and a first write: 0.2 s on an idle host.
 _STARTING_SECONDS = 30.0
@@ -105,6 +106,7 @@ def start(
     identifier = secrets.token_hex(6)
     directory = detached.worker_directory(identifier)
     ticket = os.path.join(directory, "ticket.json")
+    launcher = myself()
     offered = os.path.join(directory, "handover") if confidential else None
     places.write_json(
         ticket,
@@ -116,6 +118,8 @@ def start(
             "request": dict(request),
             "handover": offered,
             "started": _now(),
+            "launcher": [launcher.pid, launcher.started],
+            "boot": boot_id(),
         },
     )
     with contextlib.ExitStack() as stack:
@@ -155,12 +159,17 @@ def main(ticket: str) -> None:
     """The worker's own process."""
     directory = os.path.dirname(ticket)
     asked = places.read_json(ticket)
+    if asked is None or os.path.exists(os.path.join(directory, "state.json")):
+        return  # given up while it was on its way
     me = myself()
     state: dict[str, Any] = {"state": RUNNING, "process": [me.pid, me.started]}
     try:
         # Before it says that it runs: until then its task offers it.
         confidential = receive(asked["handover"]) if asked.get("handover") else {}
-        _write(directory, state)
+        try:
+            places.write_json(os.path.join(directory, "state.json"), state)
+        except FileNotFoundError:
+            return  # its task has given it up, and may have been run again
         module = importlib.import_module(detached.module_name(asked["entry"]))
         state.update(state=FINISHED, result=module.work(asked["uri"], {**asked["request"], **confidential}))
     except VmkeeperError as error:
@@ -196,7 +205,9 @@ def read(identifier: str) -> Job | None:
         return None
     process = ProcessIdentity(*state["process"]) if state.get("process") else None
     what = state["state"]
-    if what == RUNNING and process is not None and not process.alive:
+    if (what == RUNNING and process is not None and not process.alive) or (
+        what == PENDING and will_never_run(asked, now=time.time(), boot=boot_id())
+    ):
         what = INTERRUPTED
     return Job(
         id=identifier,
@@ -210,6 +221,20 @@ def read(identifier: str) -> Job | None:
         process=process,
         request=asked["request"],
     )
+
+
+def will_never_run(asked: Mapping[str, Any], *, now: float, boot: str) -> bool:
+    """Whether a worker that has not come up yet never will: its ticket is ``asked``, ``now`` in seconds since the epoch.
+
+    Its task has it removed when it does not come up in time.  So one that is still there is of another boot, or its task is
+    dead; then it may be on its way for so long all the same.  A ticket need not name its task: earlier ones did not.
+    """
+    if asked.get("boot") and boot and asked["boot"] != boot:
+        return True
+    if asked.get("launcher") and ProcessIdentity(*asked["launcher"]).alive:
+        return False
+    # On either side: a clock that was set back makes nothing wait for it to catch up.
+    return abs(now - datetime.datetime.fromisoformat(asked["started"]).timestamp()) > _STARTING_SECONDS
 
 
 def all_jobs() -> list[Job]:
@@ -236,11 +261,19 @@ def forget_gone(existing: Collection[str], *, older_than: float = KEPT_SECONDS) 
     for job in all_jobs():
         if job.over and not any(uuid in existing for uuid, _name in job.domains):
             with contextlib.suppress(OSError):
-                changed = os.stat(os.path.join(places.WORKERS, job.id, "state.json")).st_mtime
-                if time.time() - changed > older_than:
+                if time.time() - _last_change(job.id) > older_than:
                     _forget(job.id)
                     gone.append(job.id)
     return gone
+
+
+def _last_change(identifier: str) -> float:
+    """When a worker was last heard of, in seconds since the epoch: one that never came up, when it was asked."""
+    directory = os.path.join(places.WORKERS, identifier)
+    try:
+        return os.stat(os.path.join(directory, "state.json")).st_mtime
+    except FileNotFoundError:
+        return os.stat(os.path.join(directory, "ticket.json")).st_mtime
 
 
 def _forget(identifier: str) -> None:
@@ -258,8 +291,13 @@ def wait(identifier: str, *, seconds: float | None = None) -> Job | None:
 
 
 def stop(identifier: str, *, seconds: float = 30.0) -> bool:
-    """End a worker's process and wait for it; False when it was over. What it had begun is left to its journal."""
-    job = read(identifier)
+    """End a worker's process and wait for it; False when it was over. What it had begun is left to its journal.
+
+    One that is on its way is waited for: before it has come up there is nothing that could be ended.
+    """
+    give_up = time.monotonic() + 2 * _STARTING_SECONDS
+    while (job := read(identifier)) is not None and job.state == PENDING and time.monotonic() < give_up:
+        time.sleep(_POLL_SECONDS)
     if job is None or job.over or job.process is None:
         return False
     for number in (signal.SIGTERM, signal.SIGKILL):

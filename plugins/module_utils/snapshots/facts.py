@@ -44,9 +44,9 @@ def read_facts(handle: Any, *, ask_agent: bool = True) -> Facts:
 
 
 def _frozen_whole(uuid: str) -> bool:
-    """Whether the freeze that stands is ours and of all filesystems: only then does it prove anything."""
+    """Whether the freeze that stands is known to be of all filesystems: only then does it prove anything."""
     ticket = standing_ticket(uuid)
-    return ticket is not None and not ticket.mountpoints
+    return ticket is not None and ticket.whole
 
 
 def virtual_size(handle: Any, domain: Domain, disk: Disk) -> int | None:

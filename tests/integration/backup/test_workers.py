@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 from pathlib import Path
@@ -136,6 +137,29 @@ def test_a_killed_worker_is_made_up_for_by_the_same_task(guest: Guest, make_repo
     assert made_in(repository) == [done["restore_points"][0]["id"]]
     points.assert_nothing_left(guest, repository)
     ok("backup_verify", repository=str(repository), id=made_in(repository)[0])
+
+
+def test_a_worker_that_never_came_up_keeps_no_backup_from_being_taken(
+    stopped: Guest, make_repository, tmp_path: Path
+) -> None:
+    """The host loses power between the ticket of a worker and the worker."""
+    repository = make_repository()
+    asked = {"domain": stopped.name, "repository": str(repository), "wait": False}
+    killed = run_module_process("backup", **asked, env=points.killed_at("launch-worker", tmp_path / "steps"))
+    assert killed.wait() == -signal.SIGKILL
+    lost = shown(stopped.name)["job"]
+    assert lost["state"] == "pending", "a process that was started just then might still come up"
+    ticket = points.WORKERS / lost["id"] / "ticket.json"
+    ticket.write_text(json.dumps({**points._json(ticket), "boot": "the one before"}))
+    assert shown(stopped.name)["job"]["state"] == "interrupted"
+    failed = task("domain_job", domain=stopped.name, state="finished")
+    assert failed["failed"]
+    assert "Run its task again" in failed["msg"]
+    assert not ok("domain_job", domain=stopped.name, state="absent")["changed"]
+    assert ok("backup", **asked)["job"]["id"] != lost["id"]
+    done = ok("domain_job", domain=stopped.name, state="finished")["job"]["result"]
+    assert made_in(repository) == [done["restore_points"][0]["id"]]
+    assert not ticket.parent.exists()
 
 
 def test_a_worker_is_given_the_passphrase_and_keeps_it_nowhere(

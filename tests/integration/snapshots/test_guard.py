@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -548,6 +549,124 @@ def test_one_mountpoint_can_be_frozen_and_an_unknown_one_is_named(guest):
     assert guest.frozen_filesystems() == ["/disk/vdb"]
     assert tasks.ok("fsfreeze", domains=[guest.name], state="thawed").changed
     proof.alive(guest)
+
+
+def frozen_until(guest: Guest, deadline: str) -> Path:
+    """Freeze the guest on request; the ticket of its guard."""
+    assert tasks.ok("fsfreeze", domains=[guest.name], state="frozen", deadline=deadline).changed
+    (ticket,) = GUARDS.glob("*.json")
+    return ticket
+
+
+def test_frozen_guests_that_were_saved_and_run_again_before_the_deadline_are_thawed_at_it(other, third, tmp_path):
+    both = [other.name, third.name]
+    ran_as = [one.domain().ID() for one in (other, third)]
+    assert tasks.ok("fsfreeze", domains=both, state="frozen", deadline="60s").changed
+    other.domain().managedSave()
+    third.domain().save(str(tmp_path / "saved"))
+    # Nobody can thaw them now, so nobody says that they are thawed; and who looks after them stays.
+    for check in (True, False):
+        refused = tasks.run("fsfreeze", domains=both, state="thawed", check=check)
+        assert refused.failed
+        assert all(f"{name!r} was saved to disk" in refused.message for name in both)
+        assert "thaws it when it runs again" in refused.message
+    assert len(list(GUARDS.glob("*.json"))) == 2
+    other.domain().create()
+    third.connection().restore(str(tmp_path / "saved"))
+    assert all(one.domain().ID() not in ran_as for one in (other, third))
+    for one in (other, third):
+        proof.alive(one, timeout=150)
+        assert one.frozen_filesystems() == []
+        assert_quiet(one)
+
+
+def test_a_guest_that_is_saved_beyond_its_deadline_is_thawed_when_it_runs_again(other, tmp_path):
+    ticket = frozen_until(other, "15s")
+    other.domain().save(str(tmp_path / "saved"))
+    until(lambda: "fired" in ticket.with_suffix(".phase").read_text(), "the deadline passing", 60)
+    time.sleep(2)  # so long that the guard has looked at it: that it stays is the point
+    assert has_guard(other)
+    other.connection().restore(str(tmp_path / "saved"))
+    proof.alive(other)
+    assert_quiet(other)
+
+
+def test_a_saved_guest_can_be_thawed_as_soon_as_it_runs_again(other):
+    ticket = frozen_until(other, "10m")
+    other.domain().managedSave()
+    other.domain().create()
+    assert other.frozen_filesystems() == ["/disk/vda"]
+    assert tasks.ok("fsfreeze", domains=[other.name], state="thawed").changed
+    assert not ticket.exists()
+    proof.alive(other)
+    assert_quiet(other)
+
+
+def test_a_guest_that_was_booted_anew_is_not_thawed_for_what_it_was_before(other):
+    ticket = frozen_until(other, "40s")
+    other.destroy()
+    other.start()
+    assert tasks.ok("domain_info", domains=[other.name])["domain"]["state_reason"] == "booted"
+    # A freeze that nobody guards, of the new run: the guard of the old one has no business with it.
+    other.agent_command("guest-fsfreeze-freeze")
+    until(lambda: not ticket.exists(), "the guard going home", 90)
+    assert other.frozen_filesystems() == ["/disk/vda"]
+    other.agent_command("guest-fsfreeze-thaw")
+    proof.alive(other)
+    assert_quiet(other)
+
+
+def test_a_guest_that_others_thawed_gets_its_whole_deadline_when_it_is_frozen_again(guest):
+    first = frozen_until(guest, "10s")
+    guest.agent_command("guest-fsfreeze-thaw")
+    proof.alive(guest)
+    predicted = tasks.ok("fsfreeze", domains=[guest.name], state="frozen", deadline="5m", check=True)
+    assert predicted.changed
+    assert first.exists(), "check mode tears nothing up"
+    second = frozen_until(guest, "5m")
+    assert second != first
+    until(lambda: len(proof.guard_pids()) == 1, "the first guard going home", 60)
+    time.sleep(10)  # the first deadline passes meanwhile: that nothing comes of it is the point
+    assert guest.frozen_filesystems() == ["/disk/vda", "/disk/vdb"]
+    assert tasks.ok("fsfreeze", domains=[guest.name], state="thawed").changed
+    proof.alive(guest)
+    assert_quiet(guest)
+
+
+def test_a_freeze_of_somebody_else_s_gets_a_guard_and_proves_nothing(guest):
+    guest.agent_command("guest-fsfreeze-freeze-list", {"mountpoints": ["/disk/vdb"]})
+    adopted = tasks.ok("fsfreeze", domains=[guest.name], state="frozen", deadline="5m")
+    assert adopted["deadline_at"]
+    assert adopted["filesystems"] == []
+    assert any("frozen by other means" in warning for warning in adopted.warnings)
+    assert guest.frozen_filesystems() == ["/disk/vdb"]
+    refused = tasks.run("snapshot", domains=[guest.name], name="never", quiesce="required")
+    assert refused.failed
+    assert "perhaps not wholly" in refused.message
+    taken = tasks.ok("snapshot", domains=[guest.name], name=next(_names), quiesce="auto")
+    assert taken["snapshot"]["consistency"] == "crash"
+    assert tasks.ok("fsfreeze", domains=[guest.name], state="thawed").changed
+    proof.alive(guest)
+    assert_quiet(guest)
+
+
+def agent_timeout(guest: Guest) -> str:
+    """How long libvirt waits for the agent, by its own record."""
+    found = re.search(r"<agentTimeout>(-?\d+)</agentTimeout>", Path(f"/run/libvirt/qemu/{guest.name}.xml").read_text())
+    assert found
+    return found.group(1)
+
+
+def test_a_freeze_that_fails_leaves_libvirt_s_time_limit_for_the_agent_as_it_was(guest):
+    with proof.agent(guest, "freeze-fails"):
+        guest.domain().agentSetResponseTimeout(37)
+        failed = tasks.run("fsfreeze", domains=[guest.name], state="frozen", deadline="30s")
+        assert failed.failed
+        assert "Every guest was thawed" in failed.message
+        assert agent_timeout(guest) == "37"
+        guest.domain().agentSetResponseTimeout(libvirt.VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK)
+    proof.alive(guest)
+    assert_quiet(guest)
 
 
 def test_a_host_that_loses_power_with_a_cut_unsettled_settles_it_after_the_boot(guest, host, log):

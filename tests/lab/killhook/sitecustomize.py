@@ -8,7 +8,7 @@ On a host without AppArmor it can also show the module the rules of one: ``VMK_A
 for a guest. What it denies is then not tried; that it would really be denied is for ``make test-nested`` to show.
 
 - ``VMK_KILL_AT``: ``step`` or ``step#2`` (its second time). The process is killed when it has recorded the step and not
-  yet begun it.
+  yet begun it. ``launch-worker`` is no step: the task is killed when the worker's ticket is written and its process is not started.
 - ``VMK_KILL_HOW``: ``kill`` (default) or ``stop`` (SIGSTOP, to hold the window open).
 - ``VMK_KILL_LOG``: a file to which each step that is reached is appended, with ``!`` before the fatal one. A run without
   ``VMK_KILL_AT`` lists the steps there are.
@@ -24,7 +24,9 @@ import sys
 from typing import Any
 
 _JOURNAL = ".plugins.module_utils.safety.journal"
+_DETACHED = ".plugins.module_utils.safety.detached"
 _APPARMOR = ".plugins.module_utils.hypervisor.apparmor"
+_LAUNCH = "launch-worker"
 _counts: dict[str, int] = {}
 
 
@@ -43,6 +45,16 @@ def _reached(name: str) -> None:
 def _wrap(module: Any) -> None:
     if module.__name__.endswith(_APPARMOR):
         module.rules_file = lambda handle: os.environ["VMK_APPARMOR_RULES"]
+        return
+    if module.__name__.endswith(_DETACHED):
+        launch = module.launch
+
+        def die_or_launch(*arguments, **how):
+            if how["unit"].startswith("vmkeeper-worker-"):
+                _reached(_LAUNCH)
+            return launch(*arguments, **how)
+
+        module.launch = die_or_launch
         return
     journal_class = module.Journal
     step, moment = journal_class.step, journal_class.moment
@@ -83,6 +95,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 _WANTED = []
 if os.environ.get("VMK_KILL_AT") or os.environ.get("VMK_KILL_LOG"):
     _WANTED.append(_JOURNAL)
+if os.environ.get("VMK_KILL_AT") == _LAUNCH:
+    _WANTED.append(_DETACHED)
 if os.environ.get("VMK_APPARMOR_RULES"):
     _WANTED.append(_APPARMOR)
 if _WANTED:

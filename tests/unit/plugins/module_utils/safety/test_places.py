@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from pathlib import Path
@@ -32,6 +33,16 @@ def test_a_link_in_place_of_a_directory_is_refused(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with pytest.raises(Refused):
         places.private_directory(str(tmp_path / "link"))
+
+
+def test_a_file_is_held_while_somebody_has_it_locked(tmp_path):
+    path = tmp_path / "orders"
+    assert not places.is_held(str(path))
+    path.touch()
+    with path.open() as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        assert places.is_held(str(path))
+    assert not places.is_held(str(path))
 
 
 def test_json_is_replaced_whole_and_private(tmp_path):

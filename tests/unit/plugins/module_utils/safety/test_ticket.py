@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -90,6 +92,30 @@ def test_a_freeze_that_is_meant_to_stand_says_so(ticket):
     assert not ticket.standing()
     ticket.enter_phase("standing")
     assert ticket.standing()
+
+
+def test_a_ticket_thaws_those_runs_of_those_domains_that_it_froze(ticket):
+    assert ticket.thaws("u1", 3)
+    assert not ticket.thaws("u1", 4)
+    assert not ticket.thaws("u3", 3)
+    paused = replace(ticket, wards=(replace(ticket.wards[0], thaw=False),))
+    assert not paused.thaws("u1", 3)
+
+
+def test_only_our_own_freeze_of_everything_is_whole(ticket):
+    assert not ticket.whole
+    everything = replace(ticket, mountpoints=())
+    assert everything.whole
+    assert not replace(everything, adopted=True).whole
+
+
+def test_whose_freeze_it_is_reads_back_and_a_ticket_that_does_not_say_is_of_ours(ticket):
+    replace(ticket, adopted=True).write()
+    assert Ticket.read(ticket.path).adopted
+    content = json.loads(Path(ticket.path).read_text())
+    del content["adopted"]
+    Path(ticket.path).write_text(json.dumps(content))
+    assert Ticket.read(ticket.path) == ticket
 
 
 def test_tickets_of_a_domain(ticket, tmp_path):
