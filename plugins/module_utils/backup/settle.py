@@ -23,7 +23,7 @@ from ..safety import places, processes, settlement
 from ..safety import ticket as tickets
 from ..safety.journal import Journal
 from . import checkpoints, folding, job, sentry
-from .repository import Repository, discard
+from .repository import Repository, discard, is_there
 
 BACKUP = "backup"
 RESTORE = "restore"
@@ -51,14 +51,15 @@ def settle_backup(uri: str, pending: Journal) -> dict[str, str]:
 
 
 def repository_of(plan: Mapping[str, Any]) -> Repository:
-    """The repository that an operation wrote to."""
-    path = plan["repository"]
-    if not os.path.isdir(path):
+    """The repository that an operation wrote to. Raises :class:`Refused` where it is not mounted, or another one is."""
+    path, uuid = plan["repository"], plan["repository_uuid"]
+    if not is_there(path, uuid):
         raise Refused(
-            f"The repository {path}, where an interrupted operation has left files, is not there",
+            f"The repository {path} (UUID {uuid}), where an interrupted operation has left files, is not there",
+            state="What that operation left is as it was, and is finished or undone once the repository is there.",
             advice="Mount it, then run this again",
         )
-    return Repository(path, plan["repository_uuid"])
+    return Repository(path, uuid)
 
 
 def finish(uri: str, pending: Journal) -> None:
@@ -66,8 +67,9 @@ def finish(uri: str, pending: Journal) -> None:
     plan = pending.operation.plan
     repository = repository_of(plan)
     connection = open_connection(uri)
-    for uuid, part in plan["domains"].items():
-        publish(repository, uuid, part["id"])
+    if not pending.operation.reached("retire"):
+        for uuid, part in plan["domains"].items():
+            publish(repository, uuid, part["id"])
     pending.step("retire")
     for uuid, part in plan["domains"].items():
         handle = find_by_uuid(connection, uuid)
@@ -79,11 +81,22 @@ def finish(uri: str, pending: Journal) -> None:
 
 
 def publish(repository: Repository, uuid: str, identifier: str) -> None:
-    """The one rename that makes a point exist. Done before: nothing to do."""
-    made = repository.new_directory(uuid, identifier)
+    """The one rename that makes a point exist. Done before: nothing to do.
+
+    Raises :class:`Refused` where it is neither made nor published: the checkpoints that it supersedes must not go.
+    """
+    made, published = repository.new_directory(uuid, identifier), repository.point_directory(uuid, identifier)
     if os.path.isdir(made):
-        os.rename(made, repository.point_directory(uuid, identifier))
+        os.rename(made, published)
         places.fsync_directory(repository.domain_directory(uuid))
+    elif not os.path.isdir(published):
+        raise Refused(
+            f"Point {identifier}, which an interrupted backup had completed, is not in {repository.path}: neither {published}"
+            f" nor {made} is there",
+            state="The older points and their checkpoints are as they were.",
+            advice="See whether all of the repository is mounted, then run this again; if the point was removed by hand, move"
+            f" {places.JOURNAL}/{uuid}.json away",
+        )
 
 
 def undo(uri: str, pending: Journal) -> None:

@@ -34,7 +34,10 @@ def guest(module_guest_factory) -> Guest:
 
 @pytest.fixture(scope="module")
 def repository(make_repository) -> Path:
-    return make_repository()
+    """With what XML escapes in its path."""
+    where = make_repository() / "R&D 'a' \"b\" <c>"
+    where.mkdir(mode=0o755)
+    return where
 
 
 def steps_of(log: Path) -> list[str]:
