@@ -103,7 +103,7 @@ def describe(repository: Repository, history: History, point: Point, now: dateti
         "problem": problem,
         "age_seconds": round((now - point.created_at).total_seconds()),
         "gib_months": gib_months(point.stored_bytes, point.created_at, now),
-        "verified": _verified(directory),
+        "verified": recorded_proof(directory),
     }
 
 
@@ -118,7 +118,8 @@ def _longest(history: History, point: Point) -> Sequence[Point]:
     return longest
 
 
-def _verified(directory: str) -> dict[str, Any] | None:
+def recorded_proof(directory: str) -> dict[str, Any] | None:
+    """What the last proof of the point in ``directory`` has found; None when there was none."""
     try:
         content = places.read_json(os.path.join(directory, "verify.json"))
     except (OSError, ValueError):
@@ -199,6 +200,11 @@ def find_point(
             existing=[point.id for point in history.points],
         )
     return Found(history, points[-1])
+
+
+def find_again(repository: Repository, found: Found) -> Found:
+    """The same point as it is now. Call it under the lock of the domain's points: a removal may have folded some meanwhile."""
+    return find_point(repository, identifier=found.point.id, source=found.point.domain_uuid)
 
 
 def _alternatives(repository: Repository, history: History) -> str:

@@ -58,9 +58,7 @@ def interrupted(tmp_path: Path, monkeypatch) -> Interrupted:
 
 @pytest.mark.parametrize("step", ["publish", "copy"])
 @pytest.mark.parametrize("there", ["an empty mount point", "another repository", "nothing"])
-def test_where_the_repository_is_not_mounted_the_journal_waits(
-    interrupted: Interrupted, step: str, there: str
-) -> None:
+def test_where_the_repository_is_not_mounted_the_journal_waits(interrupted: Interrupted, step: str, there: str) -> None:
     interrupted.journal.step(step)
     away = interrupted.where.rename(interrupted.where.with_name("away"))
     if there != "nothing":
