@@ -297,6 +297,11 @@ restore_point:
       description: What it does not hold, each with C(kind), C(name), C(reason) and C(why).
       type: list
       elements: dict
+    verified:
+      description:
+        - With O(min_age), what the last proof of a point that is there already has found, as M(vmkeeper.libvirt.backup_info) shows it.
+          None for a new point, and for one that was never proved.
+      type: dict
 job:
   description:
     - The worker, as M(vmkeeper.libvirt.domain_job) shows it, with C(state) V(pending). That has RV(restore_points) in C(job.result)

@@ -117,7 +117,7 @@ def predict(plan: PointPlan, request: Request) -> Made:
         not_captured=tuple(part.as_result() for part in plan.capture.left_out),
         stored_bytes=plan.estimate,
     )
-    result = {**point.as_result(), "id": None, "created": None}
+    result = {**point.as_result(), "id": None, "created": None, "verified": None}
     return Made(result, changed=True, warnings=warnings_of(plan, request, plan.expected_level, plan.why_not_frozen))
 
 

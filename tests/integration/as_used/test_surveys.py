@@ -83,7 +83,7 @@ def test_backup_and_restore(controller: Controller, server: Guest, archive: Gues
         (archive.name, "crash"),
     }
     assert all(point["tags"] == {"ticket": "1234"} for point in points)
-    assert [proof["verified"] for proof in job.results("Prove the new points")] == [True, True]
+    assert [proof["verified"] for proof in job.results("Prove the points that no proof has passed yet")] == [True, True]
 
     kept = controller.succeed("backup", **{**survey, "consistent_backup_min_age": "1d"})
     assert not any(made["changed"] for made in kept.results("Back up"))
