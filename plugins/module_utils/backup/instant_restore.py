@@ -58,7 +58,7 @@ def unfinished(connection: Any, uuid: str, identity: Mapping[str, Any]) -> Journ
 
 def left_behind(connection: Any, operation: Operation | None) -> list[str]:
     """The images that a settled restore leaves, because its domain was undefined after its guest had been started."""
-    if operation is None or operation.kind != KIND or not operation.reached("start"):
+    if operation is None or operation.kind != KIND or not operation.reached("start") or operation.reached("undo"):
         return []
     if find_by_uuid(connection, operation.plan["uuid"]) is not None:
         return []

@@ -164,25 +164,31 @@ class _Restoring:
     def _begun(self, uuid: str) -> bool:
         """Whether that domain is there because this very restore was interrupted."""
         operation = journals.peek(uuid)
-        return (
-            operation is not None
-            and operation.kind in (settle.RESTORE, instant_restore.KIND)
-            and operation.plan["request"] == self._planner.identity()
-        )
+        return operation is not None and self._is_this(operation)
+
+    def _is_this(self, operation: Operation) -> bool:
+        """Whether an operation is this very restore."""
+        ours = operation.kind in (settle.RESTORE, instant_restore.KIND)
+        return ours and bool(operation.plan["request"] == self._planner.identity())
 
     def _exists(self, uuid: str) -> bool:
         return find_by_uuid(self._connection, uuid) is not None
 
     def _settle(self, uuid: str, check: bool) -> Plan | None:
-        """Settle what was interrupted; returns its plan when that finished this very restore."""
+        """Settle what was interrupted; returns its plan when that finished this very restore.
+
+        With ``check`` its plan, too, when it will be undone and done again: what lies there then is not in the way.
+        """
         interrupted = journals.peek(uuid)
         name = interrupted.plan.get("name", self._point.domain) if interrupted is not None else self._point.domain
         settlement.settle_named(self._uri, [(uuid, name)], settlers.SETTLERS, check=check)
-        if check or interrupted is None or interrupted.kind != settle.RESTORE or not settle.goes_forward(interrupted):
+        if interrupted is None or not self._is_this(interrupted):
             return None
-        if interrupted.plan["request"] != self._planner.identity():
-            return None
-        return self._plan_of(uuid, interrupted)
+        if check:
+            given_up = bool(instant_restore.left_behind(self._connection, interrupted))
+            return None if given_up else self._plan_of(uuid, interrupted)
+        forward = interrupted.kind == settle.RESTORE and settle.goes_forward(interrupted)
+        return self._plan_of(uuid, interrupted) if forward else None
 
     def _plan_of(self, uuid: str, operation: Operation | None) -> Plan:
         """What an earlier run of this restore meant to do."""

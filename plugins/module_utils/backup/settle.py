@@ -344,6 +344,13 @@ def take_back(uri: str, pending: Journal) -> str | None:
     plan = pending.operation.plan
     connection = open_connection(uri)
     handle = find_by_uuid(connection, plan["uuid"])
+    asides = [piece["aside"] for piece in plan["pieces"] if piece["aside"] and os.path.lexists(piece["aside"])]
+    if asides and handle is not None and handle.isActive():
+        raise Refused(
+            f"Domain {plan['name']!r} was started while its disks were put back to what they were before point {plan['point']}",
+            state=f"What it writes now is not kept. Its disks from before are kept in {', '.join(asides)}.",
+            advice="Shut it down, then run this again, which puts them back",
+        )
     used: set[str | None] = set()
     if handle is not None:
         if plan["attach"]:

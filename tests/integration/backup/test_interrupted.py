@@ -113,6 +113,7 @@ def test_restore_killed_at_every_step_is_finished_or_leaves_nothing(
         log.unlink()
         killed = run_module_process("restore", env=points.killed_at(step, log), **arguments)
         assert killed.wait() == -signal.SIGKILL, step
+        assert ok("restore", check=True, **arguments)["changed"], step
         ok("restore", **arguments)
         restored = guest.connection().lookupByName("lab-killed-r")
         assert restored.isActive(), step

@@ -127,6 +127,7 @@ def test_in_place_killed_at_every_step_the_original_is_not_lost_and_the_next_run
                 kept.assert_as_before(step)
                 ok("restore", **kept.in_place)
         else:
+            assert ok("restore", check=True, **kept.in_place)["changed"], step
             ok("restore", **kept.in_place)
         kept.assert_restored(step)
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,3 +95,25 @@ def test_a_published_point_may_go_before_its_journal_does(interrupted: Interrupt
     interrupted.journal.step("retire")
     assert interrupted.settle()["action"] == "finished"
     assert interrupted.dropped == ["vmk-old"]
+
+
+def test_disks_are_not_put_back_under_a_guest_that_was_started_meanwhile(tmp_path: Path, monkeypatch) -> None:
+    path, aside = tmp_path / "vda.qcow2", tmp_path / "vda.qcow2.before-1"
+    path.write_text("restored")
+    aside.write_text("before")
+    piece = {"path": str(path), "part": f"{path}.part", "aside": str(aside), "secret": None}
+    plan = {"uuid": UUID, "name": "web", "point": ID, "attach": {}, "pieces": [piece]}
+    pending = Journal.begin(settle.RESTORE, [(UUID, "web")], plan, directory=str(tmp_path / "journal"))
+    pending.step("place")
+    pending.step("take-back")
+    guest = SimpleNamespace(active=True, isActive=lambda: guest.active)
+    monkeypatch.setattr(settle, "open_connection", lambda uri: None)
+    monkeypatch.setattr(settle, "find_by_uuid", lambda connection, uuid: guest)
+    monkeypatch.setattr(settle, "_paths", lambda handle, inactive: {str(path)})
+    with pytest.raises(Refused, match="Shut it down"):
+        settle.settle_restore("", pending)
+    assert (path.read_text(), aside.read_text()) == ("restored", "before")
+    guest.active = False
+    assert settle.settle_restore("", pending)["action"] == "undone"
+    assert path.read_text() == "before"
+    assert not aside.exists()

@@ -25,8 +25,7 @@ def test_every_way_of_changing_a_file_is_seen(tmp_path: Path) -> None:
     still.chmod(0o600)  # libvirt gives the files of a domain to others when it starts and stops
     with overwritten.open("r+b") as stream:
         stream.write(b"x")
-    with grown.open("ab") as stream:
-        stream.write(b"x")
+    grown.write_bytes(bytes(101))
     os.utime(grown, ns=(1, 1))
     other = fresh("other")
     other.rename(replaced)
