@@ -153,7 +153,7 @@ class _Run:
         if not self._set.due:
             return self._resized(before, before)
         self._journal = Journal.begin(
-            OPERATION, [(self._facts.configured.uuid, self._facts.name)], self._intention(old_xml)
+            OPERATION, [(self._facts.configured.uuid, self._facts.name)], self._intention(old_xml, new_xml)
         )
         try:
             self._live_changes()
@@ -173,12 +173,13 @@ class _Run:
         self._journal.finish()
         return self._resized(before, sizes(_facts(self._handle, self._request)), restarted=self._set.restart)
 
-    def _intention(self, old_xml: str | None) -> dict[str, Any]:
+    def _intention(self, old_xml: str | None, new_xml: str | None) -> dict[str, Any]:
         return {
             "changes": [
                 {"what": one.what, "before": one.before, "after": one.after, "how": one.how} for one in self._set.due
             ],
             "old_xml": old_xml,
+            "new_xml": new_xml,
             "rollback": self._request.rollback,
             "judge": self._facts.agent is not None
             or self._request.health_command is not None
@@ -207,8 +208,10 @@ class _Run:
     def _give_up(self, error: BaseException) -> None:
         """A failure leaves the journal only while something is still to be settled: the guest may be shutting down."""
         operation = self._journal.operation
+        # A definition that libvirt refuses; a signal then says nothing of it.
+        begun = operation.reached("shutdown") or (operation.reached("define") and not isinstance(error, VmkeeperError))
         accepted = operation.reached("start") and not self._request.rollback and isinstance(error, VmkeeperError)
-        if not operation.reached("shutdown") or isinstance(error, RolledBack) or accepted:
+        if not begun or isinstance(error, RolledBack) or accepted:
             self._journal.finish()
 
     def _live_changes(self) -> None:

@@ -219,6 +219,11 @@ def swapped(shrink: Mapping[str, Any]) -> bool:
         return False
 
 
+def written_since(shrinks: Sequence[Mapping[str, Any]], when: float) -> bool:
+    """Whether a copy that stands for its disk now was written later than ``when`` (seconds of the epoch): a guest has run on it."""
+    return any(swapped(shrink) and os.stat(shrink["path"]).st_mtime > when for shrink in shrinks)
+
+
 def put_back(shrinks: Sequence[Mapping[str, Any]]) -> None:
     """The originals under their names, and no copies; can be repeated."""
     for shrink in shrinks:

@@ -80,7 +80,7 @@ def test_a_size_that_cannot_boot_comes_back_by_itself(small: Guest) -> None:
 
 
 def test_a_kill_at_any_step_of_a_restart_is_repaired(small: Guest, tmp_path: Path) -> None:
-    steps = ["begin", "shutdown", "define", "start", "health"]
+    steps = ["begin", "define", "shutdown", "start", "health"]
     for number, step in enumerate(steps):
         wanted = {"max_vcpus": 3 + number, "vcpus": 3 + number, "allow_restart": True}
         log = tmp_path / str(number)
@@ -91,6 +91,41 @@ def test_a_kill_at_any_step_of_a_restart_is_repaired(small: Guest, tmp_path: Pat
         assert not resize(small, **wanted)["changed"], step
     assert small.writer_log("vda").is_intact
     assert not unfinished(small)
+
+
+def test_a_guest_that_was_switched_off_since_stays_off_with_the_definition_that_was_edited(small: Guest) -> None:
+    wanted = {"max_vcpus": 9, "vcpus": 2, "allow_restart": True}
+    assert start(small, kill_at="health", **wanted).wait() < 0
+    small.wait_ready()
+    small.shutdown()
+    edited = small.xml_text(inactive=True).replace("</name>", "</name><title>edited since</title>", 1)
+    small.connection().defineXML(edited)
+    settled = resize(small, **wanted)
+    assert any("switched off since" in warning for warning in settled["warnings"]), settled["warnings"]
+    assert not small.is_running()
+    definition = small.xml(inactive=True)
+    assert definition.findtext("title") == "edited since"
+    assert definition.findtext("vcpu") == "9"
+    assert not unfinished(small)
+    small.start()
+
+
+def test_a_definition_that_was_stored_only_is_taken_back_unless_it_was_edited(small: Guest) -> None:
+    before = small.xml_text(inactive=True)
+    number = small.domain().ID()
+    wanted = {"max_vcpus": 10, "allow_restart": True, "shutdown_timeout": "2s"}
+    assert start(small, kill_at="shutdown", **wanted).wait() < 0
+    assert small.xml(inactive=True).findtext("vcpu") == "10"
+    settled = tasks.ok("recover_domain", domain=small.name)["findings"]
+    assert ["left running" in one["action"] for one in settled] == [True]
+    assert small.xml_text(inactive=True) == before
+    assert start(small, kill_at="shutdown", **wanted).wait() < 0
+    small.connection().defineXML(small.xml_text(inactive=True).replace("edited since", "edited again"))
+    tasks.ok("recover_domain", domain=small.name)
+    assert small.xml(inactive=True).findtext("title") == "edited again"
+    assert small.xml(inactive=True).findtext("vcpu") == "10"
+    assert small.domain().ID() == number
+    small.connection().defineXML(before)
 
 
 def test_a_restart_of_a_domain_that_is_undefined_since_is_given_up(small: Guest, tmp_path: Path) -> None:
@@ -166,3 +201,11 @@ def test_without_rollback_a_size_that_is_not_well_stays(guest_factory: GuestFact
     assert online_cpus(sick) == 2
     assert not resize(sick, **wanted)["changed"]
     assert not unfinished(sick)
+
+    more = {**wanted, "max_vcpus": 3, "vcpus": 3, "health_command": ["false"], "health_timeout": "1s"}
+    assert start(sick, kill_at="health", **more).wait() < 0
+    sick.wait_ready()
+    number = sick.domain().ID()
+    assert not resize(sick, **more)["changed"], "what the killed run had begun stays"
+    assert sick.domain().ID() == number
+    assert online_cpus(sick) == 3
