@@ -143,11 +143,7 @@ def _ask_agent(handle: Any, domain: Domain) -> tuple[AgentInfo | None, str | Non
         return None, f"the domain is {domain.state.name}", False
     if not domain.agent_configured:
         return None, "the domain has no guest agent channel", False
-    try:
-        info = agent.ask_info(handle)
-        return info, None, info.can_freeze and agent.is_frozen(handle)
-    except AgentSilent as error:
-        return None, str(error.facts.get("libvirt") or error.problem), False
+    return agent.ask(handle)
 
 
 def _filesystem_obstacle(domain: Domain, info: AgentInfo | None, problem: str | None) -> str | None:

@@ -67,7 +67,9 @@ def read_filesystems(handle: Any, targets: Sequence[str]) -> tuple[Filesystem, .
     Raises :class:`AgentSilent` when the guest does not answer.
     """
     try:
-        listed = handle.fsInfo() or []
+        # Without a limit it waits for ever: a dead network mount in the guest hangs its agent.
+        with agent.finite_timeout(handle, int(_LOOK_SECONDS)):
+            listed = handle.fsInfo() or []
     except libvirt.libvirtError as error:
         raise AgentSilent(
             f"The guest agent of domain {handle.name()!r} does not list its filesystems: {message_of(error)}",

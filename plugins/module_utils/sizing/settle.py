@@ -109,7 +109,9 @@ def _started(connection: Any, handle: Any, pending: Journal) -> str:
     if not handle.isActive():
         domain = read_domain(handle)
         if not starts_again(operation, domain.state.reason, saved=domain.managed_save):
-            return f"left off, with its new size: it was switched off since ({domain.state.reason}){_kept_beside(shrinks)}"
+            return (
+                f"left off, with its new size: it was switched off since ({domain.state.reason}){_kept_beside(shrinks)}"
+            )
         try:
             handle.create()
         except libvirt.libvirtError as error:

@@ -56,6 +56,18 @@ def test_vcpus_are_plugged_and_brought_online_through_ansible(guest: Guest, calm
     assert not resize(guest, vcpus=2)["changed"]
 
 
+def test_a_frozen_guest_is_left_alone(guest: Guest) -> None:
+    domain = guest.domain()
+    domain.fsFreeze()
+    try:
+        result = start(guest, vcpus=1).result()
+    finally:
+        domain.fsThaw()
+    assert result["failed"]
+    assert "are frozen" in result["msg"]
+    assert online_cpus(guest) == 2
+
+
 def test_more_vcpus_than_the_host_has_need_overcommit(guest: Guest) -> None:
     result = start(guest, vcpus=4, overcommit=False).result()
     if not result["failed"]:
