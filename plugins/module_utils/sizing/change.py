@@ -102,6 +102,7 @@ class ChangeSet:
     changes: tuple[Change, ...]
     wish: Wish
     pending: tuple[str, ...] = ()  #: why the next boot will differ from now
+    definition: str | None = None  #: of the next start; None of a transient domain
 
     @property
     def due(self) -> tuple[Change, ...]:

@@ -115,7 +115,9 @@ def _less(wanted: int, have: int, facts: Facts, live: Domain) -> tuple[MemoryAct
     """First virtio-mem, then DIMMs that fit wholly, then the balloon, which also stands in for a DIMM that is refused."""
     left = have - wanted
     available = facts.memory.available
-    if available is not None and left > available - LEAST_AVAILABLE:
+    if available is None:
+        return None, "the guest does not tell what it can spare", ""
+    if left > available - LEAST_AVAILABLE:
         return None, f"the guest has only {human(available)} to spare", ""
     ways: list[str] = []
     shrunk: list[tuple[str, int]] = []

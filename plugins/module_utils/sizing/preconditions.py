@@ -56,7 +56,7 @@ def check_host(request: Request, facts: Facts, changes: Iterable[Change]) -> Non
             growth = change.after - change.before
             page = conf.hugepages or host.default_hugepage
             free = host.free_memory if conf.hugepages is None else host.free_hugepages.get(page, 0) * page
-            if growth > free:
+            if free is not None and growth > free:
                 kind = "memory" if conf.hugepages is None else f"hugepages of {human(page)}"
                 raise Refused(
                     f"Domain {facts.name!r} would take {human(growth)} more, and this host has {human(free)} of {kind} available",

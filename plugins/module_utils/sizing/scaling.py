@@ -13,7 +13,7 @@ from typing import Any
 
 from .._errors import AgentSilent, VmkeeperError
 from ..hypervisor import appliance, checkpoints
-from ..hypervisor.definition import define, persistent_xml
+from ..hypervisor.definition import define
 from ..safety import locks, settlement
 from ..safety.journal import Journal
 from . import disks, guest_filesystem, memory, shrinking, vcpus
@@ -31,7 +31,7 @@ from .change import (
     VcpuAction,
 )
 from .change_set import compute
-from .definition import configured_memory, resized
+from .definition import configured_memory
 from .facts import Facts, read_facts
 from .guest_filesystem import Filesystem
 from .memory_plan import live_memory
@@ -147,8 +147,7 @@ class _Run:
 
     def carry_out(self) -> Resized:
         before = sizes(self._facts)
-        old_xml = persistent_xml(self._handle) if self._facts.configured.persistent else None
-        new_xml = resized(old_xml, self._set.wish) if old_xml is not None else None
+        old_xml, new_xml = self._facts.definition, self._set.definition
         redefine = new_xml is not None and new_xml != old_xml
         if not self._set.due:
             return self._resized(before, before)

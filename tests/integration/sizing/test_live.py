@@ -231,6 +231,8 @@ def test_bad_wishes_are_refused_before_anything_changes(guest: Guest) -> None:
         ({"disks": [{"target": "vda", "size": "32M"}]}, "lost"),
         ({"vcpus": 9, "apply": "live"}, "cannot be changed live"),
         ({"vcpus": 2, "max_vcpus": 1}, "max_vcpus"),
+        ({"max_vcpus": 4096}, "machine type"),
+        ({"max_memory": "192M"}, "max_memory"),
         ({"memory": "8T", "max_memory": "8T", "overcommit": False}, "overcommit"),
         ({"vcpus": 1, "disks": [{"target": "vda", "size": "8T"}], "overcommit": False}, "overcommit"),
     ):

@@ -79,6 +79,27 @@ def test_a_size_that_cannot_boot_comes_back_by_itself(small: Guest) -> None:
     assert not unfinished(small)
 
 
+def test_a_definition_that_libvirt_refuses_leaves_the_guest_running(small: Guest) -> None:
+    before, number = small.xml_text(inactive=True), small.domain().ID()
+    # Above 255, QEMU's q35 needs an interrupt remapping that this domain has not.
+    result = start(small, max_vcpus=280, allow_restart=True).result()
+    assert result["failed"]
+    assert "It is as it was" in result["msg"], result["msg"]
+    assert small.domain().ID() == number
+    assert small.xml_text(inactive=True) == before
+    assert not unfinished(small)
+
+
+def test_a_definition_that_cannot_be_started_is_taken_back_even_without_rollback(small: Guest) -> None:
+    before = small.xml_text(inactive=True)
+    result = start(small, memory="2T", max_memory="3T", allow_restart=True, rollback=False).result()
+    assert result["failed"]
+    assert result["rolled_back"], result["msg"]
+    assert small.xml_text(inactive=True) == before
+    small.wait_ready()
+    assert not unfinished(small)
+
+
 def test_a_kill_at_any_step_of_a_restart_is_repaired(small: Guest, tmp_path: Path) -> None:
     steps = ["begin", "define", "shutdown", "start", "health"]
     for number, step in enumerate(steps):
@@ -189,7 +210,10 @@ def test_without_guest_exec_it_says_so_and_grows_the_disk(guest_factory: GuestFa
     assert change(made, "filesystem vda")["applied"] == "none"
     assert "guest-exec" in change(made, "filesystem vda")["why"]
     assert any("was not grown" in warning for warning in made["warnings"])
-    assert change(made, "memory")["guest_sees"] is None
+    # Whether it could spare 16 MiB, nobody tells.
+    assert change(made, "memory")["applied"] == "next_boot"
+    assert "does not tell what it can spare" in change(made, "memory")["why"]
+    assert closed.domain().info()[2] == 160 * 1024
 
 
 def test_without_rollback_a_size_that_is_not_well_stays(guest_factory: GuestFactory) -> None:

@@ -12,6 +12,7 @@ import pytest
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain_model import (
     MemoryDevice,
 )
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing import facts as reading
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.change import (
     MemoryAction,
 )
@@ -84,3 +85,33 @@ def test_memory_that_the_guest_uses_is_not_taken_from_it():
 def test_memory_that_the_guest_left_offline_is_brought_online():
     known = facts(memory=GuestMemory(total=GIB, available=GIB, offline_blocks=(32,)))
     assert only(Request(memory=GIB), known).action == MemoryAction(online=True)
+
+
+def test_memory_is_not_taken_live_from_a_guest_that_does_not_tell_what_it_can_spare():
+    known = facts(memory=GuestMemory())
+    change = only(Request(memory=GIB // 2), known)
+    assert (change.how, "does not tell what it can spare" in change.why) == ("next_boot", True)
+    assert only(Request(memory=GIB // 2, allow_restart=True), known).how == "restart"
+
+
+class Ballooning:
+    def __init__(self, **told):
+        self.told = told
+
+    def memoryStats(self):
+        return self.told
+
+
+@pytest.mark.parametrize(
+    ("told", "available"),
+    [
+        ({"usable": 2048, "unused": 1024, "last_update": 1000}, 2048 * 1024),
+        ({"unused": 1024, "last_update": 1000}, 1024 * 1024),
+        ({"usable": 2048, "last_update": 0}, None),
+        ({"usable": 2048, "last_update": 100}, None),
+        ({"actual": 4096}, None),
+    ],
+)
+def test_the_balloon_driver_tells_where_the_agent_does_not(monkeypatch, told, available):
+    monkeypatch.setattr(reading.time, "time", lambda: 1010.0)
+    assert reading._with_balloon_statistics(Ballooning(**told), GuestMemory()).available == available
