@@ -32,7 +32,9 @@ def compute(request: Request, facts: Facts) -> ChangeSet:
         changes += change
         pending += waits
     for disk in request.disks:
-        changes += disk_changes(request, disk, facts)
+        disk_change, waits = disk_changes(request, disk, facts)
+        changes += disk_change
+        pending += waits
     if any(change.how == RESTART for change in changes):
         changes = [_carried_by_restart(change) for change in changes]
     check_host(request, facts, changes)

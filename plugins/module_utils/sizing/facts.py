@@ -218,11 +218,15 @@ def guest_memory(handle: Any, info: AgentInfo | None) -> GuestMemory:
 def _with_balloon_statistics(handle: Any, memory: GuestMemory) -> GuestMemory:
     """What the guest can spare, by the statistics of its balloon driver where the agent does not tell.
 
-    The driver sends them as often as ``<memballoon><stats period>`` says, and never without it; old ones are not believed.
+    The driver sends them as often as ``<memballoon><stats period>`` says.  Without it, it has sent them once, when it was loaded:
+    those of a guest that still boots.
     """
     if memory.available is not None:
         return memory
     try:
+        asked = ElementTree.fromstring(handle.XMLDesc(0)).find("devices/memballoon/stats")
+        if asked is None:
+            return memory
         told = handle.memoryStats()
     except libvirt.libvirtError:
         return memory

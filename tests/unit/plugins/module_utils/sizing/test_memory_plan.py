@@ -98,6 +98,10 @@ class Ballooning:
     def __init__(self, **told):
         self.told = told
 
+    def XMLDesc(self, flags):
+        period = "" if self.told.pop("never", False) else "<stats period='10'/>"
+        return f"<domain><devices><memballoon model='virtio'>{period}</memballoon></devices></domain>"
+
     def memoryStats(self):
         return self.told
 
@@ -108,6 +112,7 @@ class Ballooning:
         ({"usable": 2048, "unused": 1024, "last_update": 1000}, 2048 * 1024),
         ({"unused": 1024, "last_update": 1000}, 1024 * 1024),
         ({"usable": 2048, "last_update": 0}, None),
+        ({"usable": 2048, "last_update": 1009, "never": True}, None),
         ({"usable": 2048, "last_update": 100}, None),
         ({"actual": 4096}, None),
     ],
