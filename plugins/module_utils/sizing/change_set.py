@@ -37,7 +37,7 @@ def compute(request: Request, facts: Facts) -> ChangeSet:
         pending += waits
     if any(change.how == RESTART for change in changes):
         changes = [_carried_by_restart(change) for change in changes]
-    check_host(request, facts, changes)
+    check_host(request, [(facts, changes)])
     wish = Wish(request.vcpus, request.max_vcpus, request.memory, request.max_memory)
     definition = resized(facts.definition, wish) if facts.definition is not None else None
     planned = ChangeSet(tuple(changes), wish, tuple(pending), definition)

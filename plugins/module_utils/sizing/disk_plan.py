@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 
-from .._errors import Busy, NoSpace, NotFound, Refused, Unsupported
+from .._errors import Busy, NotFound, Refused, Unsupported
 from ..hypervisor import checkpoints
 from ..hypervisor.capture import REASONS
-from ..safety.space import free_bytes, human
+from ..safety.space import human
 from .change import (
     LIVE,
     NEXT_BOOT,
@@ -145,7 +145,7 @@ def _ended_checkpoints(known: DiskFacts, facts: Facts) -> tuple[str, ...]:
 
 def _growth(request: Request, wanted: int, known: DiskFacts, size: int, facts: Facts) -> Change:
     disk = known.disk
-    _check_room(request, wanted, known, size, facts)
+    _check_device(wanted, known, facts)
     action = DiskGrowth(disk.target, wanted, disk.path, disk.format, disk.kind)
     what = f"disk {disk.target}"
     if facts.live is not None:
@@ -219,27 +219,11 @@ def _shrink(request: Request, wanted: int, known: DiskFacts, size: int, facts: F
     )
 
 
-def _check_room(request: Request, wanted: int, known: DiskFacts, size: int, facts: Facts) -> None:
-    path = known.disk.path
-    if known.device_size is not None:
-        if known.device_size < wanted:
-            raise Refused(
-                f"Disk {known.disk.target!r} of domain {facts.name!r} lies on {path}, which has {human(known.device_size)}",
-                advice="Extend the device first (lvextend, rbd resize, ...), then run this again",
-            )
-        return
-    if request.overcommit or path is None:
-        return
-    directory = os.path.dirname(path)
-    free = free_bytes(directory)
-    if free < wanted - size:
-        raise NoSpace(
-            f"Disk {known.disk.target!r} of domain {facts.name!r} would grow by {human(wanted - size)},"
-            f" and the filesystem of {directory} has {human(free)} free",
-            advice="Make room there, or use overcommit: true to promise more than there is",
-            path=directory,
-            needed=wanted - size,
-            free=free,
+def _check_device(wanted: int, known: DiskFacts, facts: Facts) -> None:
+    if known.device_size is not None and known.device_size < wanted:
+        raise Refused(
+            f"Disk {known.disk.target!r} of domain {facts.name!r} lies on {known.disk.path}, which has {human(known.device_size)}",
+            advice="Extend the device first (lvextend, rbd resize, ...), then run this again",
         )
 
 

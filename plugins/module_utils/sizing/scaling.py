@@ -38,7 +38,7 @@ from .definition import configured_memory
 from .facts import Facts, read_facts
 from .memory_plan import live_memory
 from .outcome import Outcome, wait_for
-from .preconditions import check_restart
+from .preconditions import check_host, check_restart
 from .request import Request
 from .restart import RolledBack, restart
 from .settle import OPERATION, SETTLERS
@@ -75,6 +75,7 @@ def resize(
             if change_set.shrinks:
                 appliance.require("Making a disk smaller")
             planned.append((handle, facts, change_set))
+        check_host(request, [(facts, change_set.changes) for _handle, facts, change_set in planned])
         for _handle, facts, change_set in planned:
             _check_shrinks(facts, change_set)
         results = []

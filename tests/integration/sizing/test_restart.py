@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import libvirt
 import pytest
 from lab.guest import DiskSpec, Guest, GuestSpec
+from lab.images import run
 
 from ansible_collections.vmkeeper.libvirt.tests.integration.conftest import GuestFactory
 from ansible_collections.vmkeeper.libvirt.tests.integration.sizing.resizing import (
@@ -21,6 +24,11 @@ from ansible_collections.vmkeeper.libvirt.tests.integration.sizing.resizing impo
     unfinished,
 )
 from ansible_collections.vmkeeper.libvirt.tests.lab import tasks
+
+SATA = (
+    "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{}'/>"
+    "<target dev='sda' bus='sata'/></disk>"
+)
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +202,30 @@ def test_a_stopped_domain_and_its_disk_change_at_once(small: Guest) -> None:
     assert change(grown, "filesystem vda")["guest_sees"] == 160 * MIB
 
 
+def test_a_sata_disk_that_the_guest_does_not_see_grow_waits_for_a_start(small: Guest, tmp_path: Path) -> None:
+    image = small.directory / "sata.raw"
+    image.write_bytes(b"")
+    os.truncate(image, 32 * MIB)
+    run("mkfs.ext4", "-q", "-F", image)
+    small.shutdown()
+    small.domain().attachDeviceFlags(SATA.format(image), libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+    small.start()
+    small.exec("modprobe ahci; until [ -b /dev/sda ]; do sleep 0.1; done; mkdir -p /mnt && mount /dev/sda /mnt")
+    wanted = {"disks": [{"target": "sda", "size": "48M"}]}
+    made = resize(small, **wanted)
+    assert made["changed"]
+    assert made["restart_required"], made
+    assert any("has not noticed" in warning for warning in made["warnings"]), made["warnings"]
+    again = resize(small, **wanted)
+    assert not again["changed"], again["changes"]
+    assert again["restart_required"]
+    assert resize(small, allow_restart=True, **wanted)["restarted"]
+    small.exec("modprobe ahci; until [ -b /dev/sda ]; do sleep 0.1; done; mount /dev/sda /mnt")
+    grown = resize(small, **wanted)
+    assert change(grown, "filesystem sda")["guest_sees"] == 48 * MIB
+    assert not resize(small, **wanted)["changed"]
+
+
 def test_a_saved_domain_is_refused(small: Guest) -> None:
     small.domain().managedSave()
     result = start(small, vcpus=2).result()
@@ -203,7 +235,9 @@ def test_a_saved_domain_is_refused(small: Guest) -> None:
 
 
 def test_without_guest_exec_it_says_so_and_grows_the_disk(guest_factory: GuestFactory) -> None:
-    closed = guest_factory(GuestSpec("closed", agent="real:guest-exec guest-file-open"))
+    closed = guest_factory(
+        GuestSpec("closed", vcpus=2, agent="real:guest-exec guest-file-open", extra_cmdline="nr_cpus=1")
+    )
     made = twice(closed, disks=[{"target": "vda", "size": "160M"}], memory="144M")
     assert change(made, "disk vda")["applied"] == "live"
     assert change(made, "disk vda")["guest_sees"] is None
@@ -214,6 +248,12 @@ def test_without_guest_exec_it_says_so_and_grows_the_disk(guest_factory: GuestFa
     assert change(made, "memory")["applied"] == "next_boot"
     assert "does not tell what it can spare" in change(made, "memory")["why"]
     assert closed.domain().info()[2] == 160 * 1024
+    # Its kernel takes one vCPU and no more: another start would bring the same.
+    limited = resize(closed, vcpus=2, allow_restart=True)
+    assert not limited["changed"]
+    assert not limited["restarted"]
+    assert "it sees 1" in change(limited, "vcpus")["why"]
+    assert any("it sees 1" in warning for warning in limited["warnings"])
 
 
 def test_without_rollback_a_size_that_is_not_well_stays(guest_factory: GuestFactory) -> None:

@@ -16,11 +16,13 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing import fac
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.change import (
     MemoryAction,
 )
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.change_set import compute
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.facts import (
     GuestMemory,
 )
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.request import Request
 from ansible_collections.vmkeeper.libvirt.tests.unit.plugins.module_utils.sizing.a_domain import (
+    AGENT,
     GIB,
     MIB,
     domain,
@@ -120,3 +122,15 @@ class Ballooning:
 def test_the_balloon_driver_tells_where_the_agent_does_not(monkeypatch, told, available):
     monkeypatch.setattr(reading.time, "time", lambda: 1010.0)
     assert reading._with_balloon_statistics(Ballooning(**told), GuestMemory()).available == available
+
+
+def test_memory_that_the_guest_leaves_offline_is_no_reason_for_a_start_that_brings_the_same():
+    closed = replace(AGENT, commands=AGENT.commands - {"guest-set-memory-blocks"})
+    known = facts(agent=closed, memory=GuestMemory(total=GIB, available=GIB, offline_blocks=(32,)))
+    planned = compute(Request(memory=GIB, allow_restart=True), known)
+    assert not planned.due
+    assert planned.changes[0].warn
+    # As a DIMM it is offline; the definition makes it ordinary memory at the next start.
+    dimm = MemoryDevice("dimm", 256 * MIB, 0, 256 * MIB, 256 * MIB, 0, "dimm0")
+    plugged = replace(known, live=domain(memory_devices=(dimm,)))
+    assert only(Request(memory=GIB, allow_restart=True), plugged).how == "restart"
