@@ -20,7 +20,7 @@ from ..hypervisor import image_node, libvirt_secret, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import find_by_uuid, find_domain
 from ..hypervisor.image_node import Image, Keys, Passphrase
-from ..safety import domain_jobs, locks, names, places, settlement, space, worker
+from ..safety import domain_jobs, names, places, settlement, space, worker
 from ..safety import journal as journals
 from ..safety.journal import Journal, Operation
 from . import digests, instant_restore, listing, settle, settlers, stored, verifying
@@ -107,7 +107,7 @@ class _Restoring:
         """Everything but the pull of an instant restore."""
         with contextlib.ExitStack() as stack:
             if not check:
-                stack.enter_context(locks.hold([(uuid, name)], f"restoring {self._point.id}"))
+                stack.enter_context(settlement.hold([(uuid, name)], f"restoring {self._point.id}"))
             if self._request.instant and not check:
                 pending = instant_restore.unfinished(self._connection, uuid, self._planner.identity())
                 if pending is not None:

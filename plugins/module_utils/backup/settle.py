@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 from .._errors import LibvirtFailed, Refused, VmkeeperError
 from ..hypervisor import block_jobs, definition, libvirt_secret
 from ..hypervisor.binding import libvirt
-from ..hypervisor.connection import constant, explaining, find_by_uuid, open_connection
+from ..hypervisor.connection import constant, explaining, find_by_uuid, of_every_domain, open_connection
 from ..hypervisor.domain_model import read_domain
 from ..hypervisor.image_node import Passphrase
 from ..safety import places, processes, settlement
@@ -235,13 +235,15 @@ def _forget_secrets(uri: str, pieces: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _secrets_in_use(connection: Any) -> set[str]:
-    return {
-        disk.encryption.uuid
-        for handle in connection.listAllDomains()
-        for inactive in (False, True)
-        for disk in read_domain(handle, inactive=inactive and bool(handle.isPersistent())).disks
-        if disk.encryption is not None and disk.encryption.uuid
-    }
+    def secrets(handle: Any) -> set[str]:
+        return {
+            disk.encryption.uuid
+            for inactive in (False, True)
+            for disk in read_domain(handle, inactive=inactive and bool(handle.isPersistent())).disks
+            if disk.encryption is not None and disk.encryption.uuid
+        }
+
+    return set().union(*of_every_domain(connection, secrets))
 
 
 def finish_restore(uri: str, pending: Journal) -> None:

@@ -18,7 +18,7 @@ from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import constant, explaining, message_of
 from ..hypervisor.domain_model import qemu_owner, read_domain
 from ..hypervisor.image_node import Image
-from ..safety import consistency, instant, locks, processes, settlement
+from ..safety import consistency, instant, processes, settlement
 from ..safety.journal import Journal
 from . import describing, job, listing, manifest, preflight, reservation, settle, settlers, stillness
 from . import facts as reading
@@ -55,7 +55,7 @@ def take(
     named = [(handle.UUIDString(), handle.name()) for handle in handles]
     with contextlib.ExitStack() as stack:
         if not check:
-            stack.enter_context(locks.hold(named, f"backup into {repository.path}"))
+            stack.enter_context(settlement.hold(named, f"backup into {repository.path}"))
             settlement.settle_before_change(uri, handles, settlers.SETTLERS)
             for uuid, name in sorted(named):
                 stack.enter_context(repository.locked(uuid, f"backup of {name}"))

@@ -15,7 +15,7 @@ from .._errors import AgentSilent, VmkeeperError
 from ..hypervisor import appliance, checkpoints
 from ..hypervisor.definition import define
 from ..hypervisor.domain_model import DomainState, parse_domain
-from ..safety import locks, settlement
+from ..safety import settlement
 from ..safety.journal import Journal
 from ..safety.space import human
 from . import disks, guest_filesystem, memory, shrinking, vcpus
@@ -66,7 +66,7 @@ def resize(
     named = [(handle.UUIDString(), handle.name()) for handle in handles]
     with contextlib.ExitStack() as stack:
         if not check:
-            stack.enter_context(locks.hold(named, "resize"))
+            stack.enter_context(settlement.hold(named, "resize"))
         findings = settlement.settle_before_change(uri, handles, SETTLERS, check=check)
         planned = []
         for handle in handles:
