@@ -143,6 +143,8 @@ class _Merging:
                 size,
                 backing=str(self._disk.link(self._merge.ground)),
                 compression=compression,
+                # By what may lie there, not by manifests: an image that others were poured into is of several kinds.
+                over_compressed=compression is None and ground.passphrase is None,
                 doing=self._doing,
             )
 

@@ -198,12 +198,15 @@ def copy_layer(
     *,
     backing: str,
     compression: str | None = None,
+    over_compressed: bool = False,
     doing: str,
     bandwidth: int = 0,
 ) -> None:
     """Copy what one layer itself holds, zeros that it states included, into another, which may hold something already.
 
-    Compressed clusters do not overwrite anything: :func:`discard` them first.  Neither backing file is opened.  Never copy
+    Compressed clusters do not overwrite anything: :func:`discard` them first.  ``over_compressed``: the target may hold such
+    clusters, and what is written is not compressed; one request at a time then, since QEMU (seen with 7.2) damages a compressed
+    cluster of which two requests write a part each at the same time.  Neither backing file is opened.  Never copy
     more than one layer with ``-B``: the lower ones are lost without a word.  ``bandwidth`` as for :func:`copy_chain`; it
     dies with this process, too.
     """
@@ -221,7 +224,7 @@ def copy_layer(
                         "-F",
                         "qcow2",
                         "-q",
-                        *_writing(compression),
+                        *(("-m", "1") if over_compressed else _writing(compression)),
                         *limiting(bandwidth),
                     ),
                     "--target-image-opts",
