@@ -156,7 +156,9 @@ notes:
   - While a backup runs, a process on the hypervisor aborts it before the repository's filesystem is full, and when the module
     is killed, since a target that cannot take a copy would fail the guest's own write.
   - A repository that stalls, as on NFS, makes the backup wait and not the guest.
-  - A stopped domain is copied in full, straight into the repository, and cannot be started until its disks are copied.
+  - A stopped domain is copied in full, straight into the repository, and cannot be started until its disks are copied. Together with
+    running ones it is copied after them. When it was started and stopped in between, or its images were otherwise written to, none has the
+    point.
   - Increments go on over external snapshots and over active commits of them.
   - Every other point restores to the same content while and after a point is removed. With the newest point goes its checkpoint,
     and the next backup is a full.
@@ -297,6 +299,11 @@ restore_point:
       description: What it does not hold, each with C(kind), C(name), C(reason) and C(why).
       type: list
       elements: dict
+    verified:
+      description:
+        - With O(min_age), what the last proof of a point that is there already has found, as M(vmkeeper.libvirt.backup_info) shows it.
+          None for a new point, and for one that was never proved.
+      type: dict
 job:
   description:
     - The worker, as M(vmkeeper.libvirt.domain_job) shows it, with C(state) V(pending). That has RV(restore_points) in C(job.result)

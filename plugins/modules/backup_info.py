@@ -162,6 +162,23 @@ restore_points:
     verified:
       description: The outcome of the last M(vmkeeper.libvirt.backup_verify), if there was one.
       type: dict
+broken:
+  description:
+    - Points that cannot be read, each also named in a warning. They do not tell which domain they are of by name, so O(tags), O(before)
+      and O(after) do not choose among them, and O(domains) does only where another point of the domain can be read.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    id:
+      description: The name of its directory.
+      type: str
+    domain_uuid:
+      description: UUID of the domain.
+      type: str
+    problem:
+      description: Why it cannot be read.
+      type: str
 repository:
   description: The repository. Sums are over the points shown.
   returned: success
@@ -203,11 +220,15 @@ def handle(call: _module.Call) -> _module.Answer:
         after=listing.time_option(params["after"], "after"),
     )
     repository = open_repository(params["repository"])
-    points, warnings = listing.list_points(repository, filters, manifest.now_utc())
+    points, broken = listing.list_points(repository, filters, manifest.now_utc())
     return _module.Answer(
         changed=False,
-        result={"restore_points": points, "repository": listing.describe_repository(repository, points)},
-        warnings=warnings,
+        result={
+            "restore_points": points,
+            "broken": broken,
+            "repository": listing.describe_repository(repository, points),
+        },
+        warnings=[f"point {one['id']} of {one['domain_uuid']}: {one['problem']}" for one in broken],
     )
 
 

@@ -15,7 +15,8 @@ description:
     were written when it was made. A failed proof fails the task.
   - With O(level=boot) a guest of its own is booted from the point, asked whether it is well, and thrown away. It has a fresh name,
     UUID and firmware variables of its own, no network and no device of the host, and nothing is written to the point's images.
-  - The outcome is kept as C(verify.json) beside the manifest, and shown by M(vmkeeper.libvirt.backup_info).
+  - The outcome is kept as C(verify.json) beside the manifest, and shown by M(vmkeeper.libvirt.backup_info). Where the repository is
+    full or read-only it is only returned, with a warning.
 options:
   repository:
     description: The directory of the repository.
@@ -147,7 +148,7 @@ def handle(call: _module.Call) -> _module.Answer:
             tuple(params["boot_check"]) if params["boot_check"] else None,
             names.parse_duration(params["boot_timeout"], "boot_timeout"),
         )
-        boot = partial(boot_proof.boot, call.connection, call.uri, repository, found, request, passphrase)
+        boot = partial(boot_proof.boot, call.connection, call.uri, repository, request=request, passphrase=passphrase)
     elif params["boot_check"]:
         raise InvalidInput("boot_check goes with level: boot", advice="Leave it out, or give level: boot")
     proof = verifying.prove(repository, found, params["level"], passphrase, boot=boot, check=call.check)
@@ -160,7 +161,8 @@ def handle(call: _module.Call) -> _module.Answer:
     }
     if boot is not None:
         result.update(boot_seconds=proof.boot_seconds, screenshot=proof.screenshot)
-    return _module.Answer(changed=False, result=result, warnings=list(proof.not_checked))
+    warnings = [*proof.not_checked, *([proof.not_kept] if proof.not_kept else [])]
+    return _module.Answer(changed=False, result=result, warnings=warnings)
 
 
 def main() -> None:

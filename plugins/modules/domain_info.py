@@ -142,19 +142,20 @@ domain:
 """
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domains
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import (
+    find_domains,
+    of_every_domain,
+)
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import overview
 
 
 def handle(call: _module.Call) -> _module.Answer:
     """Describe the domains."""
     wanted = call.params["domains"]
-    handles = (
-        find_domains(call.connection, wanted)
-        if wanted
-        else sorted(call.connection.listAllDomains(), key=lambda one: one.name())
-    )
-    entries = [overview.describe(one) for one in handles]
+    if wanted:
+        entries = [overview.describe(one) for one in find_domains(call.connection, wanted)]
+    else:
+        entries = of_every_domain(call.connection, overview.describe)
     return _module.Answer(changed=False, result=_module.one_or_all("domains", "domain", entries, len(wanted or ())))
 
 

@@ -75,7 +75,8 @@ findings:
 from typing import Any
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import Unfinished
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import NotFound, Unfinished
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import instant_restore
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import settlers as backup
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domains
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images import bases
@@ -92,6 +93,9 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.leftove
 #: Every trade's; kinds of operations have different names.
 SETTLERS = {**settlers.SETTLERS, **backup.SETTLERS, **images.RECOVERERS, **sizing.SETTLERS}
 
+#: Those that may have to wait for a copy.
+LONG = (*settlers.LONG, instant_restore.KIND)
+
 #: Those that can say what lies around.
 TELLERS = {**images.TELLERS}
 
@@ -102,19 +106,30 @@ def find(call: _module.Call) -> tuple[list[Any], list[str]]:
     if not wanted:
         return sorted(call.connection.listAllDomains(), key=lambda one: one.name()), []
     undefined = {
-        name for _uuid, name, _operation in unfinished_without_domain(call.connection.listAllDomains(), wanted)
+        name
+        for uuid, its_name, _operation in unfinished_without_domain(call.connection, wanted)
+        for name in (uuid, its_name)
     }
-    return find_domains(call.connection, [name for name in wanted if name not in undefined]), sorted(undefined)
+    defined = [name for name in wanted if name not in undefined or _is_defined(call.connection, name)]
+    return find_domains(call.connection, defined), sorted(undefined.intersection(wanted))
+
+
+def _is_defined(connection: Any, name: str) -> bool:
+    """One that was made again under its name has another UUID, and may have been left something, too."""
+    try:
+        find_domains(connection, [name])
+    except NotFound:
+        return False
+    return True
 
 
 def handle(call: _module.Call) -> _module.Answer:
     """Settle what was left."""
     handles, undefined = find(call)
-    findings = recover(call.uri, handles, SETTLERS, TELLERS, check=call.check)
+    findings = recover(call.uri, handles, SETTLERS, TELLERS, last=LONG, check=call.check)
     if undefined or not call.params["domains"]:
-        defined = call.connection.listAllDomains()
         names = undefined or None
-        findings += recover_undefined(call.uri, defined, SETTLERS, TELLERS, names=names, check=call.check)
+        findings += recover_undefined(call.uri, call.connection, SETTLERS, TELLERS, names=names, check=call.check)
     if not call.params["domains"]:
         findings += bases.remove_unused(call.connection, check=call.check)
     for one in handles:

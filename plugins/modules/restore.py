@@ -130,6 +130,10 @@ attributes:
       - A restore always acts. A domain or file that exists already is not overwritten, except with O(in_place).
 notes:
   - A restored image has no bitmaps, so that the next backup of a domain restored in place is a full.
+  - When a file cannot be put in place, or not all O(disks) can be attached, everything is taken back. A running guest of O(attach_to) that
+    does not let go of a disk within half a minute keeps it, and the error says so.
+  - When the domain of an O(mode=instant) is undefined before it is pulled local, the restore is given up and fails. What the guest had
+    written stays in its images, which the error names, and which the next restore does not overwrite.
 seealso:
   - module: vmkeeper.libvirt.backup
   - module: vmkeeper.libvirt.backup_info

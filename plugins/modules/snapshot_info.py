@@ -135,8 +135,13 @@ chains:
   type: dict
 """
 
+from typing import Any
+
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domains
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import (
+    find_domains,
+    of_every_domain,
+)
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.names import check_tags
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.listing import list_domain
 
@@ -146,12 +151,14 @@ def handle(call: _module.Call) -> _module.Answer:
     wanted = call.params["domains"]
     name = call.params["name"]
     tags = check_tags(call.params["tags"])
-    handles = (
-        find_domains(call.connection, wanted)
-        if wanted
-        else sorted(call.connection.listAllDomains(), key=lambda one: one.name())
-    )
-    listings = {one.name(): list_domain(one, name=name, tags=tags) for one in handles}
+
+    def listing_of(domain: Any) -> tuple[str, dict[str, Any]]:
+        return domain.name(), list_domain(domain, name=name, tags=tags)
+
+    if wanted:
+        listings = dict(map(listing_of, find_domains(call.connection, wanted)))
+    else:
+        listings = dict(of_every_domain(call.connection, listing_of))
     snapshots = [snapshot for listing in listings.values() for snapshot in listing["snapshots"]]
     result = _module.one_or_all("snapshots", "snapshot", snapshots, len(wanted or ()) if name else 0)
     result["chains"] = {domain: listing["chains"] for domain, listing in listings.items()}

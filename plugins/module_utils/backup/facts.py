@@ -9,12 +9,13 @@ import os
 import stat
 from typing import Any
 
-from .._errors import AgentSilent, Refused, Unsupported
+from .._errors import Refused, Unsupported
 from ..hypervisor import agent, chain, libvirt_secret
 from ..hypervisor.binding import libvirt
 from ..hypervisor.block_jobs import running_job
 from ..hypervisor.domain_model import Disk, Domain, Layer, read_domain
 from ..hypervisor.image_header import BadHeader, read_qcow2
+from ..safety import standing_freeze
 from . import checkpoints
 from .manifest import Point
 from .plan import DiskFacts, Facts, LayerFacts
@@ -26,11 +27,7 @@ def read_facts(handle: Any, repository: Repository, *, repair: bool) -> Facts:
     domain = read_domain(handle)
     info, problem, frozen = None, None, False
     if domain.state.running and domain.agent_configured:
-        try:
-            info = agent.ask_info(handle)
-            frozen = info.can_freeze and agent.is_frozen(handle)
-        except AgentSilent as error:
-            problem = str(error.facts.get("libvirt") or error.problem)
+        info, problem, frozen = agent.ask(handle)
     history = repository.history(domain.uuid)
     last = next((point for point in reversed(history.points) if point.checkpoint), None)
     ours = _our_checkpoints(handle, domain, repository, last, repair=repair)
@@ -45,6 +42,7 @@ def read_facts(handle: Any, repository: Repository, *, repair: bool) -> Facts:
         agent_problem=problem,
         job=running_job(handle),
         frozen=frozen,
+        frozen_whole=frozen and standing_freeze.is_whole(domain.uuid),
     )
 
 

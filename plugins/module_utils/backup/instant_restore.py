@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._errors import LibvirtFailed, Refused, VmkeeperError
@@ -25,7 +25,7 @@ from ..hypervisor.domain_model import Layer, qemu_owner, read_domain, read_state
 from ..hypervisor.image_header import BadHeader, read_qcow2
 from ..safety import host_graph, locks, places, views, worker
 from ..safety import journal as journals
-from ..safety.journal import Journal
+from ..safety.journal import Journal, Operation
 from . import settle
 from .job import DAEMON_PATIENCE
 from .lending import Loan, lend
@@ -43,12 +43,26 @@ def begin(uuid: str, name: str, plan: dict[str, Any]) -> Journal:
     return Journal.begin(KIND, [(uuid, name)], plan)
 
 
-def unfinished(uuid: str, identity: Mapping[str, Any]) -> Journal | None:
-    """The same restore, interrupted when its guest had been started. Call it under the domain's lock."""
+def unfinished(connection: Any, uuid: str, identity: Mapping[str, Any]) -> Journal | None:
+    """The same restore, interrupted when its guest had been started, and still to be finished. Call it under the domain's lock.
+
+    None for one that was being undone, and for one whose domain somebody has undefined since: those are settled.
+    """
     pending = journals.unfinished(uuid)
     if pending is None or pending.operation.kind != KIND or not pending.operation.reached("start"):
         return None
+    if pending.operation.reached("undo") or find_by_uuid(connection, uuid) is None:
+        return None
     return pending if pending.operation.plan["request"] == identity else None
+
+
+def left_behind(connection: Any, operation: Operation | None) -> list[str]:
+    """The images that a settled restore leaves, because its domain was undefined after its guest had been started."""
+    if operation is None or operation.kind != KIND or not operation.reached("start") or operation.reached("undo"):
+        return []
+    if find_by_uuid(connection, operation.plan["uuid"]) is not None:
+        return []
+    return [piece["path"] for piece in operation.plan["pieces"] if os.path.lexists(piece["path"])]
 
 
 def _loan(plan: Mapping[str, Any]) -> Loan:
@@ -162,13 +176,8 @@ def undo(uri: str, pending: Journal) -> None:
         with explaining(f"Undefining domain {plan['name']!r}", state="Its files are kept."):
             handle.undefineFlags(constant("VIR_DOMAIN_UNDEFINE_NVRAM") or 0)
     for piece in plan["pieces"]:
-        path, part = piece["path"], piece["part"]
-        if os.path.lexists(part):
-            if os.path.lexists(path) and os.path.samefile(path, part):
-                os.unlink(path)
-            os.unlink(part)
-        elif pending.operation.reached("place"):
-            places.unlink_quietly(path)
+        if os.path.lexists(piece["part"]) or pending.operation.reached("place"):
+            places.undo_rename_new(piece["part"], piece["path"])
     views.close_view(_loan(plan).name)
     pending.finish()
 
@@ -179,14 +188,27 @@ def undo(uri: str, pending: Journal) -> None:
 def pull(uri: str, uuid: str, name: str, *, seconds: float | None = None) -> bool:
     """Pull a guest local and let the repository go; False when that is done already.
 
-    Raises :class:`TookTooLong` when a disk takes longer than ``seconds``; the copying goes on then.
+    Raises :class:`TookTooLong` when a disk takes longer than ``seconds``; the copying goes on then.  Raises :class:`Refused`
+    where somebody has undefined the domain meanwhile.
     """
     with locks.hold([(uuid, name)], "pulling an instantly restored domain local"):
         pending = journals.unfinished(uuid)
         if pending is None or pending.operation.kind != KIND:
             return False
-        carry_on(uri, pending, seconds=seconds)
+        if not carry_on(uri, pending, seconds=seconds):
+            left = left_behind(open_connection(uri), pending.operation)
+            raise Refused(
+                f"The restored domain {name!r} was undefined before it was pulled local",
+                state=_left_alone(left),
+                advice="Keep, move or remove those files, then run the restore again"
+                if left
+                else "Run the restore again",
+            )
         return True
+
+
+def _left_alone(left: Sequence[str]) -> str:
+    return f"What its guest has written is left alone in {', '.join(left)}" if left else "None of its images is left"
 
 
 def start_worker(uri: str, uuid: str, name: str) -> worker.Job:
@@ -199,8 +221,11 @@ def work(uri: str, request: Mapping[str, Any]) -> dict[str, Any]:
     return {"changed": pull(uri, request["uuid"], request["name"])}
 
 
-def carry_on(uri: str, pending: Journal, *, seconds: float | None = None) -> None:
-    """From a started guest to one that needs the repository no more. Every step looks first at what is done."""
+def carry_on(uri: str, pending: Journal, *, seconds: float | None = None) -> bool:
+    """From a started guest to one that needs the repository no more. Every step looks first at what is done.
+
+    Returns whether the domain is there: somebody may undefine it at any time, and then there is nothing to finish.
+    """
     plan = pending.operation.plan
     handle = find_by_uuid(open_connection(uri), plan["uuid"])
     if handle is not None:
@@ -216,8 +241,10 @@ def carry_on(uri: str, pending: Journal, *, seconds: float | None = None) -> Non
         _define_alone(uri, plan)
     pending.step("release")
     _require_unused(uri, plan)
+    there = find_by_uuid(open_connection(uri), plan["uuid"]) is not None
     views.close_view(_loan(plan).name)
     pending.finish()
+    return there
 
 
 class _Stopped(Exception):
@@ -349,14 +376,14 @@ def settle_instant(uri: str, pending: Journal) -> dict[str, str]:
     """Undo one whose guest was never started, finish any other; returns ``{what, action}``."""
     plan = pending.operation.plan
     what = f"an interrupted instant restore of {plan['point']}"
-    if not pending.operation.reached("start"):
+    # One that was being undone may have lost its domain to that, and only to that; unless somebody has started it since.
+    if not pending.operation.reached("start") or (pending.operation.reached("undo") and _undoable(uri, pending)):
         undo(uri, pending)
         return {"what": what, "action": "undone"}
     handle = find_by_uuid(open_connection(uri), plan["uuid"])
-    if handle is None:
-        carry_on(uri, pending)
-        return {"what": what, "action": "given up: the domain was undefined"}
-    if not handle.isActive() and read_state(handle).reason not in _MEANT:
+    if handle is not None and not handle.isActive() and read_state(handle).reason not in _MEANT:
         stand_again(uri, pending)
-    carry_on(uri, pending)
-    return {"what": what, "action": "finished"}
+    if carry_on(uri, pending):
+        return {"what": what, "action": "finished"}
+    left = left_behind(open_connection(uri), pending.operation)
+    return {"what": what, "action": f"given up: the domain was undefined. {_left_alone(left)}"}

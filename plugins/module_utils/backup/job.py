@@ -8,10 +8,12 @@ A job event can precede the XML (libvirt NEWS 9.1.0); here a job is over when li
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from xml.etree import ElementTree
 
 from .._errors import LibvirtFailed, VmkeeperError
 from ..hypervisor import block_jobs
@@ -52,7 +54,13 @@ def current_xml(handle: Any) -> str | None:
 def is_ours(handle: Any, directory: str) -> bool:
     """Whether a backup job runs that writes into ``directory``."""
     xml = current_xml(handle)
-    return xml is not None and f"{directory}/" in xml
+    return xml is not None and writes_into(xml, directory)
+
+
+def writes_into(xml: str, directory: str) -> bool:
+    """Whether a backup job's XML names a target in ``directory``, whatever characters XML had to escape in it."""
+    targets = ElementTree.fromstring(xml).iterfind("disks/disk/target")
+    return any(os.path.dirname(target.get("file", "")) == directory for target in targets)
 
 
 def forget_last(handle: Any) -> None:

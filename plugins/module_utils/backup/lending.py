@@ -16,7 +16,7 @@ from ..hypervisor.domain_model import Layer
 from ..safety import places, views
 from . import stored, verifying
 from .listing import Found
-from .repository import Repository
+from .repository import Repository, is_there
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,7 @@ def lend(loan: Loan, owner: tuple[int, int]) -> None:
 
 
 def _require_repository(loan: Loan) -> None:
-    marker = os.path.join(loan.repository, "repository.json")
-    try:
-        content = places.read_json(marker)
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict) or content.get("uuid") != loan.repository_uuid:
+    if not is_there(loan.repository, loan.repository_uuid):
         raise Refused(
             f"The repository {loan.repository}, which the guest's disks still stand on, is not there",
             state="What the guest has written is safe in its own images.",

@@ -40,6 +40,11 @@ class Filters:
             and (self.after is None or point.created_at > self.after)
         )
 
+    def may_want(self, domain_uuid: str, history: History) -> bool:
+        """Whether a point of the domain that cannot be read may be one of those that are wanted."""
+        names = {point.domain for point in history.points}
+        return not self.domains or not names or domain_uuid in self.domains or not names.isdisjoint(self.domains)
+
 
 def time_option(value: str | None, what: str) -> datetime.datetime | None:
     """An option that is an ISO 8601 time with zone."""
@@ -79,15 +84,19 @@ def gib_months(stored: int, created: datetime.datetime, now: datetime.datetime) 
 
 def list_points(
     repository: Repository, filters: Filters, now: datetime.datetime
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """``restore_points`` of the module, and warnings about what cannot be read."""
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """``restore_points`` and ``broken`` of the module.
+
+    What cannot be read has no name, tags or time: it is left out only where its domain's other points show that it was not asked for.
+    """
     found: list[dict[str, Any]] = []
-    warnings: list[str] = []
+    broken: list[dict[str, str]] = []
     for uuid in repository.domain_uuids():
         history = repository.history(uuid)
-        warnings += [f"point {broken.id} of {uuid}: {broken.problem}" for broken in history.broken]
+        if filters.may_want(uuid, history):
+            broken += [{"id": one.id, "domain_uuid": uuid, "problem": one.problem} for one in history.broken]
         found += [describe(repository, history, point, now) for point in history.points if filters.want(point)]
-    return found, warnings
+    return found, broken
 
 
 def describe(repository: Repository, history: History, point: Point, now: datetime.datetime) -> dict[str, Any]:
@@ -103,7 +112,7 @@ def describe(repository: Repository, history: History, point: Point, now: dateti
         "problem": problem,
         "age_seconds": round((now - point.created_at).total_seconds()),
         "gib_months": gib_months(point.stored_bytes, point.created_at, now),
-        "verified": _verified(directory),
+        "verified": recorded_proof(directory),
     }
 
 
@@ -118,7 +127,8 @@ def _longest(history: History, point: Point) -> Sequence[Point]:
     return longest
 
 
-def _verified(directory: str) -> dict[str, Any] | None:
+def recorded_proof(directory: str) -> dict[str, Any] | None:
+    """What the last proof of the point in ``directory`` has found; None when there was none."""
     try:
         content = places.read_json(os.path.join(directory, "verify.json"))
     except (OSError, ValueError):
@@ -199,6 +209,11 @@ def find_point(
             existing=[point.id for point in history.points],
         )
     return Found(history, points[-1])
+
+
+def find_again(repository: Repository, found: Found) -> Found:
+    """The same point as it is now. Call it under the lock of the domain's points: a removal may have folded some meanwhile."""
+    return find_point(repository, identifier=found.point.id, source=found.point.domain_uuid)
 
 
 def _alternatives(repository: Repository, history: History) -> str:

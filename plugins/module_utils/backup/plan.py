@@ -117,7 +117,8 @@ class DiskFacts:
 class Facts:
     """One domain and its points in the repository, as they are now.
 
-    ``last`` is the newest point that made a checkpoint; ``checkpoint`` that checkpoint, if libvirt has it.
+    ``last`` is the newest point that made a checkpoint; ``checkpoint`` that checkpoint, if libvirt has it.  ``frozen``: the
+    agent says that filesystems are frozen already; ``frozen_whole``: by the fsfreeze module, and all of them.
     """
 
     domain: Domain
@@ -130,6 +131,7 @@ class Facts:
     agent_problem: str | None = None
     job: str | None = None
     frozen: bool = False
+    frozen_whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -276,7 +278,7 @@ def plan_point(request: Request, facts: Facts) -> PointPlan:
         disks=disks,
         capture=capture,
         freeze=freeze.freeze,
-        standing=facts.frozen,
+        standing=facts.frozen_whole,
         why_not_frozen=freeze.why_not,
         live=domain.state.active,
         sequence=facts.history.next_sequence,
@@ -306,7 +308,7 @@ def _refuse_unreadable(request: Request, domain: Domain, disk: DiskFacts) -> Non
 def _decide_freeze(request: Request, facts: Facts) -> consistency.FreezeDecision:
     domain = facts.domain
     if facts.frozen:
-        return consistency.FreezeDecision(False)  # the thaw belongs to whoever froze it
+        return consistency.respect_freeze(request.quiesce, domain, whole=facts.frozen_whole)
     if domain.state.active:
         obstacle = consistency.agent_obstacle(domain, facts.agent, facts.agent_problem)
         return consistency.decide_freeze(request.quiesce, domain, obstacle, with_memory=False)

@@ -12,7 +12,7 @@ from typing import Any
 
 from .._errors import NoSpace
 from ..safety import places, space
-from . import manifest, stored
+from . import manifest, reservation, stored
 from .manifest import Point, StoredDisk
 from .plan import REASONS, Facts, PointPlan, Request, floor_of, must_stage
 from .repository import Repository, check_target, is_local
@@ -66,13 +66,23 @@ def floor(path: str) -> int:
     return floor_of(status.f_blocks * status.f_frsize)
 
 
+def share_of(targets: int, *, set_aside: bool) -> int:
+    """How many times the floor has to be free: each target of a running domain has one of its own where room is set aside for it."""
+    return max(1, targets) if set_aside else 1
+
+
 def require_space(repository: Repository, plans: Sequence[PointPlan], kept_free: int, scratch: str | None) -> None:
     """Refuse before anything is written what would not fit."""
+    pushing = scratch or repository.path
     needs = [(repository.path, sum(plan.estimate for plan in plans))]
     if scratch is not None:
         needs.insert(0, (scratch, sum(plan.estimate for plan in plans if plan.live)))
+    targets = sum(len(plan.disks) for plan in plans if plan.live)
+    least = kept_free
     for directory, needed in space.total_by_filesystem(needs).items():
         free = space.free_bytes(directory)
+        on_it = targets if os.stat(directory).st_dev == os.stat(pushing).st_dev else 0
+        kept_free = least * share_of(on_it, set_aside=on_it > 1 and reservation.is_possible(directory))
         if free < needed + kept_free:
             what = "repository" if directory == repository.path else "scratch directory"
             raise NoSpace(
@@ -117,7 +127,7 @@ def predict(plan: PointPlan, request: Request) -> Made:
         not_captured=tuple(part.as_result() for part in plan.capture.left_out),
         stored_bytes=plan.estimate,
     )
-    result = {**point.as_result(), "id": None, "created": None}
+    result = {**point.as_result(), "id": None, "created": None, "verified": None}
     return Made(result, changed=True, warnings=warnings_of(plan, request, plan.expected_level, plan.why_not_frozen))
 
 

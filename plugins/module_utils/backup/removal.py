@@ -15,7 +15,7 @@ from typing import Any
 from .._errors import Conflict, NoSpace, NotFound, Refused, VmkeeperError
 from ..hypervisor.connection import find_by_uuid, find_domain
 from ..hypervisor.image_node import Passphrase
-from ..safety import locks, settlement
+from ..safety import settlement
 from ..safety.journal import Journal
 from . import folding, settle, settlers
 from .folding_plan import RemovalPlan, plan_removal
@@ -77,7 +77,7 @@ def alone(
     with contextlib.ExitStack() as stack:
         if not check:
             _require_writable(repository)
-            stack.enter_context(locks.hold([(subject.uuid, subject.name)], operation))
+            stack.enter_context(settlement.hold([(subject.uuid, subject.name)], operation))
         before = _all_points(repository.history(subject.uuid))
         settlement.settle_named(uri, [(subject.uuid, subject.name)], settlers.SETTLERS, check=check)
         if not check:

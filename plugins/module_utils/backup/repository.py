@@ -284,6 +284,15 @@ def open_repository(path: str, *, create: bool = False, check: bool = False) -> 
     return fresh
 
 
+def is_there(path: str, uuid: str) -> bool:
+    """Whether that very repository lies at ``path`` now; where it is not mounted, there is an empty directory, or another one."""
+    try:
+        content = places.read_json(os.path.join(path, "repository.json"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("uuid") == uuid
+
+
 def _opened(directory: str, marker: str, content: object) -> Repository:
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         raise Refused(f"{marker} is damaged", advice="Repair it from a copy of the repository")

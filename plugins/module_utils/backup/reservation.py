@@ -17,20 +17,27 @@ _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE: blocks beyond the end of the file, whose 
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
-def reserve(path: str, size: int) -> bool:
-    """Allocate ``size`` bytes to a file without making it longer; False where the filesystem cannot do that."""
+def is_possible(directory: str) -> bool:
+    """Whether :func:`reserve` can set room aside there, tried on a file without a name. True where that cannot be tried."""
     try:
-        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
-    except (OSError, AttributeError):
-        return False
-    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return True
     try:
-        if fallocate(descriptor, _KEEP_SIZE, 0, size) == 0:
-            return True
-        number = ctypes.get_errno()
+        return _fallocate(descriptor, 1) not in _UNSUPPORTED
     finally:
         os.close(descriptor)
+
+
+def reserve(path: str, size: int) -> bool:
+    """Allocate ``size`` bytes to a file without making it longer; False where the filesystem cannot do that."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        number = _fallocate(descriptor, size)
+    finally:
+        os.close(descriptor)
+    if number == 0:
+        return True
     if number in _UNSUPPORTED:
         return False
     raise NoSpace(
@@ -39,6 +46,16 @@ def reserve(path: str, size: int) -> bool:
         path=path,
         needed=size,
     )
+
+
+def _fallocate(descriptor: int, size: int) -> int:
+    """0, or the error's number."""
+    try:
+        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    except (OSError, AttributeError):
+        return errno.ENOSYS
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    return 0 if fallocate(descriptor, _KEEP_SIZE, 0, size) == 0 else ctypes.get_errno()
 
 
 def release(path: str) -> None:

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 from .._errors import Conflict, InvalidInput, NotFound, Refused, Unsupported
 from ..hypervisor import chain, definition, libvirt_secret, pools
-from ..hypervisor.connection import explaining, find_by_uuid, find_domain
+from ..hypervisor.connection import explaining, find_by_uuid, find_domain, of_every_domain
 from ..hypervisor.domain_model import Disk, Layer, qemu_owner, read_domain
 from ..hypervisor.image_node import Passphrase
 from ..safety import names, views
@@ -405,21 +405,23 @@ def secrets_of(pieces: Sequence[Piece]) -> dict[str, str]:
     return {piece.target: piece.secret for piece in pieces if piece.secret is not None}
 
 
+def _layers_of(handle: Any) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for inactive in (False, True) if handle.isPersistent() else (False,):
+        for disk in read_domain(handle, inactive=inactive).disks:
+            try:
+                layers = chain.chain_of(disk)
+            except (Refused, Unsupported):
+                layers = disk.chain
+            found += [(f"domain {handle.name()!r}", layer.path) for layer in layers if layer.path]
+    return found
+
+
 def _others_layers(connection: Any, handle: Any) -> list[tuple[str, str]]:
     """(who, path) of every image that another domain, or a snapshot of this one, stands on."""
-    found: list[tuple[str, str]] = []
-    for other in connection.listAllDomains():
-        if other.UUIDString() == handle.UUIDString():
-            continue
-        for inactive in (False, True):
-            if inactive and not other.isPersistent():
-                continue
-            for disk in read_domain(other, inactive=inactive).disks:
-                try:
-                    layers = chain.chain_of(disk)
-                except (Refused, Unsupported):
-                    layers = disk.chain
-                found += [(f"domain {other.name()!r}", layer.path) for layer in layers if layer.path]
+    own = handle.UUIDString()
+    others = of_every_domain(connection, lambda other: [] if other.UUIDString() == own else _layers_of(other))
+    found = [layer for layers in others for layer in layers]
     with explaining(f"Reading the snapshots of domain {handle.name()!r}"):
         for snapshot in handle.listAllSnapshots():
             root = ElementTree.fromstring(snapshot.getXMLDesc(0))

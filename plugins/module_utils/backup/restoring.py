@@ -11,15 +11,16 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid as uuids
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .._errors import InvalidInput, Refused, VmkeeperError
+from .._errors import Conflict, InvalidInput, Refused, VmkeeperError
 from ..hypervisor import image_node, libvirt_secret, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import find_by_uuid, find_domain
 from ..hypervisor.image_node import Image, Keys, Passphrase
-from ..safety import domain_jobs, locks, names, places, settlement, space, worker
+from ..safety import domain_jobs, names, places, settlement, space, worker
 from ..safety import journal as journals
 from ..safety.journal import Journal, Operation
 from . import digests, instant_restore, listing, settle, settlers, stored, verifying
@@ -61,6 +62,20 @@ def _restoring(connection: Any, uri: str, request: Request) -> _Restoring:
     return _Restoring(connection, uri, repository, found, request)
 
 
+def _explained(error: Conflict, left: Sequence[str]) -> Conflict:
+    """The same conflict, where what is in the way was left by an earlier instant restore that has just been given up."""
+    if error.facts.get("path") not in left:
+        return error
+    return Conflict(
+        f"The domain of an earlier instant restore was undefined before it was pulled local, and what its guest has written is in"
+        f" {', '.join(left)}, which is not overwritten",
+        state="That restore is given up; its files are left alone.",
+        advice="Keep, move or remove them, or give another directory, then run this again",
+        path=error.facts["path"],
+        left=list(left),
+    )
+
+
 class _Restoring:
     def __init__(
         self, connection: Any, uri: str, repository: Repository, found: listing.Found, request: Request
@@ -68,10 +83,13 @@ class _Restoring:
         self._connection = connection
         self._uri = uri
         self._repository = repository
+        self._request = request
+        self._take(found)
+
+    def _take(self, found: listing.Found) -> None:
         self._found = found
         self._point = found.point
-        self._request = request
-        self._planner = Planner(connection, repository, found, request)
+        self._planner = Planner(self._connection, self._repository, found, self._request)
 
     def run(self, *, check: bool) -> Restored:
         """Plan, and unless ``check`` do it."""
@@ -89,22 +107,28 @@ class _Restoring:
         """Everything but the pull of an instant restore."""
         with contextlib.ExitStack() as stack:
             if not check:
-                stack.enter_context(locks.hold([(uuid, name)], f"restoring {self._point.id}"))
+                stack.enter_context(settlement.hold([(uuid, name)], f"restoring {self._point.id}"))
             if self._request.instant and not check:
-                pending = instant_restore.unfinished(uuid, self._planner.identity())
+                pending = instant_restore.unfinished(self._connection, uuid, self._planner.identity())
                 if pending is not None:
                     instant_restore.stand_again(self._uri, pending)
                     return self._plan_of(uuid, pending.operation)
+            before = journals.peek(uuid)
             finished = self._settle(uuid, check)
             if finished is not None:
                 return finished  # the same restore, interrupted when its files were complete
+            left = [] if check else instant_restore.left_behind(self._connection, before)
             stack.enter_context(
                 self._repository.locked(self._point.domain_uuid, f"restoring {self._point.id}", shared=True)
                 if not check
                 else contextlib.nullcontext()
             )
+            self._take(listing.find_again(self._repository, self._found))
             listing.require_restorable(self._repository, self._found)
-            plan = self._planner.plan(name, uuid)
+            try:
+                plan = self._planner.plan(name, uuid)
+            except Conflict as error:
+                raise _explained(error, left) from error
             self._require_opening(plan)
             self._require_space(plan)
             if not check and plan.loan is not None:
@@ -140,25 +164,31 @@ class _Restoring:
     def _begun(self, uuid: str) -> bool:
         """Whether that domain is there because this very restore was interrupted."""
         operation = journals.peek(uuid)
-        return (
-            operation is not None
-            and operation.kind in (settle.RESTORE, instant_restore.KIND)
-            and operation.plan["request"] == self._planner.identity()
-        )
+        return operation is not None and self._is_this(operation)
+
+    def _is_this(self, operation: Operation) -> bool:
+        """Whether an operation is this very restore."""
+        ours = operation.kind in (settle.RESTORE, instant_restore.KIND)
+        return ours and bool(operation.plan["request"] == self._planner.identity())
 
     def _exists(self, uuid: str) -> bool:
         return find_by_uuid(self._connection, uuid) is not None
 
     def _settle(self, uuid: str, check: bool) -> Plan | None:
-        """Settle what was interrupted; returns its plan when that finished this very restore."""
+        """Settle what was interrupted; returns its plan when that finished this very restore.
+
+        With ``check`` its plan, too, when it will be undone and done again: what lies there then is not in the way.
+        """
         interrupted = journals.peek(uuid)
         name = interrupted.plan.get("name", self._point.domain) if interrupted is not None else self._point.domain
         settlement.settle_named(self._uri, [(uuid, name)], settlers.SETTLERS, check=check)
-        if check or interrupted is None or interrupted.kind != settle.RESTORE or not interrupted.reached("place"):
+        if interrupted is None or not self._is_this(interrupted):
             return None
-        if interrupted.plan["request"] != self._planner.identity():
-            return None
-        return self._plan_of(uuid, interrupted)
+        if check:
+            given_up = bool(instant_restore.left_behind(self._connection, interrupted))
+            return None if given_up else self._plan_of(uuid, interrupted)
+        forward = interrupted.kind == settle.RESTORE and settle.goes_forward(interrupted)
+        return self._plan_of(uuid, interrupted) if forward else None
 
     def _plan_of(self, uuid: str, operation: Operation | None) -> Plan:
         """What an earlier run of this restore meant to do."""

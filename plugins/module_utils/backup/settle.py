@@ -9,25 +9,33 @@ makes a good one.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 from xml.etree import ElementTree
 
 from .._errors import LibvirtFailed, Refused, VmkeeperError
 from ..hypervisor import block_jobs, definition, libvirt_secret
-from ..hypervisor.connection import constant, explaining, find_by_uuid, open_connection
+from ..hypervisor.binding import libvirt
+from ..hypervisor.connection import constant, explaining, find_by_uuid, of_every_domain, open_connection
 from ..hypervisor.domain_model import read_domain
 from ..hypervisor.image_node import Passphrase
 from ..safety import places, processes, settlement
 from ..safety import ticket as tickets
-from ..safety.journal import Journal
+from ..safety.journal import Journal, Operation
 from . import checkpoints, folding, job, sentry
-from .repository import Repository, discard
+from .repository import Repository, discard, is_there
 
 BACKUP = "backup"
 RESTORE = "restore"
 REMOVAL = "removal"
+
+_AS_BEFORE = "Everything is as it was before."
+#: How long a guest may take to let go of a disk, and how often it is looked whether it has.
+_DETACH_SECONDS = 30.0
+_POLL_SECONDS = 0.2
 
 _STATE = "The guest runs as before; nothing of the interrupted point is kept."
 
@@ -51,14 +59,15 @@ def settle_backup(uri: str, pending: Journal) -> dict[str, str]:
 
 
 def repository_of(plan: Mapping[str, Any]) -> Repository:
-    """The repository that an operation wrote to."""
-    path = plan["repository"]
-    if not os.path.isdir(path):
+    """The repository that an operation wrote to. Raises :class:`Refused` where it is not mounted, or another one is."""
+    path, uuid = plan["repository"], plan["repository_uuid"]
+    if not is_there(path, uuid):
         raise Refused(
-            f"The repository {path}, where an interrupted operation has left files, is not there",
+            f"The repository {path} (UUID {uuid}), where an interrupted operation has left files, is not there",
+            state="What that operation left is as it was, and is finished or undone once the repository is there.",
             advice="Mount it, then run this again",
         )
-    return Repository(path, plan["repository_uuid"])
+    return Repository(path, uuid)
 
 
 def finish(uri: str, pending: Journal) -> None:
@@ -66,8 +75,9 @@ def finish(uri: str, pending: Journal) -> None:
     plan = pending.operation.plan
     repository = repository_of(plan)
     connection = open_connection(uri)
-    for uuid, part in plan["domains"].items():
-        publish(repository, uuid, part["id"])
+    if not pending.operation.reached("retire"):
+        for uuid, part in plan["domains"].items():
+            publish(repository, uuid, part["id"])
     pending.step("retire")
     for uuid, part in plan["domains"].items():
         handle = find_by_uuid(connection, uuid)
@@ -79,11 +89,22 @@ def finish(uri: str, pending: Journal) -> None:
 
 
 def publish(repository: Repository, uuid: str, identifier: str) -> None:
-    """The one rename that makes a point exist. Done before: nothing to do."""
-    made = repository.new_directory(uuid, identifier)
+    """The one rename that makes a point exist. Done before: nothing to do.
+
+    Raises :class:`Refused` where it is neither made nor published: the checkpoints that it supersedes must not go.
+    """
+    made, published = repository.new_directory(uuid, identifier), repository.point_directory(uuid, identifier)
     if os.path.isdir(made):
-        os.rename(made, repository.point_directory(uuid, identifier))
+        os.rename(made, published)
         places.fsync_directory(repository.domain_directory(uuid))
+    elif not os.path.isdir(published):
+        raise Refused(
+            f"Point {identifier}, which an interrupted backup had completed, is not in {repository.path}: neither {published}"
+            f" nor {made} is there",
+            state="The older points and their checkpoints are as they were.",
+            advice="See whether all of the repository is mounted, then run this again; if the point was removed by hand, move"
+            f" {places.JOURNAL}/{uuid}.json away",
+        )
 
 
 def undo(uri: str, pending: Journal) -> None:
@@ -172,13 +193,23 @@ def carry_out_removal(
 
 def settle_restore(uri: str, pending: Journal) -> dict[str, str]:
     """Finish or undo one interrupted restore; returns ``{what, action}``."""
-    plan = pending.operation.plan
-    finished = pending.operation.reached("place")
-    if finished:
+    operation = pending.operation
+    what, action = f"an interrupted restore of {operation.plan['point']}", "undone"
+    if goes_forward(operation):
         finish_restore(uri, pending)
+        action = "finished"
+    elif operation.reached("take-back"):
+        kept = take_back(uri, pending)
+        if kept:
+            action = f"undone: {kept}"
     else:
         undo_restore(uri, pending)
-    return {"what": f"an interrupted restore of {plan['point']}", "action": "finished" if finished else "undone"}
+    return {"what": what, "action": action}
+
+
+def goes_forward(operation: Operation) -> bool:
+    """Whether settling an interrupted restore finishes it: its files are complete, and nobody has begun to take them back."""
+    return operation.reached("place") and not operation.reached("take-back")
 
 
 def undo_restore(uri: str, pending: Journal) -> None:
@@ -204,20 +235,22 @@ def _forget_secrets(uri: str, pieces: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _secrets_in_use(connection: Any) -> set[str]:
-    return {
-        disk.encryption.uuid
-        for handle in connection.listAllDomains()
-        for inactive in (False, True)
-        for disk in read_domain(handle, inactive=inactive and bool(handle.isPersistent())).disks
-        if disk.encryption is not None and disk.encryption.uuid
-    }
+    def secrets(handle: Any) -> set[str]:
+        return {
+            disk.encryption.uuid
+            for inactive in (False, True)
+            for disk in read_domain(handle, inactive=inactive and bool(handle.isPersistent())).disks
+            if disk.encryption is not None and disk.encryption.uuid
+        }
+
+    return set().union(*of_every_domain(connection, secrets))
 
 
 def finish_restore(uri: str, pending: Journal) -> None:
     """Put complete files in place, define or attach, start; every step looks first at what is done.
 
-    When libvirt refuses, everything goes back to how it was: a restore that can never be finished must not be in the
-    way of every later task.
+    When libvirt or the filesystem refuses, everything goes back to how it was: a restore that can never be finished must
+    not be in the way of every later task.
     """
     plan = pending.operation.plan
     connection = open_connection(uri)
@@ -235,12 +268,9 @@ def finish_restore(uri: str, pending: Journal) -> None:
         if plan["attach"] and handle is not None:
             pending.step("attach")
             _attach(handle, plan)
-    except LibvirtFailed:
+    except VmkeeperError as error:
         if connection.isAlive():
-            pending.step("take-back")
-            _take_back(connection, plan)
-            _forget_secrets(uri, plan["pieces"])
-            pending.finish()
+            _give_up(uri, pending, error)
         raise
     pending.step("clean")
     if plan["in_place"] and handle is not None:
@@ -253,6 +283,17 @@ def finish_restore(uri: str, pending: Journal) -> None:
         pending.step("start")
         _start_restored(handle, plan["name"], pending)
     pending.finish()
+
+
+def _give_up(uri: str, pending: Journal, error: VmkeeperError) -> None:
+    pending.step("take-back")
+    try:
+        kept = take_back(uri, pending)
+        if kept:
+            error.state = kept
+    except (VmkeeperError, libvirt.libvirtError, OSError) as trouble:
+        error.state = f"Taking it back failed ({trouble}); the next run, or recover_domain, goes on with that."
+    error.args = (str(error),)
 
 
 def require_stopped(connection: Any, plan: Mapping[str, Any], *, state: str, advice: str) -> None:
@@ -292,50 +333,100 @@ def _define_restored(connection: Any, plan: Mapping[str, Any]) -> Any | None:
         connection,
         plan["xml"],
         doing=f"Defining domain {plan['name']!r}",
-        state="Everything is as it was before.",
+        state=_AS_BEFORE,
     )
     return find_by_uuid(connection, plan["uuid"])
 
 
-def _take_back(connection: Any, plan: Mapping[str, Any]) -> None:
+def take_back(uri: str, pending: Journal) -> str | None:
+    """Everything to how it was before the first file was put in place. Interrupted, it is called again.
+
+    Returns a sentence about what cannot be taken back now: a running guest need not let go of a disk.
+    """
+    plan = pending.operation.plan
+    connection = open_connection(uri)
     handle = find_by_uuid(connection, plan["uuid"])
+    asides = [piece["aside"] for piece in plan["pieces"] if piece["aside"] and os.path.lexists(piece["aside"])]
+    if asides and handle is not None and handle.isActive():
+        raise Refused(
+            f"Domain {plan['name']!r} was started while its disks were put back to what they were before point {plan['point']}",
+            state=f"What it writes now is not kept. Its disks from before are kept in {', '.join(asides)}.",
+            advice="Shut it down, then run this again, which puts them back",
+        )
     used: set[str | None] = set()
     if handle is not None:
-        used = {disk.path for inactive in (False, True) for disk in read_domain(handle, inactive=inactive).disks}
+        if plan["attach"]:
+            _detach(handle, {piece["path"] for piece in plan["pieces"]})
+        used = _paths(handle, inactive=False) | _paths(handle, inactive=True)
+    kept = []
     for piece in plan["pieces"]:
         if piece["aside"]:
             if os.path.lexists(piece["aside"]):
                 os.replace(piece["aside"], piece["path"])
+            places.unlink_quietly(piece["part"])
         elif piece["path"] not in used:
-            places.unlink_quietly(piece["path"])
-        places.unlink_quietly(piece["part"])
+            places.undo_rename_new(piece["part"], piece["path"])
+        else:
+            kept.append(piece["path"])
+    _forget_secrets(uri, plan["pieces"])
+    pending.finish()
+    if not kept:
+        return None
+    return f"Domain {plan['name']!r} does not let go of {', '.join(kept)}, which stays attached; all else is as it was before"
+
+
+def _paths(handle: Any, *, inactive: bool) -> set[str | None]:
+    return {disk.path for disk in read_domain(handle, inactive=inactive).disks}
+
+
+def _detach(handle: Any, paths: Collection[str]) -> None:
+    """Detach the disks on ``paths``. A guest that does not let go of one within a while keeps it."""
+    persistent, active = bool(handle.isPersistent()), bool(handle.isActive())
+    for inactive, flag in ((True, "VIR_DOMAIN_AFFECT_CONFIG"), (False, "VIR_DOMAIN_AFFECT_LIVE")):
+        if not (persistent if inactive else active):
+            continue
+        for element in definition.disks_on(handle, paths, inactive=inactive):
+            # What cannot be detached is kept with its file, and said.
+            with contextlib.suppress(libvirt.libvirtError):
+                handle.detachDeviceFlags(element, constant(flag) or 0)
+    give_up = time.monotonic() + _DETACH_SECONDS
+    while active and _paths(handle, inactive=False) & set(paths) and time.monotonic() < give_up:
+        time.sleep(_POLL_SECONDS)
 
 
 def place(piece: Mapping[str, Any]) -> None:
-    """Put one complete file of a restore where it belongs. Done before: nothing to do."""
+    """Put one complete file of a restore where it belongs. Done before: nothing to do.
+
+    Raises :class:`Refused` where somebody else has made that file meanwhile, else :class:`VmkeeperError`.
+    """
     path, part, aside = piece["path"], piece["part"], piece["aside"]
     if not os.path.lexists(part):
         return  # in place already
-    if aside:
-        if os.path.lexists(path) and not os.path.lexists(aside):
-            status = os.stat(path)
-            os.chown(part, status.st_uid, status.st_gid)
-            os.chmod(part, status.st_mode & 0o7777)
-            os.rename(path, aside)
-        os.rename(part, path)
-    else:
-        # link() fails where rename() would overwrite what somebody put there meanwhile.
-        if not _same_file(part, path):
-            os.link(part, path)
-        os.unlink(part)
-    places.fsync_directory(os.path.dirname(path))
-
-
-def _same_file(first: str, second: str) -> bool:
     try:
-        return os.path.samefile(first, second)
-    except OSError:
-        return False
+        if aside:
+            if os.path.lexists(path) and not os.path.lexists(aside):
+                status = os.stat(path)
+                os.chown(part, status.st_uid, status.st_gid)
+                os.chmod(part, status.st_mode & 0o7777)
+                os.rename(path, aside)
+            os.rename(part, path)
+        else:
+            places.rename_new(part, path)
+        places.fsync_directory(os.path.dirname(path))
+    except FileExistsError as error:
+        raise Refused(
+            f"{path} was made by somebody else while the restore copied, and is not overwritten",
+            state=_AS_BEFORE,
+            advice="Move it away, or give another directory or name, then run this again",
+            path=path,
+        ) from error
+    except OSError as error:
+        raise VmkeeperError(
+            f"Putting {path} in place failed: {error}",
+            state=_AS_BEFORE,
+            advice="See to its filesystem, then run this again",
+            path=path,
+        ) from error
 
 
 def _attach(handle: Any, plan: Mapping[str, Any]) -> None:

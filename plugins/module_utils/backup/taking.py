@@ -18,9 +18,9 @@ from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import constant, explaining, message_of
 from ..hypervisor.domain_model import qemu_owner, read_domain
 from ..hypervisor.image_node import Image
-from ..safety import consistency, instant, locks, processes, settlement
+from ..safety import consistency, instant, processes, settlement
 from ..safety.journal import Journal
-from . import describing, job, manifest, preflight, reservation, settle, settlers
+from . import describing, job, listing, manifest, preflight, reservation, settle, settlers, stillness
 from . import facts as reading
 from .manifest import Point
 from .plan import (
@@ -55,7 +55,7 @@ def take(
     named = [(handle.UUIDString(), handle.name()) for handle in handles]
     with contextlib.ExitStack() as stack:
         if not check:
-            stack.enter_context(locks.hold(named, f"backup into {repository.path}"))
+            stack.enter_context(settlement.hold(named, f"backup into {repository.path}"))
             settlement.settle_before_change(uri, handles, settlers.SETTLERS)
             for uuid, name in sorted(named):
                 stack.enter_context(repository.locked(uuid, f"backup of {name}"))
@@ -63,7 +63,7 @@ def take(
         else:
             settlement.settle_before_change(uri, handles, settlers.SETTLERS, check=True)
         facts = [reading.read_facts(handle, repository, repair=not check) for handle in handles]
-        fresh = _recent(request, facts)
+        fresh = _recent(request, facts, repository)
         if fresh is not None:
             return fresh
         plans = [plan_point(request, one) for one in facts]
@@ -76,14 +76,16 @@ def take(
         return _Taking(connection, uri, repository, owner, list(handles), facts, plans, request, floor, scratch).run()
 
 
-def _recent(request: Request, facts: Sequence[Facts]) -> list[Made] | None:
+def _recent(request: Request, facts: Sequence[Facts], repository: Repository) -> list[Made] | None:
     """With ``min_age``, the points that are young enough, if every domain of the task has one."""
     if request.min_age is None:
         return None
     found = [young_enough(request, one, manifest.now_utc()) for one in facts]
     if any(point is None for point in found):
         return None
-    return [Made(point.as_result(), changed=False) for point in found if point is not None]
+    points = [point for point in found if point is not None]
+    proofs = [listing.recorded_proof(repository.point_directory(point.domain_uuid, point.id)) for point in points]
+    return [Made({**point.as_result(), "verified": proof}, changed=False) for point, proof in zip(points, proofs)]
 
 
 class _Taking:
@@ -145,7 +147,7 @@ class _Taking:
         self._check_thawed(outcomes)
         return [
             Made(
-                point.as_result(),
+                {**point.as_result(), "verified": None},
                 changed=True,
                 warnings=preflight.warnings_of(
                     plan, self._request, point.consistency, self._why_not(plan, outcomes.get(plan.domain.uuid))
@@ -224,6 +226,8 @@ class _Taking:
     # --- the instant -------------------------------------------------------------------------------
 
     def _cut_all(self) -> dict[str, instant.Outcome[None]]:
+        # Before the cut: what is written after it would not be of the instant, what is written before costs one more run.
+        self._marks = {plan.domain.uuid: stillness.marks_of(_files(plan)) for plan in self._plans if not plan.live}
         if not self._live:
             self._copy_cold()
             return {}
@@ -422,13 +426,19 @@ class _Taking:
                     doing=f"Copying disk {disk.target!r} of the stopped domain {plan.domain.name!r}",
                     bandwidth=self._request.bandwidth,
                 )
-            now = read_domain(self._handles[plan.domain.uuid])
-            if now.state != plan.domain.state or now.managed_save != plan.domain.managed_save:
-                raise VmkeeperError(
-                    f"Domain {now.name!r} was started or saved while its disks were copied",
-                    state="No point was made.",
-                    advice="Run this again",
-                )
+            self._keep_nvram(plan)
+            self._require_still(plan)
+
+    def _require_still(self, plan: PointPlan) -> None:
+        now = read_domain(self._handles[plan.domain.uuid])
+        written = stillness.written_since(self._marks[plan.domain.uuid])
+        if written or now.state != plan.domain.state or now.managed_save != plan.domain.managed_save:
+            what = f"{', '.join(written)} of domain {now.name!r} was written to, as by a guest that somebody has started and stopped,"
+            raise VmkeeperError(
+                (what if written else f"Domain {now.name!r} was started or saved") + " while the backup copied",
+                state="No point was made.",
+                advice="Run this again",
+            )
 
     def _complete(self, plan: PointPlan, outcome: instant.Outcome[None] | None) -> Point:
         """Everything of the point, in its directory that has not its name yet."""
@@ -493,6 +503,12 @@ def _source(disk: DiskPlan) -> list[Image]:
         Image(layer.path, layer.format or "raw", disk.facts.passphrase if layer.encrypted else None)
         for layer in disk.facts.layers
     ]
+
+
+def _files(plan: PointPlan) -> list[str]:
+    """What a stopped domain's point is read from."""
+    files = [image.path for disk in plan.disks for image in _source(disk)]
+    return [*files, *([plan.domain.nvram.path] if plan.domain.nvram is not None else [])]
 
 
 def _make_passable(directory: str) -> None:

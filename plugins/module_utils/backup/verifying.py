@@ -16,7 +16,7 @@ from ..hypervisor.image_header import BadHeader, read_qcow2
 from ..hypervisor.image_node import Image, Keys, Passphrase
 from ..safety import places
 from . import digests, manifest, stored
-from .listing import Found
+from .listing import Found, find_again
 from .manifest import Point
 from .repository import Repository
 
@@ -241,7 +241,7 @@ def record(
     unseen: list[str],
     boot: BootOutcome | None = None,
 ) -> dict[str, Any]:
-    """Keep the outcome beside the manifest, and return it."""
+    """Keep the outcome beside the manifest, and return it. Raises OSError where the repository cannot be written."""
     directory = repository.point_directory(found.point.domain_uuid, found.point.id)
     outcome: dict[str, Any] = {
         "format": 1,
@@ -267,13 +267,14 @@ def record(
 class Proof:
     """A point that is proved. ``boot_seconds`` and ``screenshot`` (a path) are None below level ``boot``.
 
-    ``not_checked`` are sentences about what could not be looked at.
+    ``not_checked`` are sentences about what could not be looked at; ``not_kept`` says why there is no record of it.
     """
 
     verified: bool | None
     boot_seconds: float | None = None
     screenshot: str | None = None
     not_checked: tuple[str, ...] = ()
+    not_kept: str | None = None
 
 
 def prove(
@@ -287,25 +288,31 @@ def prove(
 ) -> Proof:
     """Verify a point, keep the outcome, and raise :class:`NotProved` on any finding.
 
-    ``boot`` boots it, and is asked only for a point whose images are whole; it takes ``check``.  With that nothing is kept and
-    nothing booted, so that ``verified`` is None at level ``boot``.
+    ``boot`` boots it, and is asked only for a point whose images are whole; it takes the point as it was found under the lock, and
+    ``check``.  With that nothing is kept and nothing booted, so that ``verified`` is None at level ``boot``.
     """
-    booted = None
+    booted, kept, not_kept = None, None, None
     with repository.locked(found.point.domain_uuid, f"verifying {found.point.id}", shared=True):
+        found = find_again(repository, found)
         findings = verify(repository, found, level, passphrase)
         unseen = not_checked(found, passphrase)
         if boot is not None and not findings:
-            booted = boot(check=check)
+            booted = boot(found, check=check)
             if booted is not None and booted.problem is not None:
                 findings = [Finding(found.point.id, None, booted.problem)]
-        kept = None if check else record(repository, found, level, findings, unseen, booted)
+        if not check:
+            try:
+                kept = record(repository, found, level, findings, unseen, booted)
+            except OSError as error:
+                # Hours of reading may lie behind; a full or read-only repository takes nothing from what they have shown.
+                not_kept = f"the outcome of this proof could not be kept in {repository.path}, which still shows the one before: {error}"
     directory = repository.point_directory(found.point.domain_uuid, found.point.id)
     screenshot = os.path.join(directory, SCREENSHOT) if kept and kept.get("screenshot") else None
     if findings:
         raise NotProved(
             f"Point {found.point.id} of domain {found.point.domain!r} is not proved: "
             + "; ".join(finding.problem for finding in findings[:4]),
-            state="Nothing of the point was changed.",
+            state="Nothing of the point was changed." + (f" {not_kept[0].upper()}{not_kept[1:]}" if not_kept else ""),
             advice="Look at the storage below the repository, and make a new full; other points may still be good"
             if booted is None
             else "Look at the screenshot; its images are what was backed up, so see whether the guest itself still boots",
@@ -321,4 +328,5 @@ def prove(
         boot_seconds=booted.seconds if booted is not None else None,
         screenshot=screenshot,
         not_checked=tuple(unseen),
+        not_kept=not_kept,
     )

@@ -131,6 +131,19 @@ def is_frozen(domain: Any, *, seconds: int = PROMPT_SECONDS) -> bool:
     return bool(value == "frozen")
 
 
+def ask(domain: Any) -> tuple[AgentInfo | None, str | None, bool]:
+    """What the agent is, why it does not say so, and whether it says that filesystems are frozen.
+
+    A frozen guest's agent has the freeze itself switched off, so that is not asked by what it can do.
+    """
+    info = None
+    try:
+        info = ask_info(domain)
+        return info, None, info.can_tell_frozen and is_frozen(domain)
+    except AgentSilent as error:
+        return info, str(error.facts.get("libvirt") or error.problem), False
+
+
 def read_file(domain: Any, path: str, *, limit: int = 65536) -> bytes | None:
     """The first ``limit`` bytes of a guest file, or None when the agent cannot read it."""
     try:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from .._errors import UNCHANGED, InvalidInput, LibvirtFailed, NotFound, Unsupported
 from .binding import libvirt
+
+Read = TypeVar("Read")
 
 DEFAULT_URI = "qemu:///system"
 
@@ -135,6 +137,26 @@ def find_domain(connection: Any, wanted: str) -> Any:
         advice="The domains here are: " + (", ".join(existing) if existing else "none"),
         existing=existing,
     )
+
+
+def is_gone(error: Exception) -> bool:
+    """Whether an error says that the domain is not there any more."""
+    code = error.facts.get("code") if isinstance(error, LibvirtFailed) else code_of(error)
+    return bool(code == libvirt.VIR_ERR_NO_DOMAIN)
+
+
+def of_every_domain(connection: Any, read: Callable[[Any], Read]) -> list[Read]:
+    """What ``read`` tells of each domain of this host, by name. One that goes meanwhile, as transient ones do, is passed over."""
+    with explaining("Listing the domains of this host"):
+        handles = sorted(connection.listAllDomains(), key=lambda one: str(one.name()))
+    found = []
+    for handle in handles:
+        try:
+            found.append(read(handle))
+        except (libvirt.libvirtError, LibvirtFailed) as error:
+            if not is_gone(error):
+                raise
+    return found
 
 
 def find_by_uuid(connection: Any, uuid: str) -> Any | None:

@@ -113,6 +113,15 @@ def persistent_xml(domain: Any) -> str:
         return str(domain.XMLDesc(flags))
 
 
+def disks_on(domain: Any, paths: Collection[str], *, inactive: bool) -> list[str]:
+    """The disks, as XML, whose image is one of the files ``paths``."""
+    flags = (constant("VIR_DOMAIN_XML_INACTIVE") or 0) if inactive else 0
+    with explaining(f"Reading the definition of domain {domain.name()!r}"):
+        disks = ElementTree.fromstring(domain.XMLDesc(flags)).findall("devices/disk")
+    found = [disk for disk in disks if any(source.get("file") in paths for source in disk.findall("source"))]
+    return [ElementTree.tostring(disk, encoding="unicode") for disk in found]
+
+
 def define(connection: Any, xml: str, *, doing: str, state: str) -> None:
     """Store a definition."""
     with explaining(doing, state=state):

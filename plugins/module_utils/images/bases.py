@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 from .._errors import Busy
 from ..hypervisor.binding import libvirt
-from ..hypervisor.connection import explaining
+from ..hypervisor.connection import explaining, of_every_domain
 from ..safety import host_graph, locks, places
 from ..safety.host_graph import HostGraph, Reader
 from .bundle import lock_key
@@ -112,12 +112,13 @@ def _unused(connection: Any, where: str) -> list[str]:
 
 def _spelled_out(connection: Any) -> set[str]:
     """Every file that a definition spells out, also below a layer that is not there now, where no header leads to it."""
-    found = set()
+
+    def sources(handle: Any) -> set[str]:
+        definitions = [ElementTree.fromstring(handle.XMLDesc(flags)) for flags in (0, libvirt.VIR_DOMAIN_XML_INACTIVE)]
+        return {source.get("file", "") for root in definitions for source in root.iter("source")}
+
     with explaining("Reading the definitions of this host"):
-        for handle in connection.listAllDomains():
-            for flags in (0, libvirt.VIR_DOMAIN_XML_INACTIVE):
-                root = ElementTree.fromstring(handle.XMLDesc(flags))
-                found |= {source.get("file", "") for source in root.iter("source")}
+        found = set().union(*of_every_domain(connection, sources))
     return {host_graph.canonical(path) for path in found if path}
 
 

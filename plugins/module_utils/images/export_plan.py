@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from xml.etree import ElementTree
 
-from .._errors import AgentSilent, Busy, InvalidInput, NotFound, Refused, Unsupported
+from .._errors import Busy, InvalidInput, NotFound, Refused, Unsupported
 from ..hypervisor import agent, chain
 from ..hypervisor.binding import libvirt
 from ..hypervisor.block_jobs import running_job
@@ -21,7 +21,7 @@ from ..hypervisor.capture import Capture, choose
 from ..hypervisor.connection import constant, explaining
 from ..hypervisor.domain_model import Disk, Domain, DomainState, Layer, parse_domain, read_domain
 from ..hypervisor.image_node import Passphrase
-from ..safety import consistency
+from ..safety import consistency, standing_freeze
 from . import manifest as manifests
 from .manifest import Machine
 
@@ -65,7 +65,8 @@ class Facts:
     """What is exported, as it is now. ``sizes`` (virtual) and ``allocated`` in bytes by target.
 
     ``domain`` is the machine of the exported instant: with a snapshot, as it was then. ``live``: the guest's disks are
-    being written, and the copy is QEMU's to make.
+    being written, and the copy is QEMU's to make.  ``frozen``: filesystems are frozen already; ``frozen_whole``: by the fsfreeze
+    module, and all of them.
     """
 
     domain: Domain
@@ -80,6 +81,7 @@ class Facts:
     agent: agent.AgentInfo | None = None
     agent_problem: str | None = None
     frozen: bool = False
+    frozen_whole: bool = False
     job: str | None = None
 
 
@@ -92,11 +94,7 @@ def read_facts(handle: Any, request: Request) -> Facts:
         root = ElementTree.fromstring(handle.XMLDesc(0))
     info, problem, frozen = None, None, False
     if current.state.running and current.agent_configured:
-        try:
-            info = agent.ask_info(handle)
-            frozen = info.can_freeze and agent.is_frozen(handle)
-        except AgentSilent as error:
-            problem = str(error.facts.get("libvirt") or error.problem)
+        info, problem, frozen = agent.ask(handle)
     live = current.state.active
     return Facts(
         domain=current,
@@ -113,6 +111,7 @@ def read_facts(handle: Any, request: Request) -> Facts:
         agent=info,
         agent_problem=problem,
         frozen=frozen,
+        frozen_whole=frozen and standing_freeze.is_whole(current.uuid),
         job=running_job(handle),
     )
 
@@ -353,10 +352,12 @@ def plan_export(request: Request, facts: Facts, *, direct: bool, scratch: str) -
     if request.quiesce == "required":
         _require_consistent(facts)
     freeze = consistency.FreezeDecision(False)
-    if facts.live and not facts.frozen:
+    if facts.live and facts.frozen:
+        freeze = consistency.respect_freeze(request.quiesce, domain, whole=facts.frozen_whole)
+    elif facts.live:
         freeze = consistency.decide_freeze(request.quiesce, domain, obstacle, with_memory=False)
     level = facts.level or consistency.level(
-        domain.state, frozen_over_cut=facts.frozen or freeze.freeze, managed_save=domain.managed_save
+        domain.state, frozen_over_cut=facts.frozen_whole or freeze.freeze, managed_save=domain.managed_save
     )
     plain = request.format == "qcow2" and request.compression == "none"
     converts = not facts.live or not plain or not direct or bool(request.seal) or request.passphrase is not None
@@ -384,7 +385,7 @@ def plan_export(request: Request, facts: Facts, *, direct: bool, scratch: str) -
         capture=capture,
         live=facts.live,
         freeze=freeze.freeze,
-        standing=facts.live and facts.frozen,
+        standing=facts.live and facts.frozen_whole,
         why_not_frozen=freeze.why_not,
         expected_level=level,
         converts=converts,

@@ -19,7 +19,7 @@ from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import message_of
 from ..hypervisor.domain_model import Layer, qemu_owner, read_domain
 from ..hypervisor.image_node import Image
-from ..safety import consistency, instant, locks, places, settlement, space, worker
+from ..safety import consistency, instant, places, settlement, space, worker
 from ..safety.journal import Journal
 from . import bundle, conversion, export_plan, foreign_header, live_copy, sealing, settle
 from .bundle import lock_key
@@ -41,7 +41,7 @@ def export(connection: Any, uri: str, handle: Any, request: Request, *, check: b
     named = [(handle.UUIDString(), handle.name()), (lock_key(request.path), request.path)]
     with contextlib.ExitStack() as stack:
         if not check:
-            stack.enter_context(locks.hold(named, f"export of image {request.name!r}"))
+            stack.enter_context(settlement.hold(named, f"export of image {request.name!r}"))
         settled = settlement.settle_before_change(uri, [handle], settle.SETTLERS, check=check)
         if any(one.get("finished") == request.path for one in settled):
             # The interrupted run had got so far that its image is whole; it is what this task wants.

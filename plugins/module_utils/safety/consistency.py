@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .._errors import AgentSilent, InvalidInput
+from .._errors import AgentSilent, InvalidInput, Refused
 from ..hypervisor.agent import AgentInfo
 from ..hypervisor.domain_model import Domain, DomainState
 
@@ -60,6 +60,19 @@ def decide_freeze(policy: str, domain: Domain, obstacle: str | None, *, with_mem
             advice="Install and start qemu-guest-agent in the guest, or use quiesce: auto to accept a crash-consistent result",
         )
     return FreezeDecision(False, obstacle)
+
+
+def respect_freeze(policy: str, domain: Domain, *, whole: bool) -> FreezeDecision:
+    """Apply ``quiesce`` to a guest that is frozen already: a second freeze would fail, and the thaw belongs to whoever froze it.
+
+    ``whole``: by the fsfreeze module, and all of it.
+    """
+    if not whole and policy == "required":
+        raise Refused(
+            f"The guest of domain {domain.name!r} is frozen already, by other means and perhaps not wholly; quiesce is required",
+            advice="Thaw it first (vmkeeper.libvirt.fsfreeze with state: thawed)",
+        )
+    return FreezeDecision(False, None if whole else "it was frozen by other means, and perhaps not wholly")
 
 
 def level(

@@ -14,7 +14,7 @@ from ..hypervisor import block_jobs
 from ..hypervisor.block_jobs import TookTooLong
 from ..hypervisor.connection import find_domain
 from ..hypervisor.domain_model import read_domain
-from . import journal, locks, release, worker
+from . import journal, locks, release, settlement, worker
 from .settlement import Settler
 from .worker import CANCELLED, FAILED, INTERRUPTED, Job
 
@@ -117,12 +117,12 @@ def cancel(uri: str, subject: Subject, cancellers: Mapping[str, Settler], *, che
         # A task waits for the job: it sees it end, and leaves everything in order itself.
         _end_all(subject.handle, running)
         return True
-    with locks.hold([(subject.uuid, subject.name)], "cancelling a job"):
+    with settlement.hold([(subject.uuid, subject.name)], "cancelling a job"):
         release.release_orphans(subject.uuid)  # it may have been ended while the guest was frozen
         pending = journal.unfinished(subject.uuid)
         if pending is not None and pending.operation.kind in cancellers:
-            others = [(one["uuid"], one["name"]) for one in pending.operation.domains if one["uuid"] != subject.uuid]
-            with locks.hold(others, "cancelling a job"):
+            group = [(one["uuid"], one["name"]) for one in pending.operation.domains]
+            with locks.hold(group, "cancelling a job"):
                 cancellers[pending.operation.kind](uri, pending)
         _end_all(subject.handle, block_jobs_of(subject.handle))
     if working and job is not None:

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from xml.etree import ElementTree
 
-from .._errors import VmkeeperError
+from .._errors import LibvirtFailed, VmkeeperError
 from ..hypervisor import chain
 from ..hypervisor.binding import libvirt
-from ..hypervisor.connection import constant, explaining
+from ..hypervisor.connection import explaining, is_gone
 from ..hypervisor.domain_model import Disk, Layer, parse_disk, read_domain
 from ..hypervisor.image_header import BadHeader, is_qcow2, read_qcow2
 from . import views
@@ -242,9 +242,9 @@ def _read_domain(handle: Any, found: _Collector) -> None:
                 found.disk(parse_disk(element), Reader("saved", name, uuid))
         for snapshot in handle.listAllSnapshots():
             _read_snapshot(snapshot, name, uuid, found)
-    except libvirt.libvirtError as error:
+    except (libvirt.libvirtError, LibvirtFailed) as error:
         # A transient domain that ended meanwhile names nothing any more; anything else must not be overlooked.
-        if error.get_error_code() != constant("VIR_ERR_NO_DOMAIN"):
+        if not is_gone(error):
             raise VmkeeperError(f"Reading which images domain {handle.name()!r} uses: {error}") from error
 
 

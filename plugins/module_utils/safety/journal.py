@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .._errors import Unfinished
+from .._errors import NoSpace, Unfinished, VmkeeperError
 from . import places, processes, ticket
 
 FORMAT = 1
@@ -85,9 +86,23 @@ class Journal:
         return journal
 
     def step(self, name: str, **data: Any) -> None:
-        """Record durably that a step is about to begin."""
+        """Record durably that a step is about to begin; raises :class:`VmkeeperError` where that is impossible: then it must not."""
         self.operation.steps.append({"name": name, "at": round(datetime.datetime.now().timestamp(), 3), **data})
-        places.write_json(self._path, asdict(self.operation))
+        try:
+            places.write_json(self._path, asdict(self.operation))
+        except OSError as error:
+            kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else VmkeeperError
+            raise kind(
+                f"The journal {self._path} cannot be written: {error.strerror}",
+                state="What was begun is finished or taken back by the next run.",
+                advice="See to the filesystem of that file, then run this again",
+                path=self._path,
+            ) from error
+
+    def note(self, name: str) -> None:
+        """Record a step that nobody has to know of afterwards, and that must not fail for a full disk: starting a guest."""
+        with contextlib.suppress(VmkeeperError):
+            self.step(name)
 
     def moment(self, name: str) -> None:
         """Mark a point inside a frozen window, where nothing may be written."""

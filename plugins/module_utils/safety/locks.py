@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 
@@ -21,6 +22,10 @@ from . import places
 #: How long a run waits for another one before it gives up.
 PATIENCE_SECONDS = 60.0
 _POLL_SECONDS = 0.1
+
+
+#: The paths of the locks that a thread holds alone.
+_own = threading.local()
 
 
 @contextlib.contextmanager
@@ -34,7 +39,8 @@ def hold(
 ) -> Iterator[None]:
     """Hold the locks of ``domains`` (pairs of UUID and name) while the block runs; ``shared`` with other readers.
 
-    Always taken in the order of the UUIDs, so that two groups cannot wait for each other for ever.
+    Always taken in the order of the UUIDs, so that two groups cannot wait for each other for ever.  What this thread holds
+    alone already is not taken twice.
     """
     places.private_directory(directory)
     with contextlib.ExitStack() as held:
@@ -45,6 +51,10 @@ def hold(
 
 @contextlib.contextmanager
 def _hold_one(path: str, name: str, operation: str, patience: float, shared: bool) -> Iterator[None]:
+    held: set[str] = _own.__dict__.setdefault("held", set())
+    if path in held:
+        yield
+        return
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         give_up = time.monotonic() + patience
@@ -62,8 +72,11 @@ def _hold_one(path: str, name: str, operation: str, patience: float, shared: boo
             json.dumps({"pid": os.getpid(), "operation": operation, "since": int(time.time())}).encode(),
             0,
         )
+        if not shared:
+            held.add(path)
         yield
     finally:
+        held.discard(path)
         # The file stays: removing a lock file lets two runs hold "the same" lock on two inodes.
         os.close(descriptor)
 

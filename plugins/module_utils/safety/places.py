@@ -130,6 +130,54 @@ def write_json_once(path: str, value: Any) -> Any:
     return read_json(path)
 
 
+def rename_new(part: str, path: str) -> None:
+    """Give the complete file ``part`` its name ``path`` beside it, replacing nothing. Raises FileExistsError.
+
+    Interrupted, it is called again, or taken back by :func:`undo_rename_new`.
+    """
+    if not _same_file(part, path):
+        try:
+            # link() fails where rename() would overwrite what somebody put there meanwhile.
+            os.link(part, path)
+        except OSError as error:
+            if not _is_claim(path, part):
+                if error.errno not in _NO_LINKS:
+                    raise
+                # FAT and some SMB servers: a file that says whose it is claims the name first.
+                write_new(path, _claim_of(part))
+            os.rename(part, path)
+            return
+    os.unlink(part)
+
+
+def undo_rename_new(part: str, path: str) -> None:
+    """Remove ``part`` and what :func:`rename_new` made of it, however far it came, but nothing of somebody else's."""
+    if not os.path.lexists(part) or _same_file(part, path) or _is_claim(path, part):
+        unlink_quietly(path)
+    unlink_quietly(part)
+
+
+def _claim_of(part: str) -> bytes:
+    return f"claimed for {os.path.basename(part)}\n".encode()
+
+
+def _is_claim(path: str, part: str) -> bool:
+    expected = _claim_of(part)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    with os.fdopen(descriptor, "rb") as stream:
+        return stat.S_ISREG(os.fstat(descriptor).st_mode) and stream.read(len(expected) + 1) == expected
+
+
+def _same_file(first: str, second: str) -> bool:
+    try:
+        return os.path.samefile(first, second)
+    except OSError:
+        return False
+
+
 def write_new(path: str, content: bytes) -> None:
     """A new file, 0600, durable. Raises FileExistsError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

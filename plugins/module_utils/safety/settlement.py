@@ -9,7 +9,8 @@ A trade brings a settler for each kind of operation that it journals.  What belo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .._errors import Unfinished
@@ -21,12 +22,36 @@ from .journal import Journal
 Settler = Callable[[str, Journal], dict[str, str]]
 
 
+@contextlib.contextmanager
+def hold(domains: Sequence[tuple[str, str]], operation: str) -> Iterator[None]:
+    """Hold the locks of ``domains`` and of those that an interrupted operation ties to them, all in one order.
+
+    Settling a group needs the locks of all its members: two tasks that took them one by one, each from its own member on, would
+    wait for each other.
+    """
+    while True:
+        tied = _tied(domains)
+        with locks.hold(tied, operation):
+            if set(_tied(domains)) <= set(tied):
+                yield
+                return
+
+
+def _tied(domains: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    found = dict(domains)
+    for uuid, _name in domains:
+        interrupted = journal.peek(uuid)
+        for one in interrupted.domains if interrupted is not None else ():
+            found.setdefault(one["uuid"], one["name"])
+    return sorted(found.items())
+
+
 def settle_before_change(
     uri: str, handles: Sequence[Any], settlers: Mapping[str, Settler], *, check: bool = False
 ) -> list[dict[str, str]]:
     """Settle the domains' interrupted operations; returns ``{domain, what, action}`` of each.
 
-    Call it under the domains' locks.  With ``check`` nothing is settled, and only what could not be is refused.
+    Call it inside :func:`hold` of the domains.  With ``check`` nothing is settled, and only what could not be is refused.
     """
     return settle_named(uri, [(handle.UUIDString(), handle.name()) for handle in handles], settlers, check=check)
 
@@ -36,7 +61,6 @@ def settle_named(
 ) -> list[dict[str, str]]:
     """The same for pairs of UUID and name, of domains that need not be defined any more."""
     findings = []
-    held = {uuid for uuid, _name in domains}
     for uuid, name in domains:
         if check:
             operation = journal.peek(uuid)
@@ -53,9 +77,9 @@ def settle_named(
         settler = settlers.get(pending.operation.kind)
         if settler is None:
             raise _foreign(name, pending.operation.kind)
-        # The task may name only some domains of the group that was interrupted.
-        others = [(one["uuid"], one["name"]) for one in pending.operation.domains if one["uuid"] not in held]
-        with locks.hold(others, f"settling {pending.operation.kind}"):
+        # The task may name only some domains of the group that was interrupted; see hold().
+        group = [(one["uuid"], one["name"]) for one in pending.operation.domains]
+        with locks.hold(group, f"settling {pending.operation.kind}"):
             findings.append({"domain": name, **settler(uri, pending)})
     return findings
 

@@ -62,14 +62,16 @@ def total_by_filesystem(needs: Iterable[tuple[str, int]]) -> Mapping[str, int]:
     return totals
 
 
-def require(needs: Iterable[tuple[str, int]], doing: str) -> None:
+def require(
+    needs: Iterable[tuple[str, int]], doing: str, *, advice: str = "Make room there, or choose another directory"
+) -> None:
     """Raise :class:`NoSpace` unless every filesystem has room for all that ``needs`` puts there."""
     for directory, needed in total_by_filesystem(needs).items():
         free = free_bytes(directory)
         if free < needed:
             raise NoSpace(
                 f"{doing}: the filesystem of {directory} has {human(free)} free and {human(needed)} are needed",
-                advice="Make room there, or choose another directory",
+                advice=advice,
                 path=directory,
                 needed=needed,
                 free=free,

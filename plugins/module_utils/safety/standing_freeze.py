@@ -51,6 +51,12 @@ def standing_ticket(uuid: str) -> Ticket | None:
     return next((ticket for ticket in tickets_of(uuid) if ticket.standing() and ticket.watched()), None)
 
 
+def is_whole(uuid: str) -> bool:
+    """Whether the freeze that stands is ours and of all filesystems: only then does it prove anything."""
+    ticket = standing_ticket(uuid)
+    return ticket is not None and ticket.whole
+
+
 def freeze(
     uri: str, handles: Sequence[Any], *, mountpoints: Sequence[str] | None, deadline: float, check: bool = False
 ) -> list[Condition]:
@@ -98,12 +104,8 @@ class _Candidate:
             release.release_orphans(domain.uuid)
         info, problem, frozen, told = None, None, False, False
         if domain.state.running and domain.agent_configured:
-            try:
-                info = agent.ask_info(handle)
-                frozen = info.can_tell_frozen and agent.is_frozen(handle)
-                told = info.can_tell_frozen
-            except AgentSilent as error:
-                problem = error.problem
+            info, problem, frozen = agent.ask(handle)
+            told = info is not None and info.can_tell_frozen and problem is None
         # A frozen guest's agent has the freeze itself switched off, which is no obstacle.
         obstacle = None if frozen else consistency.agent_obstacle(domain, info, problem)
         if obstacle:

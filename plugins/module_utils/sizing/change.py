@@ -15,6 +15,7 @@ from typing import Any
 from .._errors import Refused
 from .definition import Wish
 from .facts import Facts
+from .guest_filesystem import Filesystem
 from .request import Request
 
 LIVE = "live"
@@ -55,6 +56,14 @@ class DiskGrowth:
 
 
 @dataclass(frozen=True)
+class FilesystemGrowth:
+    """A filesystem that shall fill its disk of ``disk_size`` bytes."""
+
+    filesystem: Filesystem
+    disk_size: int
+
+
+@dataclass(frozen=True)
 class DiskShrink:
     """A disk's smaller virtual size in bytes; ``path`` and ``format`` of its only image."""
 
@@ -76,6 +85,8 @@ class Change:
     action: Any = None
     ends_checkpoints: tuple[str, ...] = ()
     completes_at_restart: bool = False
+    restart_helps: bool = True  #: whether another start could bring what the guest does not take live
+    warn: bool = False  #: that nothing is done is no success
 
     @property
     def due(self) -> bool:
@@ -102,6 +113,7 @@ class ChangeSet:
     changes: tuple[Change, ...]
     wish: Wish
     pending: tuple[str, ...] = ()  #: why the next boot will differ from now
+    definition: str | None = None  #: of the next start; None of a transient domain
 
     @property
     def due(self) -> tuple[Change, ...]:

@@ -11,8 +11,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .._errors import InvalidInput
+from ..hypervisor.domain_model import Domain, DomainState, parse_domain
+from ..safety.space import human
 from .change import LIVE, NEXT_BOOT, NONE, RESTART, Change, ChangeSet, decide
-from .definition import Wish, configured_memory
+from .definition import Wish, resized
 from .disk_plan import disk_changes
 from .facts import Facts
 from .memory_plan import memory_changes
@@ -30,15 +32,39 @@ def compute(request: Request, facts: Facts) -> ChangeSet:
         changes += change
         pending += waits
     for disk in request.disks:
-        changes += disk_changes(request, disk, facts)
+        disk_change, waits = disk_changes(request, disk, facts)
+        changes += disk_change
+        pending += waits
     if any(change.how == RESTART for change in changes):
         changes = [_carried_by_restart(change) for change in changes]
-    check_host(request, facts, changes)
+    check_host(request, [(facts, changes)])
     wish = Wish(request.vcpus, request.max_vcpus, request.memory, request.max_memory)
-    planned = ChangeSet(tuple(changes), wish, tuple(pending))
+    definition = resized(facts.definition, wish) if facts.definition is not None else None
+    planned = ChangeSet(tuple(changes), wish, tuple(pending), definition)
+    if definition is not None:
+        _check_definition(request, facts, parse_domain(definition, DomainState("shutoff")))
     if planned.restart:
         check_restart(request, facts)
     return planned
+
+
+def _check_definition(request: Request, facts: Facts, new: Domain) -> None:
+    """Refuse what libvirt would not start, or not even store."""
+    total, limit = new.memory_max, new.memory_limit
+    wanted = request.max_memory
+    if wanted is not None and limit is not None and (total > limit or limit > wanted):
+        raise InvalidInput(
+            f"max_memory {human(wanted)} is less than what domain {facts.name!r} would have, {human(total)} with what its balloon"
+            " and its memory devices could give it",
+            advice="Raise max_memory",
+        )
+    most = facts.host.most_vcpus
+    if most is not None and new.vcpus_max > most and new.vcpus_max > facts.configured.vcpus_max:
+        raise InvalidInput(
+            f"Domain {facts.name!r} would have room for {new.vcpus_max} vCPUs, and its machine type"
+            f" ({facts.configured.machine}) takes {most} on this host",
+            advice="Give fewer",
+        )
 
 
 def _carried_by_restart(change: Change) -> Change:
@@ -68,7 +94,7 @@ def _limits(request: Request, facts: Facts) -> tuple[list[Change], list[str]]:
             request.max_memory,
             conf.memory_limit,
             live.memory_limit if live else None,
-            request.memory or configured_memory(conf),
+            request.memory or conf.memory_max,
         ),
     ):
         if wanted is None:

@@ -57,6 +57,36 @@ def resized(xml: str, wish: Wish) -> str:
     return ElementTree.tostring(root, encoding="unicode") if changed else xml
 
 
+#: What :func:`resized` writes into.
+_SIZES = ("vcpu", "vcpus", "memory", "currentMemory", "maxMemory", "cpu/topology", "cpu/numa", "devices/memory")
+
+
+def is_resized(old: str, now: str, new: str) -> bool:
+    """Whether ``now`` is ``new`` as libvirt keeps it: of that size, and apart from its size as ``old``."""
+    return _rest(now) == _rest(old) and _size(now) == _size(new)
+
+
+def _size(xml: str) -> tuple[int | None, ...]:
+    domain = parse_domain(xml, DomainState("shutoff"))
+    return (domain.vcpus_current, domain.vcpus_max, configured_memory(domain), domain.memory_max, domain.memory_limit)
+
+
+def _rest(xml: str) -> str:
+    root = ElementTree.fromstring(xml)
+    for path in (*_SIZES, "cputune/vcpupin", "cputune/vcpusched"):
+        above, _slash, name = path.rpartition("/")
+        for parent in root.findall(above) if above else [root]:
+            for element in parent.findall(name):
+                parent.remove(element)
+    for name in ("cpu", "cputune"):  # made for what was taken out, or empty without it
+        for element in root.findall(name):
+            if not len(element) and not element.attrib:
+                root.remove(element)
+    for element in root.iter():
+        element.text, element.tail = (element.text or "").strip(), ""
+    return ElementTree.tostring(root, encoding="unicode")
+
+
 # --- vCPUs -------------------------------------------------------------------------------------------
 
 

@@ -7,20 +7,32 @@ from __future__ import annotations
 
 import os
 
-from .._errors import Busy, NoSpace, NotFound, Refused, Unsupported
+from .._errors import Busy, NotFound, Refused, Unsupported
+from ..hypervisor import checkpoints
 from ..hypervisor.capture import REASONS
-from ..safety.space import free_bytes, human
-from .change import LIVE, NEXT_BOOT, NONE, OFFLINE, RESTART, Change, DiskGrowth, DiskShrink
+from ..safety.space import human
+from .change import (
+    LIVE,
+    NEXT_BOOT,
+    NONE,
+    OFFLINE,
+    RESTART,
+    Change,
+    DiskGrowth,
+    DiskShrink,
+    FilesystemGrowth,
+    decide,
+)
 from .facts import DiskFacts, Facts
 from .guest_filesystem import Filesystem
 from .request import DiskRequest, Request
 
-#: Checkpoints of ours are named ``vmk-<repository>-<point>``; everybody else's are left alone.
-OUR_CHECKPOINTS = "vmk-"
 
+def disk_changes(request: Request, wanted: DiskRequest, facts: Facts) -> tuple[list[Change], list[str]]:
+    """The change of one disk and of the filesystem on it, and what waits for the next start.
 
-def disk_changes(request: Request, wanted: DiskRequest, facts: Facts) -> list[Change]:
-    """The change of one disk and of the filesystem on it; raises for a disk that must stay as it is."""
+    Raises for a disk that must stay as it is.
+    """
     known = facts.disks.get(wanted.target)
     domain = facts.live or facts.configured
     if known is None:
@@ -41,11 +53,47 @@ def disk_changes(request: Request, wanted: DiskRequest, facts: Facts) -> list[Ch
         if wanted.size > size:
             changes.append(_growth(request, wanted.size, known, size, facts))
         elif wanted.size < size:
-            return [_shrink(request, wanted.size, known, size, facts)]
+            return [_shrink(request, wanted.size, known, size, facts)], []
+        elif _is_unnoticed(wanted.target, size, facts):
+            return _notice(request, wanted.target, size, facts)
         size = wanted.size
     if wanted.grow_filesystem and size is not None:
-        changes += _filesystem(wanted.target, size, facts)
-    return changes
+        if not changes and _is_unnoticed(wanted.target, size, facts):
+            return _notice(request, wanted.target, size, facts)
+        changes += _filesystem(request, wanted.target, size, facts)
+    return changes, []
+
+
+def _found(target: str, facts: Facts) -> Filesystem | None:
+    return next((one for one in facts.filesystems if one.target == target), None)
+
+
+def _is_unnoticed(target: str, size: int, facts: Facts) -> bool:
+    """Whether the guest still sees the disk as small as it was: a SATA or IDE controller does not tell it."""
+    found = _found(target, facts)
+    return facts.live is not None and found is not None and 0 < found.disk_size < size
+
+
+def _notice(request: Request, target: str, size: int, facts: Facts) -> tuple[list[Change], list[str]]:
+    """A start lets the guest see the size that its disk has already; then its filesystem grows."""
+    found, obstacle = _found(target, facts), "the guest has not noticed the new size of the disk"
+    seen = found.disk_size if found is not None else None
+    what = f"disk {target}"
+    decision = decide(
+        request,
+        facts,
+        f"Disk {target!r}",
+        in_force=False,
+        configured=True,
+        live=False,
+        obstacle=obstacle,
+        why="",
+    )
+    changes = [Change(what, seen, size, decision.how, decision.why, warn=decision.how == NONE)]
+    if found is not None and decision.how == RESTART and not found.problem and not found.fills(size):
+        action = FilesystemGrowth(found, size)
+        changes.append(Change(f"filesystem {target}", found.size, found.room(size), RESTART, obstacle, action))
+    return changes, [f"{what}: {obstacle}"] if decision.pending else []
 
 
 def _check(known: DiskFacts, facts: Facts) -> None:
@@ -84,7 +132,7 @@ def _ended_checkpoints(known: DiskFacts, facts: Facts) -> tuple[str, ...]:
     """
     if len(known.layers) < 2 or not known.checkpoints:
         return ()
-    foreign = [name for name in known.checkpoints if not name.startswith(OUR_CHECKPOINTS)]
+    foreign = [name for name in known.checkpoints if not name.startswith(checkpoints.OURS)]
     if foreign:
         raise Refused(
             f"Disk {known.disk.target!r} of domain {facts.name!r} has overlays, and a resize would make"
@@ -97,7 +145,7 @@ def _ended_checkpoints(known: DiskFacts, facts: Facts) -> tuple[str, ...]:
 
 def _growth(request: Request, wanted: int, known: DiskFacts, size: int, facts: Facts) -> Change:
     disk = known.disk
-    _check_room(request, wanted, known, size, facts)
+    _check_device(wanted, known, facts)
     action = DiskGrowth(disk.target, wanted, disk.path, disk.format, disk.kind)
     what = f"disk {disk.target}"
     if facts.live is not None:
@@ -153,7 +201,7 @@ def _shrink(request: Request, wanted: int, known: DiskFacts, size: int, facts: F
         reason = "its image holds internal snapshots; remove them first"
     elif known.checkpoints and facts.live is None:
         reason = f"checkpoints {', '.join(known.checkpoints)} can be ended only while the domain runs; start it first"
-    foreign = [name for name in known.checkpoints if not name.startswith(OUR_CHECKPOINTS)]
+    foreign = [name for name in known.checkpoints if not name.startswith(checkpoints.OURS)]
     if foreign and reason is None:
         reason = (
             f"checkpoints {', '.join(foreign)} of another tool would no longer be right; remove them with that tool"
@@ -171,31 +219,15 @@ def _shrink(request: Request, wanted: int, known: DiskFacts, size: int, facts: F
     )
 
 
-def _check_room(request: Request, wanted: int, known: DiskFacts, size: int, facts: Facts) -> None:
-    path = known.disk.path
-    if known.device_size is not None:
-        if known.device_size < wanted:
-            raise Refused(
-                f"Disk {known.disk.target!r} of domain {facts.name!r} lies on {path}, which has {human(known.device_size)}",
-                advice="Extend the device first (lvextend, rbd resize, ...), then run this again",
-            )
-        return
-    if request.overcommit or path is None:
-        return
-    directory = os.path.dirname(path)
-    free = free_bytes(directory)
-    if free < wanted - size:
-        raise NoSpace(
-            f"Disk {known.disk.target!r} of domain {facts.name!r} would grow by {human(wanted - size)},"
-            f" and the filesystem of {directory} has {human(free)} free",
-            advice="Make room there, or use overcommit: true to promise more than there is",
-            path=directory,
-            needed=wanted - size,
-            free=free,
+def _check_device(wanted: int, known: DiskFacts, facts: Facts) -> None:
+    if known.device_size is not None and known.device_size < wanted:
+        raise Refused(
+            f"Disk {known.disk.target!r} of domain {facts.name!r} lies on {known.disk.path}, which has {human(known.device_size)}",
+            advice="Extend the device first (lvextend, rbd resize, ...), then run this again",
         )
 
 
-def _filesystem(target: str, size: int, facts: Facts) -> list[Change]:
+def _filesystem(request: Request, target: str, size: int, facts: Facts) -> list[Change]:
     """What is on a disk of ``size`` bytes, where the guest can tell and act."""
     what = f"filesystem {target}"
     problem = "the domain is shut off" if facts.live is None else facts.filesystems_problem
@@ -209,5 +241,7 @@ def _filesystem(target: str, size: int, facts: Facts) -> list[Change]:
     found = mine[0]
     if found.fills(size):
         return []
+    if request.apply == NEXT_BOOT:
+        return [Change(what, found.size, found.room(size), NONE, "apply: next_boot; it grows while it is mounted only")]
     why = f"{found.type} at {found.mountpoint[:100]} grows while mounted"
-    return [Change(what, found.size, found.room(size), LIVE, why, found)]
+    return [Change(what, found.size, found.room(size), LIVE, why, FilesystemGrowth(found, size))]

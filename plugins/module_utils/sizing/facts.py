@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -18,13 +19,17 @@ from ..hypervisor.agent import AgentInfo
 from ..hypervisor.binding import libvirt
 from ..hypervisor.block_jobs import running_job
 from ..hypervisor.connection import explaining
+from ..hypervisor.definition import persistent_xml
 from ..hypervisor.domain_model import Disk, Domain, Layer, read_domain
 from ..hypervisor.image_header import BadHeader, read_qcow2
-from ..safety import host_graph
+from ..safety import host_graph, space
 from . import guest_filesystem
 from .guest_filesystem import Filesystem
 
 _MOST_ENTRIES = 65536  # memory blocks of a guest of 8 TiB
+
+#: How old the balloon driver's statistics may be.
+_STATISTICS_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,10 @@ class Host:
     """What the host has left. Memory in bytes; ``free_hugepages`` by page size."""
 
     cpus: int
-    free_memory: int
+    free_memory: int | None
     free_hugepages: Mapping[int, int] = field(default_factory=dict)
     default_hugepage: int = 0
+    most_vcpus: int | None = None  #: that its QEMU gives to one domain of this machine type
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,7 @@ class Facts:
     host: Host = Host(cpus=1, free_memory=0)
     job: str | None = None
     frozen: bool = False
+    definition: str | None = None  #: of the next start, as libvirt keeps it; None of a transient domain
 
     @property
     def name(self) -> str:
@@ -123,7 +130,7 @@ def read_facts(handle: Any, targets: Sequence[str] = (), *, grow: Sequence[str] 
         agent=info,
         agent_problem=problem,
         cpus=guest_cpus(handle, info),
-        memory=guest_memory(handle, info),
+        memory=_with_balloon_statistics(handle, guest_memory(handle, info)) if live is not None else GuestMemory(),
         balloon=balloon(handle, now) if live is not None else None,
         disks={
             disk.target: _disk(handle, now, disk, now.checkpoints, graph)
@@ -132,9 +139,10 @@ def read_facts(handle: Any, targets: Sequence[str] = (), *, grow: Sequence[str] 
         },
         filesystems=filesystems,
         filesystems_problem=filesystems_problem,
-        host=read_host(handle.connect()),
+        host=read_host(handle.connect(), configured),
         job=running_job(handle),
         frozen=frozen,
+        definition=persistent_xml(handle) if now.persistent else None,
     )
 
 
@@ -143,11 +151,7 @@ def _ask_agent(handle: Any, domain: Domain) -> tuple[AgentInfo | None, str | Non
         return None, f"the domain is {domain.state.name}", False
     if not domain.agent_configured:
         return None, "the domain has no guest agent channel", False
-    try:
-        info = agent.ask_info(handle)
-        return info, None, info.can_freeze and agent.is_frozen(handle)
-    except AgentSilent as error:
-        return None, str(error.facts.get("libvirt") or error.problem), False
+    return agent.ask(handle)
 
 
 def _filesystem_obstacle(domain: Domain, info: AgentInfo | None, problem: str | None) -> str | None:
@@ -209,6 +213,27 @@ def guest_memory(handle: Any, info: AgentInfo | None) -> GuestMemory:
         except AgentSilent:
             block_size = None
     return GuestMemory(numbers.get("MemTotal"), numbers.get("MemAvailable"), block_size, offline)
+
+
+def _with_balloon_statistics(handle: Any, memory: GuestMemory) -> GuestMemory:
+    """What the guest can spare, by the statistics of its balloon driver where the agent does not tell.
+
+    The driver sends them as often as ``<memballoon><stats period>`` says.  Without it, it has sent them once, when it was loaded:
+    those of a guest that still boots.
+    """
+    if memory.available is not None:
+        return memory
+    try:
+        asked = ElementTree.fromstring(handle.XMLDesc(0)).find("devices/memballoon/stats")
+        if asked is None:
+            return memory
+        told = handle.memoryStats()
+    except libvirt.libvirtError:
+        return memory
+    spare = told.get("usable", told.get("unused"))
+    if spare is None or time.time() - told.get("last_update", 0) > _STATISTICS_SECONDS:
+        return memory
+    return replace(memory, available=int(spare) * 1024)
 
 
 def offline_blocks(reply: Any) -> tuple[int, ...]:
@@ -284,20 +309,19 @@ def _tracks(handle: Any, checkpoint: str, target: str) -> bool:
     )
 
 
-def read_host(connection: Any) -> Host:
-    """What this host has left; the module runs on it."""
+def read_host(connection: Any, domain: Domain) -> Host:
+    """What this host has left, and how much one domain like this may have; the module runs on it."""
     with explaining("Reading what the host has"):
         cpus = int(connection.getInfo()[2])
-    return Host(cpus, _available_memory(), *_hugepages())
+    return Host(cpus, space.free_memory(), *_hugepages(), _most_vcpus(connection, domain))
 
 
-def _available_memory() -> int:
+def _most_vcpus(connection: Any, domain: Domain) -> int | None:
     try:
-        with open("/proc/meminfo", encoding="ascii") as stream:
-            numbers = dict(_MEMINFO.findall(stream.read()))
-        return int(numbers["MemAvailable"]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 0
+        xml = connection.getDomainCapabilities(None, domain.arch, domain.machine, domain.domain_type, 0)
+        return int(ElementTree.fromstring(xml).find("vcpu").get("max"))  # type: ignore[union-attr,arg-type]
+    except (libvirt.libvirtError, AttributeError, TypeError, ValueError):
+        return None
 
 
 def _hugepages(root: str = "/sys/kernel/mm/hugepages") -> tuple[dict[int, int], int]:

@@ -9,6 +9,7 @@ was checked, with a time limit; what it prints is believed only as a number.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from .._errors import AgentSilent, VmkeeperError
 from ..hypervisor import agent
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import message_of
-from .outcome import wait_for
+from .outcome import Outcome, wait_for
 
 SECTOR = 512
 
@@ -32,6 +33,7 @@ _DEVICE = re.compile(r"[a-z][a-z0-9]{0,31}")
 _LOOK_SECONDS = 30.0
 _GROW_SECONDS = 600.0
 _MOST = 256
+_PARTITIONS = 129  #: a GPT has room for 128
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ def read_filesystems(handle: Any, targets: Sequence[str]) -> tuple[Filesystem, .
     Raises :class:`AgentSilent` when the guest does not answer.
     """
     try:
-        listed = handle.fsInfo() or []
+        # Without a limit it waits for ever: a dead network mount in the guest hangs its agent.
+        with agent.finite_timeout(handle, int(_LOOK_SECONDS)):
+            listed = handle.fsInfo() or []
     except libvirt.libvirtError as error:
         raise AgentSilent(
             f"The guest agent of domain {handle.name()!r} does not list its filesystems: {message_of(error)}",
@@ -104,16 +108,29 @@ def _measure(handle: Any, target: str, device: str, mountpoint: str, kind: str) 
             return _unfit(bare, f"the guest does not say where the partition {device} lies")
         partition, disk_device = int(number.group(1)), name.group(1)
         start, disk_size = int(tail[-2]) * SECTOR, int(tail[-1]) * SECTOR
+    starts = _partition_starts(handle, disk_device)
+    if starts is None:
+        return _unfit(bare, f"{disk_device} is not a disk of the machine (RAID or the like lies between)")
+    measured = Filesystem(target, device, mountpoint, kind, disk_device, disk_size, partition, start, sectors * SECTOR)
+    if any(other > start for other in starts):
+        return _unfit(measured, f"another partition lies behind {device}")
     if kind not in GROWABLE:
-        return _unfit(bare, f"filesystems of type {kind[:32]} are not grown")
-    measured = Filesystem(
-        target, device, mountpoint, kind, disk_device, disk_size, partition, start, sectors * SECTOR, None
-    )
+        return _unfit(measured, f"filesystems of type {kind[:32]} are not grown")
     try:
         size = _filesystem_size(handle, measured)
     except VmkeeperError as error:
         return _unfit(measured, error.problem)
     return Filesystem(**{**measured.__dict__, "size": size})
+
+
+def _partition_starts(handle: Any, disk: str) -> list[int] | None:
+    """Where the partitions of a disk begin, in bytes; None for a block device that no hardware stands behind, such as md0."""
+    stem = f"/sys/class/block/{disk}/{disk}{'p' if disk[-1].isdigit() else ''}"
+    paths = [f"/sys/class/block/{disk}/device/uevent", *(f"{stem}{number}/start" for number in range(1, _PARTITIONS))]
+    said = _run(handle, ["cat", *paths]).output  # what does not exist is passed over
+    if not re.search(r"^\w+=", said, re.MULTILINE):
+        return None
+    return [int(sectors) * SECTOR for sectors in re.findall(r"^(\d+)$", said, re.MULTILINE)]
 
 
 def _unfit(filesystem: Filesystem, problem: str) -> Filesystem:
@@ -157,6 +174,23 @@ def _filesystem_size(handle: Any, filesystem: Filesystem) -> int:
     if pair is None:
         raise VmkeeperError(f"the guest does not say how large the filesystem of {filesystem.device} is")
     return int(pair[0]) * int(pair[1])
+
+
+def take_room(handle: Any, filesystem: Filesystem, disk_size: int) -> Outcome:
+    """:func:`grow`, and how the guest took it: whether the filesystem fills a disk of ``disk_size`` bytes then."""
+    try:
+        grown = grow(handle, filesystem)
+    except VmkeeperError as error:
+        with contextlib.suppress(AgentSilent):
+            now = _device_size(handle, filesystem.device)
+            return Outcome(filesystem.size, False, error.problem, now is not None and now != filesystem.device_size)
+        return Outcome(None, False, error.problem)
+    altered = (grown.size, grown.device_size) != (filesystem.size, filesystem.device_size)
+    if grown.fills(disk_size):
+        return Outcome(grown.size, altered=altered)
+    if grown.disk_size and grown.disk_size < disk_size:
+        return Outcome(grown.size, False, "the guest has not noticed the new size of the disk", altered)
+    return Outcome(grown.size, False, str(grown.problem or "it does not fill its disk"), altered)
 
 
 def grow(handle: Any, filesystem: Filesystem) -> Filesystem:
@@ -209,5 +243,6 @@ def wait_for_disk(handle: Any, filesystem: Filesystem, size: int) -> int | None:
 
 
 def _device_size(handle: Any, device: str) -> int | None:
+    """Bytes of a disk or partition by the guest."""
     sectors = _last_number(_run(handle, ["cat", f"/sys/class/block/{device}/size"]).output)
     return None if sectors is None else sectors * SECTOR

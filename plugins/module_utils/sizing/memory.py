@@ -22,14 +22,19 @@ from .outcome import Outcome, wait_for
 
 _KIB = 1024
 _EVENT_SECONDS = 3.0
+
+#: A balloon whose guest has a driver for it begins to move within a moment.
+_IDLE_SECONDS = 20.0
 _STATE = "The guest runs; its memory is between the old and the new size."
 
 
 def apply(handle: Any, action: MemoryAction, info: AgentInfo | None, wanted: int) -> Outcome:
     """Do it; ``wanted`` is the guest's memory in bytes then. Taken when QEMU and the guest agree that it is so."""
     notes = []
+    moves = True
+    before = live(handle), guest_memory(handle, info).offline_blocks
     if action.dimm and action.balloon is not None:
-        _set_balloon(handle, action.balloon)  # before the DIMM: libvirt's balloon target counts it
+        moves = _set_balloon(handle, action.balloon)  # before the DIMM: libvirt's balloon target counts it
     for alias, size in action.virtio_mem:
         kept = _request(handle, alias, size)
         if kept > size:
@@ -43,36 +48,49 @@ def apply(handle: Any, action: MemoryAction, info: AgentInfo | None, wanted: int
         if refusal:
             notes.append(f"the guest keeps the DIMM {alias} ({refusal}), so the balloon takes its size")
     if not action.dimm and action.balloon is not None:
-        _set_balloon(handle, action.balloon)
-    surplus = _live(handle) - wanted
-    if surplus > 0 and read_domain(handle).has_balloon:
+        moves = _set_balloon(handle, action.balloon)
+    surplus = live(handle) - wanted
+    if surplus > 0 and moves and read_domain(handle).has_balloon:
         _set_balloon(handle, balloon(handle, read_domain(handle)) - surplus)
     if action.online:
         _bring_online(handle, info, expected=bool(action.dimm))
-    have = _live(handle)
+    have = live(handle)
     guest = guest_memory(handle, info)
     taken = have == wanted and not guest.offline_blocks
     if have != wanted:
         notes.append(f"the guest has {human(have)} of the {human(wanted)} that were asked")
     if guest.offline_blocks:
         notes.append(f"the guest left {len(guest.offline_blocks)} blocks of its memory offline")
+    if not moves:
+        notes.append("its balloon does not move: the guest may have no driver for it")
     if guest.total is None:
         notes.append("the guest agent does not tell what the guest sees; its drivers have confirmed the size")
-    return Outcome(guest.total, taken, "; ".join(notes))
+    return Outcome(guest.total, taken, "; ".join(notes), taken or (have, guest.offline_blocks) != before)
 
 
-def _live(handle: Any) -> int:
+def live(handle: Any) -> int:
+    """Bytes that the running guest has, by its drivers."""
     domain = read_domain(handle)
     return balloon(handle, domain) + sum(one.current for one in domain.memory_devices if one.model == "virtio-mem")
 
 
-def _set_balloon(handle: Any, size: int) -> None:
-    with explaining(f"Setting the balloon of domain {handle.name()!r} to {human(size)}", state=_STATE):
-        handle.setMemoryFlags(size // _KIB, constant("VIR_DOMAIN_AFFECT_LIVE") or 0)
+def _set_balloon(handle: Any, size: int) -> bool:
+    """Let the balloon leave ``size`` bytes to the guest. False when it does not move: it then stays where it is."""
+    before = balloon(handle, read_domain(handle))
+    _ask_balloon(handle, size)
+    if before != size and not wait_for(lambda: balloon(handle, read_domain(handle)) != before, _IDLE_SECONDS):
+        _ask_balloon(handle, before)  # a driver that is loaded later must not surprise anybody
+        return False
     # The guest's driver reports how far it got. libvirt's own record follows an event that QEMU sends once a second at most;
     # whoever reads the definition right after this task should not see the size on the way there.
     if wait_for(lambda: balloon(handle, read_domain(handle)) == size):
         wait_for(lambda: handle.info()[2] * _KIB == size, _EVENT_SECONDS)
+    return True
+
+
+def _ask_balloon(handle: Any, size: int) -> None:
+    with explaining(f"Setting the balloon of domain {handle.name()!r} to {human(size)}", state=_STATE):
+        handle.setMemoryFlags(size // _KIB, constant("VIR_DOMAIN_AFFECT_LIVE") or 0)
 
 
 def _device(handle: Any, alias: str) -> ElementTree.Element | None:

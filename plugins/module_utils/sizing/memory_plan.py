@@ -38,6 +38,10 @@ def memory_changes(request: Request, facts: Facts) -> tuple[list[Change], list[s
     configured = configured_memory(facts.configured)
     have = live_memory(facts)
     action, obstacle, why = _live(wanted, facts) if have is not None else (None, "", "")
+    started_so = configured == wanted and _started_with(facts.live, facts.configured)
+    if started_so and have == wanted and action is None and facts.memory.offline_blocks:
+        # Another start would bring the same.
+        return [Change("memory", have, wanted, NONE, obstacle, warn=True)], []
     decision = decide(
         request,
         facts,
@@ -53,8 +57,24 @@ def memory_changes(request: Request, facts: Facts) -> tuple[list[Change], list[s
         return [], pending
     before = configured if have is None or have == wanted else have
     return [
-        Change("memory", before, wanted, decision.how, decision.why, action if decision.how == LIVE else None)
+        Change(
+            "memory",
+            before,
+            wanted,
+            decision.how,
+            decision.why,
+            action if decision.how == LIVE else None,
+            restart_helps=not started_so,
+        )
     ], pending
+
+
+def _started_with(live: Domain | None, configured: Domain) -> bool:
+    """Whether the running domain has the memory and the memory devices that its definition says."""
+    return live is not None and (live.memory_max, sorted(one.size for one in live.memory_devices)) == (
+        configured.memory_max,
+        sorted(one.size for one in configured.memory_devices),
+    )
 
 
 def _live(wanted: int, facts: Facts) -> tuple[MemoryAction | None, str, str]:
@@ -115,7 +135,9 @@ def _less(wanted: int, have: int, facts: Facts, live: Domain) -> tuple[MemoryAct
     """First virtio-mem, then DIMMs that fit wholly, then the balloon, which also stands in for a DIMM that is refused."""
     left = have - wanted
     available = facts.memory.available
-    if available is not None and left > available - LEAST_AVAILABLE:
+    if available is None:
+        return None, "the guest does not tell what it can spare", ""
+    if left > available - LEAST_AVAILABLE:
         return None, f"the guest has only {human(available)} to spare", ""
     ways: list[str] = []
     shrunk: list[tuple[str, int]] = []

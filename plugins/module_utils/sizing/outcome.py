@@ -18,12 +18,13 @@ _POLL_SECONDS = 0.1
 class Outcome:
     """``guest_sees`` is the guest's own number, None where it does not tell (``note`` says why).
 
-    ``taken`` is False when the guest, or QEMU, did not get to what was asked.
+    ``taken`` is False when the guest, or QEMU, did not get to what was asked; ``altered`` when all is as it was before.
     """
 
     guest_sees: int | None
     taken: bool = True
     note: str = ""
+    altered: bool = True
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = GUEST_SECONDS) -> bool:

@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterable
 
 from .._errors import AgentSilent, Busy, Refused
+from ..safety import space
 from ..safety.space import human
-from .change import NEXT_BOOT, Change
+from . import shrinking
+from .change import NEXT_BOOT, Change, DiskGrowth, DiskShrink
 from .facts import Facts
 from .request import Request
 
@@ -39,29 +43,60 @@ def check_condition(request: Request, facts: Facts) -> None:
         )
 
 
-def check_host(request: Request, facts: Facts, changes: Iterable[Change]) -> None:
-    """Raise where the host has less than the domain would take, unless the task over-commits."""
+def check_host(request: Request, planned: Iterable[tuple[Facts, Iterable[Change]]]) -> None:
+    """Raise where the host has less than all these domains together would take, unless the task over-commits."""
     if request.overcommit:
         return
-    conf, host = facts.configured, facts.host
-    for change in changes:
-        if not change.due or change.before is None or change.after is None or change.after <= change.before:
-            continue
-        if change.what == "vcpus" and change.after > host.cpus:
-            raise Refused(
-                f"Domain {facts.name!r} would have {change.after} vCPUs, and this host has {host.cpus} CPUs",
-                advice="Give fewer, or overcommit: true",
-            )
-        if change.what == "memory":
-            growth = change.after - change.before
-            page = conf.hugepages or host.default_hugepage
-            free = host.free_memory if conf.hugepages is None else host.free_hugepages.get(page, 0) * page
-            if growth > free:
-                kind = "memory" if conf.hugepages is None else f"hugepages of {human(page)}"
+    memory: dict[int | None, int] = {}  # by the size of its pages, None for ordinary memory
+    disks: list[tuple[str, int]] = []
+    names = []
+    host = None
+    for facts, changes in planned:
+        host = facts.host
+        names.append(repr(facts.name))
+        for change in changes:
+            if not change.due:
+                continue
+            disks += _room(change)
+            if change.before is None or change.after is None or change.after <= change.before:
+                continue
+            if change.what == "vcpus" and change.after > host.cpus:
                 raise Refused(
-                    f"Domain {facts.name!r} would take {human(growth)} more, and this host has {human(free)} of {kind} available",
-                    advice="Give less, or overcommit: true",
+                    f"Domain {facts.name!r} would have {change.after} vCPUs, and this host has {host.cpus} CPUs",
+                    advice="Give fewer, or overcommit: true",
                 )
+            if change.what == "memory":
+                page = (
+                    None if facts.configured.hugepages is None else facts.configured.hugepages or host.default_hugepage
+                )
+                memory[page] = memory.get(page, 0) + change.after - change.before
+    if host is None:
+        return
+    who = f"Domain{'s' if len(names) > 1 else ''} {', '.join(names)}"
+    for page, growth in memory.items():
+        free = host.free_memory if page is None else host.free_hugepages.get(page, 0) * page
+        if free is not None and growth > free:
+            kind = "memory" if page is None else f"hugepages of {human(page)}"
+            raise Refused(
+                f"{who} would take {human(growth)} more, and this host has {human(free)} of {kind} available",
+                advice="Give less, or overcommit: true",
+            )
+    space.require(
+        disks,
+        f"Resizing disks of {who[0].lower()}{who[1:]}",
+        advice="Make room there, or use overcommit: true to promise more than there is",
+    )
+
+
+def _room(change: Change) -> list[tuple[str, int]]:
+    """``(directory, bytes)`` that a disk's change may take in time, or takes at once."""
+    action = change.action
+    if isinstance(action, DiskGrowth) and action.kind == "file" and action.path is not None:
+        return [(os.path.dirname(os.path.realpath(action.path)), (change.after or 0) - (change.before or 0))]
+    if isinstance(action, DiskShrink):
+        with contextlib.suppress(OSError):  # whoever copies it says what is wrong with it
+            return [shrinking.room_for_copy(action.path, action.format)]
+    return []
 
 
 def check_restart(request: Request, facts: Facts) -> None:

@@ -13,10 +13,11 @@ from .._errors import Refused, VmkeeperError
 from ..hypervisor import health, power
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import explaining, find_domain, message_of
-from ..hypervisor.definition import define
+from ..hypervisor.definition import define, persistent_xml
 from ..hypervisor.domain_model import read_domain
 from ..safety.journal import Journal
 from . import shrinking
+from .definition import is_resized
 
 #: The old size is known to boot: it gets time whatever the task allowed the new one.
 _OLD_SIZE_SECONDS = 300.0
@@ -29,37 +30,42 @@ class RolledBack(VmkeeperError):
 
 
 def restart(connection: Any, handle: Any, journal: Journal, new_xml: str) -> int:
-    """Shut down, define ``new_xml``, start, check; returns the downtime in milliseconds.
+    """Define ``new_xml``, shut down, start, check; returns the downtime in milliseconds.
 
-    The downtime runs from the request to shut down until the guest is well again.
+    A definition that libvirt refuses is refused while the guest still runs, untouched.  The downtime runs from the request
+    to shut down until the guest is well again.
     """
     plan = journal.operation.plan
+    if new_xml != plan["old_xml"]:
+        journal.step("define")
+        define(
+            connection, new_xml, doing=f"Defining domain {handle.name()!r} with its new size", state="It is as it was."
+        )
     began = time.monotonic()
     journal.step("shutdown")
-    shut_down(handle, plan["shutdown_timeout"])
-    # Looked at again, under the lock: saved RAM would resume on other hardware.
-    if read_domain(handle).managed_save:
-        raise Refused(
-            f"Domain {handle.name()!r} was saved meanwhile",
-            advice="Start it, then run this again",
-            state="Its definition is as it was; it is saved, not running.",
-        )
-    problem = None
-    _shrink(handle, journal)
-    journal.step("define")
     try:
-        define(
-            connection, new_xml, doing=f"Defining domain {handle.name()!r} with its new size", state="It is shut off."
-        )
-        journal.step("start")
+        shut_down(handle, plan["shutdown_timeout"])
+        # Looked at again, under the lock: saved RAM would resume on other hardware.
+        if read_domain(handle).managed_save:
+            raise Refused(
+                f"Domain {handle.name()!r} was saved meanwhile",
+                advice="Start it, then run this again",
+                state="Its definition is as it was; it is saved, not running.",
+            )
+    except VmkeeperError:
+        _define_old(connection, handle, plan)
+        raise
+    _shrink(connection, handle, journal)
+    journal.step("start")
+    try:
         handle.create()
-    except (VmkeeperError, libvirt.libvirtError) as error:
-        problem = error.problem if isinstance(error, VmkeeperError) else message_of(error)
-    if problem is None:
-        journal.step("health")
-        if not plan["judge"]:
-            return _milliseconds_since(began)
-        problem = health.wait_until_well(handle, plan["health_command"], plan["health_timeout"])
+    except libvirt.libvirtError as error:
+        # It has never run with this size, so there is nothing that rollback: false could keep.
+        raise _rolled_back(connection, handle, journal, message_of(error), began) from error
+    journal.step("health")
+    if not plan["judge"]:
+        return _milliseconds_since(began)
+    problem = health.wait_until_well(handle, plan["health_command"], plan["health_timeout"])
     if problem is None:
         downtime = _milliseconds_since(began)
         keep(handle, journal)
@@ -75,11 +81,34 @@ def restart(connection: Any, handle: Any, journal: Journal, new_xml: str) -> int
     raise _rolled_back(connection, handle, journal, problem, began)
 
 
+def _define_old(connection: Any, handle: Any, plan: Mapping[str, Any]) -> None:
+    define(
+        connection,
+        plan["old_xml"],
+        doing=f"Defining domain {handle.name()!r} with its old size",
+        state="It has its new definition.",
+    )
+
+
+def is_as_written(handle: Any, plan: Mapping[str, Any]) -> bool:
+    """Whether the domain's definition is the one from before the interrupted run, or the one that it stored: nobody's since."""
+    if not handle.isPersistent():
+        return False
+    now = persistent_xml(handle)
+    return now == plan["old_xml"] or is_resized(plan["old_xml"], now, plan.get("new_xml") or now)
+
+
+def take_definition_back(connection: Any, handle: Any, plan: Mapping[str, Any]) -> None:
+    """The old definition in the place of the one that the interrupted run stored; what somebody has changed since stays."""
+    if is_as_written(handle, plan) and persistent_xml(handle) != plan["old_xml"]:
+        _define_old(connection, handle, plan)
+
+
 def _milliseconds_since(began: float) -> int:
     return round((time.monotonic() - began) * 1000)
 
 
-def _shrink(handle: Any, journal: Journal) -> None:
+def _shrink(connection: Any, handle: Any, journal: Journal) -> None:
     """Smaller copies of disks in the originals' places; the domain is off. Where it cannot be, the domain runs as before."""
     shrinks = journal.operation.plan.get("shrinks", ())
     try:
@@ -91,6 +120,7 @@ def _shrink(handle: Any, journal: Journal) -> None:
             shrinking.swap(shrink)
     except (VmkeeperError, OSError) as error:
         shrinking.put_back(shrinks)
+        _define_old(connection, handle, journal.operation.plan)
         state = "It is off, with its disks as they were."
         if journal.operation.plan["was_running"]:
             handle.create()
@@ -146,7 +176,7 @@ def roll_back(connection: Any, journal: Journal) -> str | None:
     domain = journal.operation.domains[0]
     handle = find_domain(connection, domain["uuid"])
     if not (journal.operation.reached("start-old") and handle.isActive()):
-        _return(connection, handle, journal, plan["old_xml"])
+        _return(connection, handle, journal)
     return wait_for_old_size(handle, plan) if plan.get("was_running", True) else None
 
 
@@ -160,19 +190,15 @@ def wait_for_old_size(handle: Any, plan: Mapping[str, Any]) -> str | None:
     return health.wait_until_well(handle, None, max(plan["health_timeout"], _OLD_SIZE_SECONDS))
 
 
-def _return(connection: Any, handle: Any, journal: Journal, old_xml: str) -> None:
+def _return(connection: Any, handle: Any, journal: Journal) -> None:
     journal.step("rollback")
     if handle.isActive():
         # It is not well, so it is not asked to shut down.
         with explaining(f"Stopping domain {handle.name()!r}", state="It has its new definition."):
             handle.destroy()
+    journal.step("put-back")
     shrinking.put_back(journal.operation.plan.get("shrinks", ()))
-    define(
-        connection,
-        old_xml,
-        doing=f"Defining domain {handle.name()!r} with its old size",
-        state="It is shut off and has its new definition.",
-    )
+    _define_old(connection, handle, journal.operation.plan)
     if not journal.operation.plan.get("was_running", True):
         return
     journal.step("start-old")

@@ -13,9 +13,11 @@ from typing import Any
 
 from .._errors import AgentSilent, VmkeeperError
 from ..hypervisor import appliance, checkpoints
-from ..hypervisor.definition import define, persistent_xml
-from ..safety import locks, settlement
+from ..hypervisor.definition import define
+from ..hypervisor.domain_model import DomainState, parse_domain
+from ..safety import settlement
 from ..safety.journal import Journal
+from ..safety.space import human
 from . import disks, guest_filesystem, memory, shrinking, vcpus
 from .change import (
     LIVE,
@@ -27,19 +29,22 @@ from .change import (
     ChangeSet,
     DiskGrowth,
     DiskShrink,
+    FilesystemGrowth,
     MemoryAction,
     VcpuAction,
 )
 from .change_set import compute
-from .definition import configured_memory, resized
+from .definition import configured_memory
 from .facts import Facts, read_facts
-from .guest_filesystem import Filesystem
 from .memory_plan import live_memory
-from .outcome import Outcome
-from .preconditions import check_restart
+from .outcome import Outcome, wait_for
+from .preconditions import check_host, check_restart
 from .request import Request
 from .restart import RolledBack, restart
 from .settle import OPERATION, SETTLERS
+
+#: How long a balloon may take to reach its size after a boot.
+_BOOT_SECONDS = 20.0
 
 
 @dataclass
@@ -61,7 +66,7 @@ def resize(
     named = [(handle.UUIDString(), handle.name()) for handle in handles]
     with contextlib.ExitStack() as stack:
         if not check:
-            stack.enter_context(locks.hold(named, "resize"))
+            stack.enter_context(settlement.hold(named, "resize"))
         findings = settlement.settle_before_change(uri, handles, SETTLERS, check=check)
         planned = []
         for handle in handles:
@@ -70,6 +75,7 @@ def resize(
             if change_set.shrinks:
                 appliance.require("Making a disk smaller")
             planned.append((handle, facts, change_set))
+        check_host(request, [(facts, change_set.changes) for _handle, facts, change_set in planned])
         for _handle, facts, change_set in planned:
             _check_shrinks(facts, change_set)
         results = []
@@ -133,6 +139,8 @@ class _Run:
         self._outcomes: dict[str, Outcome] = {}
         self._applied: dict[str, str] = {}
         self._downtime: int | None = None
+        self._altered = False
+        self._refused: VmkeeperError | None = None
 
     # --- check mode ---
 
@@ -140,20 +148,21 @@ class _Run:
         before = sizes(self._facts)
         after = {key: dict(value) for key, value in before.items()}
         for change in self._set.due:
-            _foresee(after, change, self._facts)
-        return self._resized(before, after, restarted=self._set.restart)
+            _foresee(after, change)
+        if self._set.definition is not None:
+            _foresee_definition(after, self._set.definition)
+        return self._resized(before, after, changed=bool(self._set.due), restarted=self._set.restart)
 
     # --- for real ---
 
     def carry_out(self) -> Resized:
         before = sizes(self._facts)
-        old_xml = persistent_xml(self._handle) if self._facts.configured.persistent else None
-        new_xml = resized(old_xml, self._set.wish) if old_xml is not None else None
+        old_xml, new_xml = self._facts.definition, self._set.definition
         redefine = new_xml is not None and new_xml != old_xml
         if not self._set.due:
-            return self._resized(before, before)
+            return self._resized(before, before, changed=False)
         self._journal = Journal.begin(
-            OPERATION, [(self._facts.configured.uuid, self._facts.name)], self._intention(old_xml)
+            OPERATION, [(self._facts.configured.uuid, self._facts.name)], self._intention(old_xml, new_xml)
         )
         try:
             self._live_changes()
@@ -161,6 +170,7 @@ class _Run:
                 self._restart(new_xml)
             elif redefine and new_xml is not None:
                 self._journal.step("definition")
+                self._altered = True
                 define(
                     self._connection,
                     new_xml,
@@ -171,14 +181,18 @@ class _Run:
             self._give_up(error)
             raise
         self._journal.finish()
-        return self._resized(before, sizes(_facts(self._handle, self._request)), restarted=self._set.restart)
+        if self._refused is not None:
+            raise self._refused
+        after = sizes(_facts(self._handle, self._request))
+        return self._resized(before, after, changed=self._altered, restarted=self._set.restart)
 
-    def _intention(self, old_xml: str | None) -> dict[str, Any]:
+    def _intention(self, old_xml: str | None, new_xml: str | None) -> dict[str, Any]:
         return {
             "changes": [
                 {"what": one.what, "before": one.before, "after": one.after, "how": one.how} for one in self._set.due
             ],
             "old_xml": old_xml,
+            "new_xml": new_xml,
             "rollback": self._request.rollback,
             "judge": self._facts.agent is not None
             or self._request.health_command is not None
@@ -207,27 +221,37 @@ class _Run:
     def _give_up(self, error: BaseException) -> None:
         """A failure leaves the journal only while something is still to be settled: the guest may be shutting down."""
         operation = self._journal.operation
+        # A definition that libvirt refuses; a signal then says nothing of it.
+        begun = operation.reached("shutdown") or (operation.reached("define") and not isinstance(error, VmkeeperError))
         accepted = operation.reached("start") and not self._request.rollback and isinstance(error, VmkeeperError)
-        if not operation.reached("shutdown") or isinstance(error, RolledBack) or accepted:
+        if not begun or isinstance(error, RolledBack) or accepted:
             self._journal.finish()
 
     def _live_changes(self) -> None:
         for change in self._set.due:
             if change.how not in (LIVE, OFFLINE) or change.action is None:
                 continue
-            if change.ends_checkpoints:
-                self._journal.step(f"checkpoints {change.what}")
-                checkpoints.end(
-                    self._handle,
-                    change.ends_checkpoints,
-                    state="The disk has its old size; the next backup may have to be a full one.",
-                )
+            self._end_checkpoints(change)
             self._journal.step(change.what)
             outcome = self._apply(change)
-            self._outcomes[change.what] = outcome
-            self._applied[change.what] = change.how
+            self._applied[change.what] = change.how if outcome.taken or outcome.altered else NONE
+            self._note(change, outcome)
             if not outcome.taken:
                 self._not_taken(change, outcome)
+
+    def _end_checkpoints(self, change: Change) -> None:
+        if change.ends_checkpoints:
+            self._journal.step(f"checkpoints {change.what}")
+            self._altered = True
+            checkpoints.end(
+                self._handle,
+                change.ends_checkpoints,
+                state="The disk has its old size; the next backup may have to be a full one.",
+            )
+
+    def _note(self, change: Change, outcome: Outcome) -> None:
+        self._outcomes[change.what] = outcome
+        self._altered = self._altered or outcome.altered
 
     def _apply(self, change: Change) -> Outcome:
         info = self._facts.agent
@@ -242,9 +266,8 @@ class _Run:
                 return Outcome(None, note="the domain is shut off")
             disks.grow_live(self._handle, action)
             return self._disk_seen(action)
-        if isinstance(action, Filesystem):
-            grown = guest_filesystem.grow(self._handle, action)
-            return Outcome(grown.size, grown.fills(grown.disk_size), "" if grown.size else str(grown.problem))
+        if isinstance(action, FilesystemGrowth):
+            return guest_filesystem.take_room(self._handle, action.filesystem, action.disk_size)
         raise TypeError(f"no way to apply {action!r}")
 
     def _disk_seen(self, action: DiskGrowth) -> Outcome:
@@ -260,62 +283,90 @@ class _Run:
 
     def _not_taken(self, change: Change, outcome: Outcome) -> None:
         if self._request.apply == "live":
-            raise VmkeeperError(
+            of_disk = change.what.startswith(("disk ", "filesystem "))
+            refused = VmkeeperError(
                 f"Domain {self._facts.name!r} did not take {change.what} {change.after} live: {outcome.note}",
-                state="It runs; its definition is as it was.",
-                advice="Use apply: auto, with allow_restart to have it at once",
+                state="It runs; the other changes were made." if of_disk else "It runs; its definition is as it was.",
+                advice="Use apply: auto" + ("" if of_disk else ", with allow_restart to have it at once"),
                 guest_sees=outcome.guest_sees,
             )
-        may_restart, note = self._request.allow_restart and self._facts.configured.persistent, outcome.note
-        if change.what in ("vcpus", "memory") and may_restart:
+            if not of_disk:
+                raise refused
+            self._refused = self._refused or refused  # the definition is stored first: it is not concerned
+            return
+        if change.what.startswith("filesystem "):
+            return  # no start grows it; a disk that was not noticed takes its filesystem along (_restart)
+        why = f"the guest did not take it live: {outcome.note}"
+        if not change.restart_helps:
+            return
+        note = outcome.note
+        if self._request.allow_restart and self._facts.configured.persistent:
             try:
                 check_restart(self._request, self._facts)
+                # The plan was live, the guest thought otherwise: the second best way.
+                self._replace(change, replace(change, how=RESTART, why=why))
+                return
             except AgentSilent as blind:
-                may_restart, note = False, f"{note}; no restart: {blind.problem}"
-        if change.what in ("vcpus", "memory") and may_restart:
-            # The plan was live, the guest thought otherwise: the second best way.
-            self._set = replace(
-                self._set,
-                changes=tuple(
-                    replace(one, how=RESTART, why=f"the guest did not take it live: {outcome.note}")
-                    if one is change
-                    else one
-                    for one in self._set.changes
-                ),
-            )
-            return
+                note = f"{note}; no restart: {blind.problem}"
         if change.what in ("vcpus", "memory"):
             self._applied[change.what] = NEXT_BOOT
-            self._set = replace(self._set, pending=(*self._set.pending, f"{change.what}: {note}"))
+        self._set = replace(self._set, pending=(*self._set.pending, f"{change.what}: {note}"))
+
+    def _replace(self, old: Change, new: Change) -> None:
+        self._set = replace(self._set, changes=tuple(new if one is old else one for one in self._set.changes))
 
     def _restart(self, new_xml: str) -> None:
         for change in self._set.due:
-            if change.how == RESTART and change.ends_checkpoints:
-                self._journal.step(f"checkpoints {change.what}")
-                checkpoints.end(
-                    self._handle,
-                    change.ends_checkpoints,
-                    state="The disk has its old size; the next backup may have to be a full one.",
-                )
+            if change.how == RESTART and isinstance(change.action, DiskShrink):
+                self._end_checkpoints(change)
+        self._altered = True
         self._downtime = restart(self._connection, self._handle, self._journal, new_xml)
         facts = _facts(self._handle, self._request)
         for change in self._set.due:
-            if change.how != RESTART:
-                continue
-            self._applied[change.what] = RESTART
-            seen = None
-            if isinstance(change.action, DiskShrink):
-                self._outcomes[change.what] = Outcome(None, note="its filesystem was checked before and after")
-                continue
-            if change.what == "vcpus":
-                seen = len(facts.cpus.online) if facts.cpus else None
-            elif change.what == "memory":
-                seen = facts.memory.total
-            self._outcomes[change.what] = Outcome(seen)
+            if change.how == RESTART:
+                self._applied[change.what] = RESTART
+                self._note(change, self._after_restart(change, facts))
+        for change in self._set.due:
+            if isinstance(change.action, FilesystemGrowth) and not self._outcomes[change.what].taken:
+                self._note(change, self._grow_what_is_noticed_now(change.action, facts))
+                self._applied[change.what] = RESTART if self._outcomes[change.what].altered else NONE
+
+    def _after_restart(self, change: Change, facts: Facts) -> Outcome:
+        """What the guest says after it was started with its new size."""
+        if isinstance(change.action, DiskShrink):
+            return Outcome(None, note="its filesystem was checked before and after")
+        if change.what == "vcpus":
+            seen = len(facts.cpus.online) if facts.cpus else None
+            if seen is None or seen == change.after:
+                return Outcome(seen)
+            return Outcome(seen, False, f"the guest has {seen} of {change.after} vCPUs online")
+        if change.what == "memory":
+            wait_for(
+                lambda: memory.live(self._handle) == change.after, _BOOT_SECONDS
+            )  # its balloon inflates at the boot
+            have = memory.live(self._handle)
+            if have != change.after:
+                return Outcome(facts.memory.total, False, f"the guest has {human(have)} of {human(change.after or 0)}")
+            left = len(facts.memory.offline_blocks)
+            note = f"the guest left {left} blocks of its memory offline" if left else ""
+            return Outcome(facts.memory.total, not left, note)
+        if change.what.startswith("disk "):
+            found = next((one for one in facts.filesystems if one.target == change.what[5:]), None)
+            return Outcome(found.disk_size if found is not None else None)
+        return Outcome(None, not isinstance(change.action, FilesystemGrowth))
+
+    def _grow_what_is_noticed_now(self, action: FilesystemGrowth, facts: Facts) -> Outcome:
+        found = next((one for one in facts.filesystems if one.target == action.filesystem.target), None)
+        if found is None or found.problem:
+            why = found.problem if found is not None else facts.filesystems_problem
+            return Outcome(None, False, why or "the guest has mounted nothing that lies on it", altered=False)
+        return guest_filesystem.take_room(self._handle, found, action.disk_size)
 
     # --- result ---
 
-    def _resized(self, before: dict[str, Any], after: dict[str, Any], *, restarted: bool = False) -> Resized:
+    def _resized(
+        self, before: dict[str, Any], after: dict[str, Any], *, changed: bool, restarted: bool = False
+    ) -> Resized:
         entries = []
         warnings = []
         for change in self._set.changes:
@@ -331,12 +382,14 @@ class _Run:
                     f"{self._facts.name}: resizing {change.what} ends the checkpoints"
                     f" {', '.join(change.ends_checkpoints)}; the next backup is a full one"
                 )
+            if change.warn and outcome.taken:
+                warnings.append(f"{self._facts.name}: {change.what} stays: {change.why}")
             if change.how == NONE and any(one.what == f"disk {change.what.partition(' ')[2]}" for one in self._set.due):
                 warnings.append(f"{self._facts.name}: {change.what} was not grown: {change.why}")
         waiting = [] if restarted else list(self._set.pending)
         return Resized(
             domain=self._facts.name,
-            changed=bool(self._set.due),
+            changed=changed,
             result={
                 "domain": self._facts.name,
                 "changes": entries,
@@ -352,19 +405,19 @@ class _Run:
         )
 
 
-def _foresee(after: dict[str, Any], change: Change, facts: Facts) -> None:
+def _foresee(after: dict[str, Any], change: Change) -> None:
     """What the diff of check mode shows for one change."""
     if change.what in ("vcpus", "memory"):
-        after[change.what]["configured"] = change.after
-        if change.how in (LIVE, RESTART):
+        plugs = not isinstance(change.action, VcpuAction) or change.action.plug_to is not None
+        if change.how in (LIVE, RESTART) and plugs:
             after[change.what]["live"] = change.after
-    elif change.what == "max_vcpus":
-        after["vcpus"]["maximum"] = change.after
-    elif change.what == "max_memory":
-        after["memory"]["maximum"] = change.after
-    elif change.what.startswith("disk "):
+    elif isinstance(change.action, (DiskGrowth, DiskShrink)):
         after["disks"][change.what[5:]] = change.after
-    elif isinstance(change.action, Filesystem):
-        after["filesystems"][change.action.mountpoint] = change.after
-    if change.what == "vcpus" and change.after is not None:
-        after["vcpus"]["maximum"] = max(after["vcpus"]["maximum"], change.after)
+    elif isinstance(change.action, FilesystemGrowth):
+        after["filesystems"][change.action.filesystem.mountpoint] = change.after
+
+
+def _foresee_definition(after: dict[str, Any], xml: str) -> None:
+    domain = parse_domain(xml, DomainState("shutoff"))
+    after["vcpus"].update(configured=domain.vcpus_current, maximum=domain.vcpus_max)
+    after["memory"].update(configured=configured_memory(domain), maximum=domain.memory_limit)

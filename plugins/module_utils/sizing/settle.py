@@ -3,22 +3,26 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Finish or undo a resize that was interrupted.
 
-Live changes need nothing: what is half done shows in the facts, and the same task completes it.  A restart is finished when
-the domain turns out to be well with its new size, else the old definition comes back.
+Live changes need nothing: what is half done shows in the facts, and the same task completes it.  Before the start, a restart
+is taken back.  After it, it is finished when the domain turns out to be well with its new size.  If it is not, the old definition
+comes back only while the interrupted run could itself be judging it; a guest that may have served since is never stopped, nor its disks
+exchanged.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._errors import VmkeeperError
-from ..hypervisor import appliance, health
-from ..hypervisor.connection import explaining, find_by_uuid, open_connection
+from ..hypervisor import appliance, health, power
+from ..hypervisor.binding import libvirt
+from ..hypervisor.connection import explaining, find_by_uuid, message_of, open_connection
 from ..hypervisor.domain_model import read_domain
 from ..safety import processes, settlement
-from ..safety.journal import Journal
+from ..safety.journal import Journal, Operation
 from . import restart, shrinking
 from .outcome import wait_for
 
@@ -26,6 +30,12 @@ OPERATION = "resize"
 
 #: A guest that was told to shut down just before the kill is still doing so.
 _SHUTDOWN_SECONDS = 60.0
+
+#: Times of files and of the journal come from one clock, but not at one instant.
+_CLOCK_SECONDS = 1.0
+
+#: How much longer than ``health_timeout`` an interrupted run is stood in for as if it were still at work.
+_MARGIN_SECONDS = 600.0
 
 
 def settle(uri: str, pending: Journal) -> dict[str, str]:
@@ -48,7 +58,7 @@ def settle(uri: str, pending: Journal) -> dict[str, str]:
 
 def _settle(connection: Any, handle: Any, pending: Journal) -> str:
     operation = pending.operation
-    if not operation.reached("shutdown"):
+    if not operation.reached("define") and not operation.reached("shutdown"):
         return "left as far as it had got"
     shrinks = operation.plan.get("shrinks", ())
     if shrinks:
@@ -56,29 +66,113 @@ def _settle(connection: Any, handle: Any, pending: Journal) -> str:
     if operation.reached("drop"):
         restart.keep(handle, pending)
         return "finished: it was well with its new size"
-    if shrinks and not operation.reached("start"):
-        if handle.isActive() and any(shrinking.swapped(shrink) for shrink in shrinks):
-            return _started_by_somebody(handle, pending)
-        shrinking.put_back(shrinks)  # also of a guest that still shuts down: nothing has taken its image's name
-        if not operation.plan["was_running"] and not operation.reached("define"):
-            return "taken back: it is off, with its disks as they were"
-    if not operation.reached("define"):
-        wait_for(lambda: not handle.isActive(), min(_SHUTDOWN_SECONDS, operation.plan["shutdown_timeout"]))
-        if handle.isActive():
-            return "left running: it had not shut down"
-        if read_domain(handle).managed_save:
-            return "left saved"
-        with explaining(f"Starting domain {handle.name()!r} again", state="It is shut off."):
+    if operation.reached("rollback"):
+        return _way_back(connection, handle, pending)
+    if operation.reached("start"):
+        return _started(connection, handle, pending)
+    return _not_started(connection, handle, pending)
+
+
+def _not_started(connection: Any, handle: Any, pending: Journal) -> str:
+    """The run ended before it started the domain with its new size: all of it is taken back."""
+    operation, plan = pending.operation, pending.operation.plan
+    shrinks = plan.get("shrinks", ())
+    swap = operation.last("swap")
+    if swap is not None and (
+        (handle.isActive() and any(shrinking.swapped(shrink) for shrink in shrinks))
+        or shrinking.written_since(shrinks, swap["at"] + _CLOCK_SECONDS)
+    ):
+        return _started_by_somebody(handle, pending)
+    shrinking.put_back(shrinks)  # also of a guest that still shuts down: nothing has taken its image's name
+    if operation.reached("shutdown"):
+        wait_for(lambda: not handle.isActive(), min(_SHUTDOWN_SECONDS, plan["shutdown_timeout"]))
+    restart.take_definition_back(connection, handle, plan)
+    if not plan.get("was_running", True):
+        return "taken back: it is off, with its disks as they were"
+    if handle.isActive():
+        return "left running: it had not shut down"
+    domain = read_domain(handle)
+    if domain.managed_save:
+        return "left saved"
+    if not operation.reached("shutdown") or domain.state.reason not in power.ENDED_BY_ITSELF:
+        return f"left off, with its old size: somebody has switched it off ({domain.state.reason})"
+    with explaining(f"Starting domain {handle.name()!r} again", state="It is shut off, with its old size."):
+        handle.create()
+    return f"started again with its old size{_but(restart.wait_for_old_size(handle, plan))}"
+
+
+def _started(connection: Any, handle: Any, pending: Journal) -> str:
+    """The domain may have served with its new size for long: what it has written since is never thrown away."""
+    operation, plan = pending.operation, pending.operation.plan
+    shrinks = plan.get("shrinks", ())
+    problem = None
+    if not handle.isActive():
+        domain = read_domain(handle)
+        if not starts_again(operation, domain.state.reason, saved=domain.managed_save):
+            return (
+                f"left off, with its new size: it was switched off since ({domain.state.reason}){_kept_beside(shrinks)}"
+            )
+        try:
             handle.create()
-        return f"started again with its old size{_but(restart.wait_for_old_size(handle, operation.plan))}"
-    if operation.reached("start") and not operation.reached("rollback") and handle.isActive():
-        plan = operation.plan
-        if not plan["judge"] or health.wait_until_well(handle, plan["health_command"], plan["health_timeout"]) is None:
-            restart.keep(handle, pending)
-            return "found well with its new size"
+        except libvirt.libvirtError as error:
+            problem = message_of(error)
+    if problem is None and plan["judge"] and plan.get("rollback", True):
+        problem = health.wait_until_well(handle, plan["health_command"], plan["health_timeout"])
+    if problem is None:
+        restart.keep(handle, pending)
+        return "found well with its new size" if plan.get("rollback", True) else "left running with its new size"
+    if shrinks:
+        raise _not_well(handle, "on its smaller disks", problem, shrinks)
+    if not plan.get("rollback", True) and operation.reached("health"):
+        return f"left with its new size, but {problem}"
+    if not restart.is_as_written(handle, plan):
+        return f"left as it is, since its definition was changed, but {problem}"
+    if handle.isActive() and not is_recent(operation, time.time()):
+        raise _not_well(handle, "with its new size", problem)
+    return f"taken back: it runs with its old definition{_but(restart.roll_back(connection, pending))}"
+
+
+def _way_back(connection: Any, handle: Any, pending: Journal) -> str:
+    """The run had found the domain not well, and was on its way back to the old size."""
+    operation, plan = pending.operation, pending.operation.plan
+    shrinks = plan.get("shrinks", ())
+    if not operation.reached("start-old"):
+        began = operation.last("rollback") or {"at": 0}
+        if handle.isActive() and (operation.reached("put-back") or not is_recent(operation, time.time())):
+            # It was stopped, and somebody has started it since; or has made it well.
+            if any(shrinking.swapped(shrink) for shrink in shrinks):
+                return _started_by_somebody(handle, pending)
+            restart.take_definition_back(connection, handle, plan)
+            return "left running: it was started since; the next start has the old size"
+        if not handle.isActive() and shrinking.written_since(shrinks, began["at"] + _SHUTDOWN_SECONDS):
+            return _started_by_somebody(handle, pending)
+    if not handle.isActive() and not restart.is_as_written(handle, plan):
+        return f"left off: its definition was changed since{_kept_beside(shrinks)}"
     problem = restart.roll_back(connection, pending)
-    where = "runs" if operation.plan.get("was_running", True) else "is off"
+    where = "runs" if plan.get("was_running", True) else "is off"
     return f"taken back: it {where} with its old definition{_but(problem)}"
+
+
+def starts_again(operation: Operation, reason: str, *, saved: bool = False) -> bool:
+    """Whether a domain that is off, ``reason`` by libvirt, goes on with the size that it was, or was about to be, started with.
+
+    Not one that ran and was shut down since; but one that was off is started to prove itself, however it ended.
+    """
+    if saved:
+        return False
+    if not operation.plan.get("was_running", True):
+        return True
+    return reason in power.ENDED_BY_ITSELF and not (operation.reached("health") and reason == "shutdown")
+
+
+def is_recent(operation: Operation, now: float) -> bool:
+    """Whether the interrupted run could itself be judging the domain still: nobody relies on it yet."""
+    return bool(now - operation.steps[-1]["at"] <= operation.plan["health_timeout"] + _MARGIN_SECONDS)
+
+
+def _kept_beside(shrinks: Sequence[Mapping[str, Any]]) -> str:
+    kept = ", ".join(shrink["kept"] for shrink in shrinks if shrinking.swapped(shrink))
+    return f"; its disks as they were before are kept as {kept}" if kept else ""
 
 
 def _but(problem: str | None) -> str:
@@ -98,16 +192,22 @@ def _end_of_shrinking(handle: Any, shrinks: Sequence[Mapping[str, Any]]) -> None
 
 
 def _started_by_somebody(handle: Any, pending: Journal) -> str:
-    """It runs on smaller copies that no run has started it on; what it has written is on them."""
+    """Somebody, and no run, has started it on the smaller copies; what it has written is on them."""
     plan = pending.operation.plan
+    if not handle.isActive():
+        return f"left off: it was started on its smaller disks since{_kept_beside(plan['shrinks'])}"
     problem = health.wait_until_well(handle, plan["health_command"], plan["health_timeout"])
-    if problem is None:
-        shrinking.drop_originals(plan["shrinks"])
-        return "found well with its smaller disks"
-    kept = ", ".join(shrink["kept"] for shrink in plan["shrinks"])
-    raise VmkeeperError(
-        f"Domain {handle.name()!r} was started on its smaller disks and is not well: {problem}",
-        state=f"Its disks as they were before are kept as {kept}.",
+    if problem is not None:
+        raise _not_well(handle, "on its smaller disks", problem, plan["shrinks"])
+    shrinking.drop_originals(plan["shrinks"])
+    return "found well with its smaller disks"
+
+
+def _not_well(handle: Any, how: str, problem: str, shrinks: Sequence[Mapping[str, Any]] = ()) -> VmkeeperError:
+    state = "It runs" if handle.isActive() else "It is off"
+    return VmkeeperError(
+        f"Domain {handle.name()!r} was started {how} and is not well: {problem}",
+        state=f"{state}{_kept_beside(shrinks)}; nothing was taken back, since it may have written since.",
         advice="See that it becomes well, or shut it down, and run this again",
     )
 

@@ -140,6 +140,12 @@ def check_fits(path: str, image_format: str, size: int, *, doing: str) -> None:
         )
 
 
+def room_for_copy(path: str, image_format: str) -> tuple[str, int]:
+    """``(directory, bytes)`` that a smaller copy of an image takes while it is made."""
+    content = os.stat(path).st_blocks * SECTOR
+    return os.path.dirname(path), content * (2 if image_format != "raw" else 1) + (64 << 20)
+
+
 def make_copy(shrink: Mapping[str, Any], *, doing: str) -> None:
     """A smaller, checked copy of an image at ``shrink['copy']``; raises and leaves the original alone.
 
@@ -147,9 +153,7 @@ def make_copy(shrink: Mapping[str, Any], *, doing: str) -> None:
     """
     path, image_format, size = shrink["path"], shrink["format"], int(shrink["size"])
     work = shrink["work"]
-    directory = os.path.dirname(path)
-    content = os.stat(path).st_blocks * SECTOR
-    space.require([(directory, content * (2 if image_format != "raw" else 1) + (64 << 20))], doing)
+    space.require([room_for_copy(path, image_format)], doing)
     check_fits(path, image_format, size, doing=doing)
     places.unlink_quietly(work)
     os.close(os.open(work, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
@@ -217,6 +221,11 @@ def swapped(shrink: Mapping[str, Any]) -> bool:
         return not os.path.samefile(shrink["kept"], shrink["path"])
     except FileNotFoundError:
         return False
+
+
+def written_since(shrinks: Sequence[Mapping[str, Any]], when: float) -> bool:
+    """Whether a copy that stands for its disk now was written later than ``when`` (seconds of the epoch): a guest has run on it."""
+    return any(swapped(shrink) and os.stat(shrink["path"]).st_mtime > when for shrink in shrinks)
 
 
 def put_back(shrinks: Sequence[Mapping[str, Any]]) -> None:

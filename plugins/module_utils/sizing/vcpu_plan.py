@@ -18,16 +18,21 @@ def vcpu_changes(request: Request, facts: Facts) -> tuple[list[Change], list[str
     if wanted is None:
         return [], []
     conf, live = facts.configured, facts.live
+    configured = conf.vcpus_current == wanted and conf.vcpus_max >= wanted
+    started_so = configured and live is not None and live.vcpus_current == wanted
     online = len(facts.cpus.online) if facts.cpus else None
     effective = online if online is not None else (live.vcpus_current if live else conf.vcpus_current)
     action, obstacle, why = _live(wanted, facts) if live else (None, "", "")
+    if started_so and action is None and obstacle:
+        # Another start would bring the same.
+        return [Change("vcpus", effective, wanted, NONE, obstacle, warn=True)], []
     in_force = live is not None and effective == wanted and live.vcpus_current >= wanted
     decision = decide(
         request,
         facts,
         "The vCPUs",
         in_force=in_force,
-        configured=conf.vcpus_current == wanted and conf.vcpus_max >= wanted,
+        configured=configured,
         live=action is not None,
         obstacle=obstacle,
         why=why,
@@ -43,7 +48,7 @@ def vcpu_changes(request: Request, facts: Facts) -> tuple[list[Change], list[str
     before = conf.vcpus_current if in_force else effective
     change = Change("vcpus", before, wanted, decision.how, decision.why)
     if decision.how == LIVE:
-        change = replace(change, action=action, completes_at_restart=bool(pending))
+        change = replace(change, action=action, completes_at_restart=bool(pending), restart_helps=not started_so)
     return [change], pending
 
 
@@ -57,6 +62,13 @@ def _live(wanted: int, facts: Facts) -> tuple[VcpuAction | None, str, str]:
         return None, f"it was started with room for {live.vcpus_max} vCPUs", ""
     if wanted > have:
         return VcpuAction(wanted, wanted), "", f"it has room for {live.vcpus_max} vCPUs"
+    if wanted == have and facts.cpus is not None and len(facts.cpus.online | facts.cpus.offline) < wanted:
+        seen = len(facts.cpus.online | facts.cpus.offline)
+        return (
+            None,
+            f"QEMU has given the guest {wanted} vCPUs, and it sees {seen} (its kernel may be limited to these)",
+            "",
+        )
     removable = sum(1 for vcpu in live.vcpus if vcpu.enabled and vcpu.hotpluggable)
     # QEMU's own emulation (TCG) takes an unplugged vCPU from the guest but never reports it gone, and the next memory that
     # is plugged ends QEMU (seen with 7.2). Under KVM it is sound.

@@ -21,23 +21,28 @@ from .outcome import Outcome, wait_for
 
 def apply(handle: Any, action: VcpuAction, info: AgentInfo | None) -> Outcome:
     """Do it; what the guest sees decides whether it was taken."""
+    before = _count(handle, info)
     if action.plug_to is not None:
         _plug(handle, action.plug_to)
         live = read_domain(handle).vcpus_current
         if live != action.plug_to:
-            cpus = guest_cpus(handle, info)
-            return Outcome(
-                len(cpus.online) if cpus else None, False, f"the guest did not let go: {live} vCPUs are left"
-            )
+            now = _count(handle, info)
+            return Outcome(now[1], False, f"the guest did not let go: {live} vCPUs are left", now != before)
     if info is None or not {"guest-get-vcpus", "guest-set-vcpus"} <= info.commands:
         return Outcome(None, True, "the guest agent does not tell; QEMU has plugged them")
     # Each poll sees new vCPUs that ACPI has announced meanwhile, and asks for what is still missing.
     wait_for(lambda: _ask(handle, info, action.online))
-    cpus = guest_cpus(handle, info)
-    online = len(cpus.online) if cpus else None
+    now = _count(handle, info)
+    online = now[1]
     if online == action.online:
         return Outcome(online)
-    return Outcome(online, False, f"the guest has {online} of {action.online} vCPUs online")
+    return Outcome(online, False, f"the guest has {online} of {action.online} vCPUs online", now != before)
+
+
+def _count(handle: Any, info: AgentInfo | None) -> tuple[int, int | None]:
+    """How many vCPUs QEMU has, and how many the guest has online."""
+    cpus = guest_cpus(handle, info)
+    return read_domain(handle).vcpus_current, len(cpus.online) if cpus else None
 
 
 def _plug(handle: Any, count: int) -> None:

@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..hypervisor.connection import open_connection
-from ..safety import locks, settlement, worker
+from ..safety import settlement, worker
 from ..safety.journal import Journal
 from . import merging
 from .commit_plan import CommitPlan, Request, plan_commit
 from .ground import Ground, read_ground
 from .merging import COMMIT
 from .remains import Merged
-from .settlers import SETTLERS
+from .settlers import SETTLERS, within
 
 
 @dataclass
@@ -39,8 +39,8 @@ def commit(
     if check:
         settlement.settle_before_change(uri, handles, SETTLERS, check=True)
         return [_result(plan_commit(request, ground), ground, None) for ground in map(read_ground, handles)]
-    with locks.hold(named, "blockcommit"):
-        settled = settlement.settle_before_change(uri, handles, SETTLERS)
+    with settlement.hold(named, "blockcommit"):
+        settled = settlement.settle_before_change(uri, handles, within(seconds))
         resumed = {finding["domain"] for finding in settled}
         pairs = list(zip(handles, map(read_ground, handles)))
         plans = [plan_commit(request, ground) for _handle, ground in pairs]

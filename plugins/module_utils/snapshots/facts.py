@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._errors import AgentSilent
 from ..hypervisor import agent, chain
 from ..hypervisor.binding import libvirt
 from ..hypervisor.block_jobs import running_job
 from ..hypervisor.connection import version_triple
 from ..hypervisor.domain_model import Disk, Domain, read_domain
-from ..safety.standing_freeze import standing_ticket
+from ..safety import standing_freeze
 from .model import read_snapshots
 from .plan import Facts
 
@@ -23,11 +22,7 @@ def read_facts(handle: Any, *, ask_agent: bool = True) -> Facts:
     domain = read_domain(handle)
     info, problem, frozen = None, None, False
     if ask_agent and domain.state.running and domain.agent_configured:
-        try:
-            info = agent.ask_info(handle)
-            frozen = info.can_tell_frozen and agent.is_frozen(handle)
-        except AgentSilent as error:
-            problem = str(error.facts.get("libvirt") or error.problem)
+        info, problem, frozen = agent.ask(handle)
     return Facts(
         domain=domain,
         snapshots=read_snapshots(handle),
@@ -36,17 +31,11 @@ def read_facts(handle: Any, *, ask_agent: bool = True) -> Facts:
         agent_problem=problem,
         job=running_job(handle),
         frozen=frozen,
-        frozen_whole=frozen and _frozen_whole(domain.uuid),
+        frozen_whole=frozen and standing_freeze.is_whole(domain.uuid),
         next_start=read_domain(handle, inactive=True) if domain.state.active and domain.persistent else None,
         layers={disk.target: chain.depth(disk) for disk in domain.disks if disk.active is not None},
         longest_startable=chain.longest_startable(version_triple(handle.connect().getLibVersion())),
     )
-
-
-def _frozen_whole(uuid: str) -> bool:
-    """Whether the freeze that stands is known to be of all filesystems: only then does it prove anything."""
-    ticket = standing_ticket(uuid)
-    return ticket is not None and ticket.whole
 
 
 def virtual_size(handle: Any, domain: Domain, disk: Disk) -> int | None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._errors import VmkeeperError
-from ..hypervisor.connection import explaining
+from .._errors import LibvirtFailed
+from ..hypervisor.connection import find_by_uuid
+from ..safety.recovery import failed, name_of
 from .model import read_snapshots
 from .removing import Request, remove
 
@@ -16,9 +17,17 @@ from .removing import Request, remove
 def finish_removals(uri: str, handle: Any, *, check: bool = False) -> list[dict[str, Any]]:
     """Remove them; returns ``{domain, what, action, settled, left}`` as :func:`..safety.recovery.recover` does."""
     findings: list[dict[str, Any]] = []
-    with explaining("Reading the name of a domain"):
-        domain = handle.name()
-    for snapshot in read_snapshots(handle):
+    domain = name_of(handle)
+    try:
+        snapshots = read_snapshots(handle)
+    except LibvirtFailed as error:
+        # Gone since it was listed, as the guest of a proof that has ended: it has no snapshots.
+        return (
+            []
+            if find_by_uuid(handle.connect(), handle.UUIDString()) is None
+            else [failed(domain, "its snapshots", error)]
+        )
+    for snapshot in snapshots:
         if snapshot.labels is None or not snapshot.labels.ending:
             continue
         what = f"snapshot {snapshot.name!r}, whose removal was begun"
@@ -27,7 +36,8 @@ def finish_removals(uri: str, handle: Any, *, check: bool = False) -> list[dict[
             try:
                 remove(uri, [handle], Request(snapshot.name))
                 action, settled = "removed", True
-            except VmkeeperError as error:
-                action = f"failed: {error}"
+            except Exception as error:  # noqa: BLE001 whatever it is: other domains have removals to be finished
+                findings.append(failed(domain, what, error))
+                continue
         findings.append({"domain": domain, "what": what, "action": action, "settled": settled, "left": []})
     return findings

@@ -40,13 +40,14 @@ def run(handle: Any, work: Work, journal: Journal, *, seconds: float | None = No
         done = merge_all(handle, work, journal, seconds=seconds)
     except block_jobs.TookTooLong:
         raise
-    except VmkeeperError as error:
+    except (VmkeeperError, OSError) as error:
         before = journal.operation.steps[-1]["name"] in _BEFORE_A_COMMIT_IS_DONE
         if before:
             _settle_disks(handle, work, journal, refused=isinstance(error, block_jobs.NotBegun))
         _start_again(handle, journal)
         if before:
-            journal.finish()
+            with contextlib.suppress(OSError):  # then the next run finds that nothing is left to do
+                journal.finish()
         raise
     journal.finish()
     return done
@@ -111,8 +112,8 @@ def abandon(uri: str, pending: Journal) -> dict[str, str]:
     return {"what": f"a {pending.operation.kind} in progress", "action": "cancelled"}
 
 
-def settle(uri: str, pending: Journal) -> dict[str, str]:
-    """Finish an interrupted run; returns ``{what, action}``."""
+def settle(uri: str, pending: Journal, *, seconds: float | None = None) -> dict[str, str]:
+    """Finish an interrupted run; returns ``{what, action}``. ``seconds`` as for :func:`merge_all`."""
     handle = find_by_uuid(open_connection(uri), pending.operation.domains[0]["uuid"])
     work = Work.from_json(pending.operation.plan["work"])
     what = f"an interrupted {pending.operation.kind}"
@@ -125,7 +126,7 @@ def settle(uri: str, pending: Journal) -> dict[str, str]:
         _settle_disks(handle, work, pending)
         pending.finish()
         return {"what": what, "action": "taken back"}
-    run(handle, work, pending)
+    run(handle, work, pending, seconds=seconds)
     return {"what": what, "action": "finished"}
 
 
@@ -206,7 +207,7 @@ def _start_again(handle: Any, journal: Journal) -> None:
     state = read_domain(handle).state
     if state.active or state.reason not in power.ENDED_BY_ITSELF:
         return
-    journal.step("start")
+    journal.note("start")
     with explaining(
         f"Starting domain {handle.name()!r} again",
         state="It is shut off, and its layers are whole.",

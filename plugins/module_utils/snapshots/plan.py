@@ -209,17 +209,8 @@ def plan_take(request: Request, facts: Facts, exists: Callable[[str], bool] = os
             f"The guest of domain {domain.name!r} is frozen: its memory would come back frozen, and it cannot shut down",
             advice="Thaw it first (vmkeeper.libvirt.fsfreeze with state: thawed)",
         )
-    why_not = (
-        "it was frozen by other means, and perhaps not wholly" if facts.frozen and not facts.frozen_whole else None
-    )
-    if why_not and request.quiesce == "required":
-        raise Refused(
-            f"The guest of domain {domain.name!r} is frozen already, by other means and perhaps not wholly; quiesce is required",
-            advice="Thaw it first (vmkeeper.libvirt.fsfreeze with state: thawed)",
-        )
     if facts.frozen:
-        # A second freeze would fail, and the thaw belongs to whoever froze it.
-        freeze = consistency.FreezeDecision(False, why_not)
+        freeze = consistency.respect_freeze(request.quiesce, domain, whole=facts.frozen_whole)
     elif domain.state.active:
         obstacle = consistency.agent_obstacle(domain, facts.agent, facts.agent_problem)
         freeze = consistency.decide_freeze(request.quiesce, domain, obstacle, with_memory=request.memory)

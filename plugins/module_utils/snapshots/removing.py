@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..hypervisor.connection import open_connection
-from ..safety import locks, settlement, worker
+from ..safety import settlement, worker
 from ..safety.journal import Journal
 from . import merging
 from .ground import Ground, read_ground
 from .merging import REMOVAL
 from .remains import Merged
 from .removal_plan import RemovalPlan, plan_removal
-from .settlers import SETTLERS
+from .settlers import SETTLERS, within
 
 
 @dataclass
@@ -50,8 +50,8 @@ def remove(
     if check:
         settlement.settle_before_change(uri, handles, SETTLERS, check=True)
         return [_result(ground, _plan(request, ground), None) for ground in map(read_ground, handles)]
-    with locks.hold(named, f"removal of snapshot {request.name!r}"):
-        settled = {one["domain"] for one in settlement.settle_before_change(uri, handles, SETTLERS)}
+    with settlement.hold(named, f"removal of snapshot {request.name!r}"):
+        settled = {one["domain"] for one in settlement.settle_before_change(uri, handles, within(seconds))}
         grounds = [read_ground(handle) for handle in handles]
         plans = [_plan(request, ground) for ground in grounds]
         removed = [_run(handle, ground, plan, seconds) for handle, ground, plan in zip(handles, grounds, plans)]

@@ -11,7 +11,7 @@ from typing import Any
 
 from .._errors import Busy, Conflict, LibvirtFailed
 from ..hypervisor.domain_model import read_domain
-from ..safety import journal, locks, settlement, space
+from ..safety import journal, settlement, space
 from ..safety.journal import Operation
 from . import taking, way_back
 from .ground import Ground, read_ground
@@ -50,7 +50,7 @@ def revert(
     if request.keep_present_as:
         _keep_present(connection, uri, going, request)
     done = {}
-    with locks.hold(named, f"revert to snapshot {request.name!r}"):
+    with settlement.hold(named, f"revert to snapshot {request.name!r}"):
         settlement.settle_before_change(uri, handles, SETTLERS)
         grounds = [read_ground(handle) for handle in going]
         plans = [replace(plan_revert(request, ground), alone=len(handles) == 1) for ground in grounds]
@@ -71,7 +71,7 @@ def _over_already(uri: str, handles: Sequence[Any], named: Sequence[tuple[str, s
     ``keep_present_as`` a guest that ran on meanwhile goes back again: that is what was asked.
     """
     over = set()
-    with locks.hold(named, f"revert to snapshot {request.name!r}"):
+    with settlement.hold(named, f"revert to snapshot {request.name!r}"):
         same = {
             uuid
             for handle, (uuid, _name) in zip(handles, named)

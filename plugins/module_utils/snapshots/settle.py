@@ -84,7 +84,7 @@ def settle(uri: str, pending: Journal) -> dict[str, str]:
     if _keeps(operation, found.values()):
         for uuid, plan in operation.plan["domains"].items():
             _finish(connection.lookupByUUIDString(uuid), operation, uuid, plan, phases, found[uuid].held)
-        _start_again(connection, operation)
+        start_again(connection, operation)
         pending.finish()
         action = "finished"
     elif kept := undo(uri, pending):
@@ -178,7 +178,7 @@ def undo(uri: str, pending: Journal) -> list[str]:
             if not _keep_as_crash(handle, operation.plan["name"], plan):
                 raise
             kept.append(handle.name())
-    _start_again(connection, operation)
+    start_again(connection, operation)
     pending.finish()
     return kept
 
@@ -193,7 +193,7 @@ def _keep_as_crash(handle: Any, name: str, plan: Mapping[str, Any]) -> bool:
     return True
 
 
-def _start_again(connection: Any, operation: Operation) -> None:
+def start_again(connection: Any, operation: Operation) -> None:
     """Start what this operation itself has shut down, in this boot; anything else that is off is off for other reasons."""
     if not operation.reached("shutdown") or operation.boot_id != processes.boot_id():
         return

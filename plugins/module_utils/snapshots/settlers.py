@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from ..safety.settlement import Settler
 from . import merging, settle, way_back
 
@@ -15,3 +17,11 @@ SETTLERS: dict[str, Settler] = {
     merging.REMOVAL: merging.settle,
     way_back.OPERATION: way_back.settle,
 }
+
+#: Kinds of operations that are finished by waiting for a copy, however long that takes.
+LONG = (merging.COMMIT, merging.REMOVAL)
+
+
+def within(seconds: float | None) -> dict[str, Settler]:
+    """The same for a task that waits that long for each live job, which goes on all the same; None for no limit."""
+    return {**SETTLERS, **dict.fromkeys(LONG, partial(merging.settle, seconds=seconds))}

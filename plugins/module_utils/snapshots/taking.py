@@ -14,10 +14,10 @@ from typing import Any
 from .._errors import Conflict, InvalidInput, LibvirtFailed, Refused, VmkeeperError
 from ..hypervisor import power, qemu_img
 from ..hypervisor.binding import libvirt
-from ..hypervisor.connection import constant, explaining, message_of
+from ..hypervisor.connection import constant, explaining, message_of, open_connection
 from ..hypervisor.domain_model import qemu_owner, read_domain
 from ..hypervisor.image_header import read_qcow2
-from ..safety import consistency, instant, locks, places, settlement, space
+from ..safety import consistency, instant, places, settlement, space
 from ..safety.checkpoints_aside import set_aside
 from ..safety.journal import Journal
 from . import facts as reading
@@ -53,7 +53,7 @@ def take(connection: Any, uri: str, handles: Sequence[Any], request: Request, *,
     named = [(handle.UUIDString(), handle.name()) for handle in handles]
     with contextlib.ExitStack() as stack:
         if not check:
-            stack.enter_context(locks.hold(named, f"snapshot {request.name!r}"))
+            stack.enter_context(settlement.hold(named, f"snapshot {request.name!r}"))
         settlement.settle_before_change(uri, handles, SETTLERS, check=check)
         facts = [reading.read_facts(handle) for handle in handles]
         if check:
@@ -223,8 +223,8 @@ class _Taking:
             self._undo(error)
             raise
         # From here on the snapshot is good: what fails now leaves it, and the journal, for the next run to finish.
-        self._journal.step("label", levels=levels)
         try:
+            self._journal.step("label", levels=levels)
             for handle, plan in zip(self._handles, self._plans):
                 self._label(handle, plan, outcomes[plan.domain.uuid], levels[plan.domain.uuid])
         finally:
@@ -398,7 +398,7 @@ class _Taking:
     def _start_again(self) -> None:
         for handle, plan in zip(self._handles, self._plans):
             if plan.shutdown and not handle.isActive():
-                self._journal.step("start")
+                self._journal.note("start")
                 with explaining(
                     f"Starting domain {plan.domain.name!r} again",
                     state="The snapshot exists, and the domain is shut off.",
@@ -410,10 +410,13 @@ class _Taking:
         """Back to how it was; what cannot be undone now stays in the journal for the next run."""
         try:
             kept = settle.undo(self._uri, self._journal)
-        except (VmkeeperError, libvirt.libvirtError) as trouble:
+        except (VmkeeperError, libvirt.libvirtError, OSError) as trouble:
             if isinstance(error, VmkeeperError):
                 error.state = f"Undoing it failed ({trouble}); the next run, or recover_domain, goes on with that."
                 error.args = (str(error),)
+            # Whatever is left to undo, every chain is whole, and can be undone below a guest that runs.
+            with contextlib.suppress(VmkeeperError, libvirt.libvirtError):
+                settle.start_again(open_connection(self._uri), self._journal.operation)
         else:
             if kept and isinstance(error, VmkeeperError):
                 error.state = (

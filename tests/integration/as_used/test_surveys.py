@@ -83,10 +83,14 @@ def test_backup_and_restore(controller: Controller, server: Guest, archive: Gues
         (archive.name, "crash"),
     }
     assert all(point["tags"] == {"ticket": "1234"} for point in points)
-    assert [proof["verified"] for proof in job.results("Prove the new points")] == [True, True]
+    assert [proof["verified"] for proof in job.results("Prove the points that no proof has passed yet")] == [True, True]
 
-    kept = controller.succeed("backup", **{**survey, "consistent_backup_min_age": "1d"})
+    unsaid = ("type", "quiesce", "tags", "compression", "verify", "keep", "fold", "jobs_per_repository")
+    empty = {f"consistent_backup_{name}": "" for name in unsaid}
+    kept = controller.succeed("backup", **{**survey, **empty, "consistent_backup_min_age": "1d"})
     assert not any(made["changed"] for made in kept.results("Back up"))
+    wrong = controller.run("backup", **{**survey, "consistent_backup_keep": json.dumps({"latest": 3})})
+    assert (wrong.rc, wrong.status) == (2, "failed")
 
     survey = {"target": "hypervisors", "repository": str(repository), "level": "", "boot_check": "", "passphrase": ""}
     proofs = controller.succeed("verify", domains=f"{server.name}, {archive.name}", **survey).results("Prove them")
@@ -107,6 +111,7 @@ def test_backup_and_restore(controller: Controller, server: Guest, archive: Gues
         "restore_domain_network": "disconnected",
         "restore_domain_in_place": "false",
         "restore_domain_confirm": "",
+        **{f"restore_domain_{name}": "" for name in ("mode", "wait", "state", "verify", "select", "bandwidth")},
     }
     controller.succeed("restore", **survey)
     restored = archive.directory / "lab-archive-again.vda.qcow2"

@@ -20,7 +20,16 @@ import pytest
 from lab.host import TestHost
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput, NoSpace, Refused
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import removal, retention, settle
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import (
+    listing,
+    removal,
+    restoring,
+    retention,
+    settle,
+    verifying,
+)
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.repository import Repository
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.restore_plan import Request
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.retention_plan import Keep
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.image_node import Passphrase
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import journal, space
@@ -395,3 +404,51 @@ def test_never_folding_removes_whole_chains_and_writes_no_image(connection, dire
     assert pruned.freed > 0
     left = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in directory.glob(f"{UUID}/*/*")}
     assert left == {path: status for path, status in before.items() if path.parent.name in new}
+
+
+@pytest.mark.parametrize("reading", ["proof", "restore"])
+def test_what_is_folded_while_a_task_waits_for_the_lock_is_read_as_it_is_then(
+    connection, directory: Path, monkeypatch, reading: str
+) -> None:
+    where = directory / "repository"
+    where.mkdir()
+    made = Built(where)
+    ids = chain(made, random.Random(9), 3)
+    locked = Repository.locked
+
+    def locked_later(self, *arguments, **options):
+        monkeypatch.setattr(Repository, "locked", locked)
+        remove(connection, made, [ids[1]])
+        return locked(self, *arguments, **options)
+
+    found = listing.find_point(made.repository, identifier=ids[2])
+    monkeypatch.setattr(Repository, "locked", locked_later)
+    if reading == "proof":
+        assert verifying.prove(made.repository, found, "structure").verified
+    else:
+        request = Request(str(where), id=ids[2], domain="lab-built-r", directory=str(directory), network="disconnected")
+        restored = restoring.restore(connection, URI, request).restored[0]["path"]
+        connection.lookupByName("lab-built-r").undefine()
+        assert points.content(Path(restored)) == points.content(made.image(ids[2], "vda"))
+    assert made.ids() == [ids[0], ids[2]]
+
+
+def test_a_proof_is_answered_where_the_repository_cannot_keep_it(host: TestHost, directory: Path) -> None:
+    made = Built(directory)
+    identifier = made.add(random.Random(10), {"vda": None})
+    points.run("mount", "--bind", directory, directory)
+    try:
+        points.run("mount", "-o", "remount,ro,bind", directory)
+        proof = points.ok("backup_verify", repository=str(directory), id=identifier)
+        assert proof["verified"]
+        assert any("could not be kept" in warning for warning in proof["warnings"]), proof["warnings"]
+        points.run("mount", "-o", "remount,rw,bind", directory)
+        points.run("qemu-io", "-f", "qcow2", "-c", "write -P 1 0 64k", made.image(identifier, "vda"))
+        points.run("mount", "-o", "remount,ro,bind", directory)
+        damaged = points.task("backup_verify", repository=str(directory), id=identifier)
+    finally:
+        points.run("umount", directory)
+    assert damaged["failed"]
+    assert damaged["error"]["kind"] == "not_proved", damaged["msg"]
+    assert damaged["findings"]
+    assert "could not be kept" in damaged["msg"]

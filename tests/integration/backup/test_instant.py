@@ -337,21 +337,61 @@ def test_what_it_cannot_do_is_refused_before_anything_is_changed(
     lent.assert_untouched()
 
 
-def test_a_start_that_fails_takes_everything_back(lent: Lent, restored: Guest, directory: Path, tmp_path: Path) -> None:
-    definition = lent.directory / "domain.xml"
-    manifest = lent.directory / "manifest.json"
-    kept = {path: (path.read_bytes(), path.stat()) for path in (definition, manifest)}
+@contextlib.contextmanager
+def without_kernel(lent: Lent) -> Iterator[None]:
+    """The guest can be defined and not started."""
     kernel = next(
         Path(line.split("<kernel>")[1].split("<")[0])
-        for line in definition.read_text().splitlines()
+        for line in (lent.directory / "domain.xml").read_text().splitlines()
         if "<kernel>" in line
     )
     hidden = kernel.with_name("hidden")
     kernel.rename(hidden)
     try:
-        failed = task("restore", **arguments(lent, directory))
+        yield
     finally:
         hidden.rename(kernel)
+
+
+def test_a_restore_whose_domain_is_gone_is_never_called_done(
+    lent: Lent, restored: Guest, directory: Path, tmp_path: Path
+) -> None:
+    images = [directory / f"lab-lent.{target}.qcow2" for target in ("vda", "vdb")]
+    log = tmp_path / "steps"
+    killed = run_module_process("restore", env=points.killed_at("pull", log), **arguments(lent, directory))
+    assert killed.wait() == -signal.SIGKILL
+    restored.wait_ready()
+    write(restored, "mine", 10, 10)
+    restored.destroy()
+    restored.domain().undefine()
+    written = {path: points.sha256(path) for path in images}
+    failed = task("restore", **arguments(lent, directory))
+    assert failed["failed"]
+    assert failed["error"]["left"] == [str(path) for path in images], failed["msg"]
+    assert {path: points.sha256(path) for path in images} == written
+    assert list(points.JOURNALS.glob("*")) == []
+    assert list(VIEWS.glob("*")) == []
+
+    for path in images:
+        path.unlink()
+    log.unlink()
+    with without_kernel(lent):
+        killed = run_module_process("restore", env=points.killed_at("undo", log), **arguments(lent, directory))
+        assert killed.wait() == -signal.SIGKILL
+    # It had come so far.
+    restored.domain().undefine()
+    images[0].unlink()
+    ok("restore", **arguments(lent, directory))
+    assert restored.is_running()
+    assert_independent(lent, restored, directory)
+
+
+def test_a_start_that_fails_takes_everything_back(lent: Lent, restored: Guest, directory: Path, tmp_path: Path) -> None:
+    definition = lent.directory / "domain.xml"
+    manifest = lent.directory / "manifest.json"
+    kept = {path: (path.read_bytes(), path.stat()) for path in (definition, manifest)}
+    with without_kernel(lent):
+        failed = task("restore", **arguments(lent, directory))
     assert failed["failed"]
     assert "Starting the restored domain" in failed["msg"], failed["msg"]
     assert list(directory.iterdir()) == []

@@ -34,7 +34,10 @@ def guest(module_guest_factory) -> Guest:
 
 @pytest.fixture(scope="module")
 def repository(make_repository) -> Path:
-    return make_repository()
+    """With what XML escapes in its path."""
+    where = make_repository() / "R&D 'a' \"b\" <c>"
+    where.mkdir(mode=0o755)
+    return where
 
 
 def steps_of(log: Path) -> list[str]:
@@ -110,6 +113,7 @@ def test_restore_killed_at_every_step_is_finished_or_leaves_nothing(
         log.unlink()
         killed = run_module_process("restore", env=points.killed_at(step, log), **arguments)
         assert killed.wait() == -signal.SIGKILL, step
+        assert ok("restore", check=True, **arguments)["changed"], step
         ok("restore", **arguments)
         restored = guest.connection().lookupByName("lab-killed-r")
         assert restored.isActive(), step

@@ -9,7 +9,9 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import libvirt
 import pytest
 from lab import evidence
 from lab.ansible import run_module_process
@@ -97,7 +99,8 @@ def held_at(step: str, log: Path, **arguments: Any):
     """A restore whose process is stopped where it begins a step."""
     log.unlink(missing_ok=True)
     held = run_module_process("restore", env=points.killed_at(step, log, how="stop"), **arguments)
-    until(lambda: log.exists() and "!" in log.read_text(), f"the restore reaching {step}")
+    until(lambda: (log.exists() and "!" in log.read_text()) or not held.running(), f"the restore reaching {step}")
+    assert held.running(), held.result()["msg"]
     return held
 
 
@@ -124,6 +127,7 @@ def test_in_place_killed_at_every_step_the_original_is_not_lost_and_the_next_run
                 kept.assert_as_before(step)
                 ok("restore", **kept.in_place)
         else:
+            assert ok("restore", check=True, **kept.in_place)["changed"], step
             ok("restore", **kept.in_place)
         kept.assert_restored(step)
 
@@ -216,6 +220,65 @@ def test_nothing_is_put_in_place_under_a_guest_that_was_started_meanwhile(kept: 
     kept.assert_not_lost("started half done")
     ok("restore", **kept.in_place)
     kept.assert_restored("shut down again")
+
+
+def test_what_somebody_else_makes_meanwhile_is_kept_and_the_restore_taken_back(
+    kept: Kept, directory: Path, tmp_path: Path
+) -> None:
+    anew = {"repository": str(kept.repository), "id": kept.id, "domain": "lab-kept-r", "directory": str(directory)}
+    held = held_at("place", tmp_path / "steps", **anew)
+    taken = directory / "lab-kept-r.vdb.qcow2"
+    taken.write_text("somebody's")
+    os.kill(held.pid, signal.SIGCONT)
+    failed = held.result()
+    assert failed["failed"]
+    assert failed["error"]["kind"] == "refused", failed["msg"]
+    assert [path.name for path in directory.iterdir()] == [taken.name]
+    assert taken.read_text() == "somebody's"
+    assert list(points.JOURNALS.glob("*")) == []
+    taken.unlink()
+    ok("restore", **anew)
+    points.forget_domain(kept.guest, "lab-kept-r")
+
+
+def test_disks_that_cannot_all_be_attached_are_all_taken_back_also_after_a_kill(
+    kept: Kept, directory: Path, tmp_path: Path
+) -> None:
+    attach = {"repository": str(kept.repository), "id": kept.id, "attach_to": kept.guest.name, "disks": list(TARGETS)}
+    attach["directory"] = str(directory)
+    before = kept.guest.xml_text(inactive=True)
+    other = "<disk type='file' device='disk'><source file='/nowhere'/><target dev='vdd' bus='virtio'/></disk>"
+    log = tmp_path / "steps"
+    held = held_at("attach", log, **attach)
+    kept.guest.domain().attachDeviceFlags(other, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+    os.kill(held.pid, signal.SIGCONT)
+    failed = held.result()
+    assert failed["failed"]
+    assert "Nothing was attached" in failed["msg"], failed["msg"]
+    assert list(directory.iterdir()) == []
+    assert list(points.JOURNALS.glob("*")) == []
+    kept.guest.domain().detachDeviceFlags(other, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+    assert disks_of(kept.guest.xml_text(inactive=True)) == disks_of(before)
+
+    log.unlink()
+    assert run_module_process("restore", env=points.killed_at("attach", log), **attach).wait() == -signal.SIGKILL
+    kept.guest.domain().attachDeviceFlags(other, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+    killed = run_module_process("restore", env=points.killed_at("take-back", log), **attach)
+    assert killed.wait() == -signal.SIGKILL
+    # It had come so far.
+    next(directory.glob("*.vdb.qcow2")).unlink()
+    kept.guest.domain().detachDeviceFlags(other, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+    attached = ok("restore", **attach)["restored"]
+    assert [one["attached_as"] for one in attached] == ["vdc", "vdd"]
+    assert {one["target"]: points.content(Path(one["path"])) for one in attached} == kept.then
+    assert {one["path"] for one in attached} < disks_of(kept.guest.xml_text(inactive=True))
+    kept.guest.connection().defineXML(before)
+
+
+def disks_of(xml: str) -> set[str]:
+    """The images that a definition names."""
+    found = ElementTree.fromstring(xml).iterfind("devices/disk/source")
+    return {str(source.get("file")) for source in found}
 
 
 def test_a_block_device_is_not_replaced_and_the_refusal_says_what_to_do(

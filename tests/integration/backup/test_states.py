@@ -4,14 +4,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import libvirt
 import pytest
 from lab import evidence
+from lab.ansible import run_module_process
 from lab.guest import DiskSpec, Guest, GuestSpec
 from lab.spec import MIB, OVMF_CODE
+from lab.waiting import until
 
 from ansible_collections.vmkeeper.libvirt.tests.integration.backup import points
 from ansible_collections.vmkeeper.libvirt.tests.integration.backup.points import directory_of, ok, point, task
@@ -65,6 +69,26 @@ def test_a_group_of_which_one_cannot_be_frozen_has_no_point(guest: Guest, other:
         assert not list(directory.glob("*/2*"))
     finally:
         other.domain().resume()
+
+
+def test_a_stopped_member_that_is_written_to_while_the_others_are_copied_spoils_the_group(
+    module_guest_factory, other: Guest, repository: Path, tmp_path: Path
+) -> None:
+    disk = DiskSpec("vda", size=4 * MIB, fs=None, writer=False)
+    asleep = module_guest_factory(GuestSpec("asleep", disks=(disk,)), start=False)
+    group = {"domains": [other.name, asleep.name], "repository": str(repository)}
+    log = tmp_path / "steps"
+    held = run_module_process("backup", env=points.killed_at("copy", log, how="stop"), **group)
+    until(lambda: (log.exists() and "!" in log.read_text()) or not held.running(), "the backup reaching copy")
+    # What a guest that somebody starts and stops now leaves: its state is as it was.
+    points.run("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 64k", asleep.images["vda"])
+    os.kill(held.pid, signal.SIGCONT)
+    failed = held.result()
+    assert failed["failed"]
+    assert f"{asleep.images['vda']} of domain '{asleep.name}' was written to" in failed["msg"], failed["msg"]
+    points.assert_nothing_left(other, repository)
+    made = ok("backup", **group)["restore_points"]
+    assert points.content(directory_of(repository, made[1]) / "vda.qcow2") == points.content(asleep.images["vda"])
 
 
 def test_a_paused_guest_gives_a_crash_consistent_point_and_stays_paused(other: Guest, repository: Path) -> None:
@@ -175,6 +199,36 @@ def test_a_single_disk_is_attached_to_another_domain(
     finally:
         xml = f"<disk type='file' device='disk'><source file='{result['restored'][0]['path']}'/><target dev='vdb' bus='virtio'/></disk>"
         other.domain().detachDeviceFlags(xml, libvirt.VIR_DOMAIN_AFFECT_LIVE | libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+
+
+def test_a_running_domain_lets_go_of_a_disk_when_the_next_cannot_be_attached(
+    guest: Guest, other: Guest, repository: Path, directory: Path, tmp_path: Path
+) -> None:
+    made = point(guest, repository, min_age="1d")
+    log = tmp_path / "steps"
+    held = run_module_process(
+        "restore",
+        env=points.killed_at("attach", log, how="stop"),
+        repository=str(repository),
+        id=made["id"],
+        disks=["vdb", "vdc"],
+        attach_to=other.name,
+        directory=str(directory),
+    )
+    until(lambda: (log.exists() and "!" in log.read_text()) or not held.running(), "the restore reaching attach")
+    assert held.running(), held.result()["msg"]
+    before = other.active_paths()
+    taken = "<disk type='file' device='disk'><source file='/nowhere'/><target dev='vdc' bus='virtio'/></disk>"
+    other.domain().attachDeviceFlags(taken, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+    os.kill(held.pid, signal.SIGCONT)
+    failed = held.result()
+    other.domain().detachDeviceFlags(taken, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+    assert failed["failed"]
+    assert "Nothing was attached" in failed["msg"], failed["msg"]
+    assert other.active_paths() == before
+    assert other.xml(inactive=True).find("devices/disk/target[@dev='vdb']") is None
+    assert list(directory.iterdir()) == []
+    assert list(points.JOURNALS.glob("*")) == []
 
 
 def test_a_restore_of_a_lost_domain_brings_it_back_as_it_was(other: Guest, repository: Path, directory: Path) -> None:

@@ -56,6 +56,18 @@ def test_vcpus_are_plugged_and_brought_online_through_ansible(guest: Guest, calm
     assert not resize(guest, vcpus=2)["changed"]
 
 
+def test_a_frozen_guest_is_left_alone(guest: Guest) -> None:
+    domain = guest.domain()
+    domain.fsFreeze()
+    try:
+        result = start(guest, vcpus=1).result()
+    finally:
+        domain.fsThaw()
+    assert result["failed"]
+    assert "are frozen" in result["msg"]
+    assert online_cpus(guest) == 2
+
+
 def test_more_vcpus_than_the_host_has_need_overcommit(guest: Guest) -> None:
     result = start(guest, vcpus=4, overcommit=False).result()
     if not result["failed"]:
@@ -150,6 +162,20 @@ def test_a_disk_grows_alone_when_its_filesystem_is_to_stay(guest: Guest) -> None
     assert change(grown, "filesystem vdc")["guest_sees"] > 390 * MIB
 
 
+def test_a_partition_with_another_one_behind_it_stays_and_the_rest_is_done(guest: Guest) -> None:
+    size = guest.domain().blockInfo("vdb")[0] // MIB + 16
+    resize(guest, disks=[{"target": "vdb", "size": f"{size}M", "grow_filesystem": False}])
+    guest.exec("echo ', +' | sfdisk --quiet --force --no-reread --append /dev/vdb && partx --update /dev/vdb")
+    try:
+        made = twice(guest, memory="208M", disks=[{"target": "vdb", "size": f"{size + 16}M"}])
+        assert change(made, "filesystem vdb")["applied"] == "none"
+        assert "another partition lies behind" in change(made, "filesystem vdb")["why"]
+    finally:
+        guest.exec("sfdisk --quiet --force --no-reread --delete /dev/vdb 2 && partx --delete --nr 2 /dev/vdb")
+    grown = twice(guest, memory="224M", disks=[{"target": "vdb"}])
+    assert change(grown, "filesystem vdb")["guest_sees"] > (size + 8) * MIB
+
+
 def test_a_disk_with_overlays_grows_and_its_checkpoints_end(guest: Guest, tmp_path: Path) -> None:
     domain = guest.domain()
     cut = "<domainsnapshot><disks><disk name='vda' snapshot='external'/>" + "".join(
@@ -192,8 +218,8 @@ def test_a_kill_at_any_step_is_repaired_by_the_next_run(guest: Guest, tmp_path: 
         (["begin", "vcpus"], {"vcpus": 2, "memory": "208M"}),
         (["begin", "vcpus", "memory"], {"vcpus": 1, "memory": "224M"}),
         (["begin", "vcpus", "memory", "definition"], {"vcpus": 2, "memory": "208M"}),
-        (["begin", "disk vdb"], {"disks": [{"target": "vdb", "size": "192M"}]}),
-        (["begin", "disk vdb", "filesystem vdb"], {"disks": [{"target": "vdb", "size": "208M"}]}),
+        (["begin", "disk vdb"], {"disks": [{"target": "vdb", "size": "224M"}]}),
+        (["begin", "disk vdb", "filesystem vdb"], {"disks": [{"target": "vdb", "size": "240M"}]}),
     ]
     for number, (steps, wanted) in enumerate(kills):
         log = tmp_path / str(number)
@@ -219,6 +245,8 @@ def test_bad_wishes_are_refused_before_anything_changes(guest: Guest) -> None:
         ({"disks": [{"target": "vda", "size": "32M"}]}, "lost"),
         ({"vcpus": 9, "apply": "live"}, "cannot be changed live"),
         ({"vcpus": 2, "max_vcpus": 1}, "max_vcpus"),
+        ({"max_vcpus": 4096}, "machine type"),
+        ({"max_memory": "192M"}, "max_memory"),
         ({"memory": "8T", "max_memory": "8T", "overcommit": False}, "overcommit"),
         ({"vcpus": 1, "disks": [{"target": "vda", "size": "8T"}], "overcommit": False}, "overcommit"),
     ):

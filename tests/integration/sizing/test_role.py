@@ -13,7 +13,26 @@ from lab.guest import Guest, GuestSpec
 from ansible_collections.vmkeeper.libvirt.tests.integration.conftest import GuestFactory
 from ansible_collections.vmkeeper.libvirt.tests.integration.sizing.resizing import online_cpus
 
-SIZES = {"mini": {"vcpus": 1, "memory": "224M"}, "midi": {"vcpus": 2, "memory": "224M"}}
+SIZES = {"mini": {"vcpus": 1, "memory": "224M"}, "midi": {"vcpus": "2", "memory": "224MiB"}}
+
+#: A survey sends what was left out as an empty answer.
+UNSAID = dict.fromkeys(
+    (
+        "vertical_scale_size",
+        "vertical_scale_direction",
+        "vertical_scale_vcpus",
+        "vertical_scale_memory",
+        "vertical_scale_apply",
+        "vertical_scale_allow_restart",
+        "vertical_scale_allow_shrink",
+        "vertical_scale_rollback",
+        "vertical_scale_snapshot",
+        "vertical_scale_snapshot_name",
+        "vertical_scale_health_timeout",
+        "vertical_scale_shutdown_timeout",
+    ),
+    "",
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +76,24 @@ def test_a_machine_goes_one_size_up_with_a_larger_disk(machine: Guest) -> None:
 def test_a_named_size_that_it_has_changes_nothing(machine: Guest) -> None:
     run = scale(machine, vertical_scale_size="midi", vertical_scale_disks=[{"target": "vda", "size": "160M"}])
     assert not resized(run)["changed"]
+
+
+def test_each_change_of_disks_has_a_snapshot_of_its_own_and_empty_answers_mean_nothing(machine: Guest) -> None:
+    run = scale(machine, **UNSAID, vertical_scale_disks=[{"target": "vda", "size": "192M"}])
+    assert [change["what"] for change in resized(run)["changes"]] == ["disk vda", "filesystem vda"]
+    first, second = sorted(one.getName() for one in machine.domain().listAllSnapshots())
+    assert first == "before-scaling"
+    assert second.startswith("before-scaling-2")
+
+
+def test_checkpoints_of_other_tools_are_found_before_a_snapshot_is_taken(machine: Guest) -> None:
+    domain = machine.domain()
+    domain.checkpointCreateXML("<domaincheckpoint><name>somebody-elses</name></domaincheckpoint>")
+    run = scale(machine, vertical_scale_disks=[{"target": "vda", "size": "208M"}])
+    assert run.rc != 0
+    assert "somebody-elses" in str([task.result for task in run.tasks])
+    assert domain.snapshotNum() == 2
+    domain.checkpointLookupByName("somebody-elses").delete()
 
 
 def test_no_size_beyond_the_largest(machine: Guest) -> None:

@@ -101,3 +101,16 @@ def holders_of_pipe(target: str) -> set[int]:
             if os.readlink(link) == target:
                 found.add(int(link.parts[2]))
     return found
+
+
+@contextlib.contextmanager
+def unwritable(directory: Path) -> Iterator[None]:
+    """A directory in which nobody can write, root included; what was in it is there again afterwards."""
+    away = directory.with_name(f"{directory.name}.away")
+    directory.rename(away)
+    directory.touch()
+    try:
+        yield
+    finally:
+        directory.unlink()
+        away.rename(directory)

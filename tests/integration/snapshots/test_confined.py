@@ -10,16 +10,19 @@ really denied what they say is tested by ``make test-nested``.
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import ways
-from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots.proof import alive
+from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots.proof import alive, unwritable
 from ansible_collections.vmkeeper.libvirt.tests.lab import tasks
 from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
 from ansible_collections.vmkeeper.libvirt.tests.lab.spec import MIB
+from ansible_collections.vmkeeper.libvirt.tests.lab.waiting import until
 
 PULLED_AT = ["begin", "mark", "commit", "relink", "verify", "commit#2", "checkpoints", "snapshots", "remove"]
 #: What comes between is an offline commit, which test_blockcommit kills at every step.
@@ -255,5 +258,28 @@ def test_a_guest_that_goes_down_late_for_a_commit_is_waited_for_and_the_commit_f
     assert ways.read(guest) == {"end"}
     assert ways.snapshots(guest) == {"two": None}
     assert ways.content_of(guest, "two") == {"two"}
+    tasks.ok("blockcommit", domain=guest.name)
+    ways.assert_whole(guest)
+
+
+def test_a_guest_that_was_shut_down_for_a_commit_runs_again_also_where_nothing_can_be_written_any_more(
+    guest: Guest, profile: Profile, tmp_path: Path
+) -> None:
+    history(guest, "one", "two")
+    log, asked = tmp_path / "steps", {"domain": guest.name, "keep": 2, "allow_restart": True}
+    env = {**profile.written_anew(), **tasks.kill_environment(log, "shutdown", "stop")}
+    process = tasks.start("blockcommit", **asked, env=env)
+    until(lambda: "!shutdown" in tasks.steps_in(log), "the step")
+    with unwritable(Path("/var/lib/vmkeeper.libvirt/journal")):
+        os.kill(process.pid, signal.SIGCONT)
+        outcome = tasks.finish(process)
+        assert outcome.failed
+        assert "cannot be written" in outcome.message
+        assert guest.is_running()
+    guest.wait_ready()
+    assert ways.read(guest) == {"end"}
+    tasks.ok("blockcommit", **asked, env=profile.written_anew())
+    guest.wait_ready()
+    assert ways.snapshots(guest) == {"two": None}
     tasks.ok("blockcommit", domain=guest.name)
     ways.assert_whole(guest)

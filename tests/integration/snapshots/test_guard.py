@@ -186,6 +186,22 @@ def test_a_guest_that_goes_down_late_for_a_run_that_has_ended_is_waited_for_and_
     assert_quiet(other)
 
 
+def test_a_guest_that_was_shut_down_runs_again_also_where_nothing_can_be_written_any_more(other, log):
+    task = {"domains": [other.name], "name": next(_names), "quiesce": "shutdown"}
+    process = tasks.killed_at("shutdown", "snapshot", log, how="stop", **task)
+    wait_for_step(log, "shutdown")
+    with proof.unwritable(JOURNAL):
+        os.kill(process.pid, signal.SIGCONT)
+        outcome = tasks.finish(process)
+        assert outcome.failed
+        assert "cannot be written" in outcome.message
+        assert other.is_running()
+    other.wait_ready()
+    assert tasks.ok("snapshot", **task)["snapshot"]["consistency"] == "offline"
+    other.wait_ready()
+    assert_quiet(other)
+
+
 def test_a_guest_that_was_shut_down_runs_again_also_where_its_snapshot_cannot_be_labelled(other, log):
     task = {"domains": [other.name], "name": next(_names), "quiesce": "shutdown"}
     process = tasks.killed_at("label", "snapshot", log, how="stop", **task)

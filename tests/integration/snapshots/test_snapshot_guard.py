@@ -102,6 +102,21 @@ def test_a_change_that_fails_its_check_is_taken_back_and_told(stopped: Guest, tm
     ways.assert_whole(stopped)
 
 
+def test_a_snapshot_of_its_name_that_anybody_has_taken_is_neither_gone_back_to_nor_removed(
+    stopped: Guest, tmp_path: Path
+) -> None:
+    tasks.ok("snapshot", domain=stopped.name, name="snapshot-guard", description="before the audit")
+    for bad in (True, False):
+        done, report = guard(stopped, tmp_path, bad=bad)
+        assert done.returncode != 0
+        assert "There is a snapshot snapshot-guard already" in done.stdout
+        assert "nothing was changed" in report
+        assert ways.snapshots(stopped) == {"snapshot-guard": None}
+    (found,) = tasks.ok("snapshot_info", domain=stopped.name)["snapshots"]
+    assert found["description"] == "before the audit"
+    tasks.ok("snapshot", domain=stopped.name, name="snapshot-guard", state="absent")
+
+
 def test_where_no_domain_is_chosen_it_refuses(tmp_path: Path) -> None:
     (tmp_path / "play.yml").write_text(ROLE)
     done = playbook(

@@ -315,3 +315,11 @@ def test_the_target_of_an_encrypted_disk_has_the_key_of_the_scratch() -> None:
     )
     plain = planning.plan_point(planning.Request(), found)
     assert "encryption" not in planning.backup_xml(plain, "/scratch", UUID)
+
+
+def test_a_guest_that_is_frozen_already_is_not_frozen_again_and_claims_only_what_is_proved() -> None:
+    known = replace(facts((BASE,), recorded=(BASE,)), frozen=True)
+    others = planning.plan_point(planning.Request(), known)
+    assert (others.freeze, others.standing, others.expected_level) == (False, False, "crash")
+    ours = planning.plan_point(planning.Request(), replace(known, frozen_whole=True))
+    assert (ours.freeze, ours.standing, ours.expected_level) == (False, True, "filesystem")

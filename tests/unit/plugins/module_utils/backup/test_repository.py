@@ -112,6 +112,23 @@ def test_one_damaged_point_does_not_hide_the_others_and_breaks_only_what_stands_
     assert chain[3].id in caught.value.advice
 
 
+def test_what_cannot_be_read_is_told_unless_it_was_surely_not_asked_for(opened) -> None:
+    other = UUID[:-1] + "2"
+    for one in (point(1), point(2), point(3, domain="db", domain_uuid=other)):
+        path = store(opened, one)
+    (path / "manifest.json").write_text("{")
+    (Path(opened.point_directory(UUID, point(2).id)) / "manifest.json").write_text("{")
+
+    def told(*domains: str) -> list[str]:
+        filters = listing.Filters(domains=domains)
+        broken = listing.list_points(opened, filters, manifest.now_utc())[1]
+        assert all("cannot be read" in one["problem"] for one in broken)
+        return [one["domain_uuid"] for one in broken]
+
+    assert told() == told("web") == told(UUID) == [UUID, other]
+    assert told("db") == [other]
+
+
 def test_the_latest_is_by_sequence_whatever_the_clock_said(opened) -> None:
     store(opened, point(1, created="2030-01-01T00:00:00+00:00"))
     store(opened, point(2))

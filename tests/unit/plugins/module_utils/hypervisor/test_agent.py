@@ -91,3 +91,16 @@ def test_the_response_timeout_is_read_from_the_status_file(tmp_path):
     (tmp_path / "web.xml").write_text("<domstatus/>")
     assert agent.response_timeout(Domain(), status_directory=str(tmp_path)) == agent.BLOCK
     assert agent.response_timeout(Domain(), status_directory=str(tmp_path / "none")) == agent.BLOCK
+
+
+def test_a_frozen_guest_is_seen_though_its_agent_has_the_freeze_switched_off(monkeypatch):
+    info = AgentInfo("7", frozenset({"guest-fsfreeze-status", "guest-fsfreeze-thaw"}))
+    monkeypatch.setattr(agent, "ask_info", lambda domain: info)
+    monkeypatch.setattr(agent, "is_frozen", lambda domain: True)
+    assert agent.ask(Domain()) == (info, None, True)
+
+
+def test_an_agent_that_does_not_tell_is_not_frozen_and_says_why(answering):
+    info, problem, frozen = agent.ask(answering("nonsense"))
+    assert (info, frozen) == (None, False)
+    assert "not JSON" in problem

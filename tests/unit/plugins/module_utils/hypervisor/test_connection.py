@@ -90,3 +90,25 @@ def test_a_daemon_that_is_not_there_is_told_with_what_to_do():
     pytest.importorskip("libvirt")
     with pytest.raises(LibvirtFailed, match="No libvirt daemon answers"):
         connection.open_connection("qemu+unix:///system?socket=/does/not/exist")
+
+
+def test_a_domain_that_goes_while_all_are_read_is_passed_over_and_any_other_failure_is_not():
+    opened = connection.open_connection("test:///default")
+    transient = opened.createXML(
+        "<domain type='test'><name>short</name><memory>1</memory><os><type>hvm</type></os></domain>"
+    )
+
+    def read(handle):
+        if handle.name() == "short":
+            transient.destroy()
+        with connection.explaining("Reading it"):
+            return handle.XMLDesc() and handle.name()
+
+    assert connection.of_every_domain(opened, read) == ["test"]
+
+    def fail(handle):
+        with connection.explaining("Reading it"):
+            handle.snapshotLookupByName("none")
+
+    with pytest.raises(LibvirtFailed):
+        connection.of_every_domain(opened, fail)

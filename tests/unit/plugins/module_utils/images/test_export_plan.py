@@ -138,3 +138,12 @@ MOUNTS = "/dev/sda / ext4 rw 0 0\nnas:/x /srv nfs4 rw 0 0\nfs /srv/fuse\\040dir 
 )
 def test_a_network_filesystem_is_known(directory: str, remote: bool) -> None:
     assert export_plan.is_remote(directory, MOUNTS) is remote
+
+
+def test_a_guest_that_is_frozen_already_is_not_frozen_again_and_claims_only_what_is_proved() -> None:
+    ours = plan(facts=replace(LIVE, frozen=True, frozen_whole=True))
+    assert (ours.freeze, ours.standing, ours.expected_level) == (False, True, "filesystem")
+    others = plan(facts=replace(LIVE, frozen=True))
+    assert (others.freeze, others.standing, others.expected_level) == (False, False, "crash")
+    with pytest.raises(Refused, match="by other means"):
+        plan(replace(REQUEST, quiesce="required"), replace(LIVE, frozen=True))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import AgentSilent, InvalidInput
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import AgentSilent, InvalidInput, Refused
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.agent import AgentInfo
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain_model import Domain, DomainState
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import consistency
@@ -82,3 +82,10 @@ def test_memory_is_never_taken_of_a_frozen_guest():
     assert not consistency.decide_freeze("auto", domain(), None, with_memory=True).freeze
     with pytest.raises(InvalidInput, match="frozen guest"):
         consistency.decide_freeze("required", domain(), None, with_memory=True)
+
+
+def test_a_freeze_of_somebody_else_is_respected_and_proves_nothing_unless_it_is_ours_and_whole():
+    assert consistency.respect_freeze("required", domain(), whole=True) == consistency.FreezeDecision(False)
+    assert "other means" in consistency.respect_freeze("auto", domain(), whole=False).why_not
+    with pytest.raises(Refused, match="by other means"):
+        consistency.respect_freeze("required", domain(), whole=False)

@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 
 import pytest
 
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import Unfinished
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import NoSpace, Unfinished, VmkeeperError
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import journal
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.journal import Journal
 
@@ -99,3 +100,21 @@ def test_what_a_killed_run_was_writing_goes_with_the_next_ones_journal(place):
             pass
     Journal.begin("snapshot", DOMAINS, {}, directory=place).finish()
     assert os.listdir(place) == [".new-u12.json-another"]
+
+
+def test_a_step_that_cannot_be_recorded_must_not_begin_and_says_why(place, monkeypatch):
+    running = Journal.begin("snapshot", DOMAINS, {}, directory=place)
+
+    def full(_path, _value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(journal.places, "write_json", full)
+    with pytest.raises(NoSpace, match="cannot be written"):
+        running.step("cut")
+    running.note("start")  # nobody has to know of it
+    monkeypatch.setattr(
+        journal.places, "write_json", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only"))
+    )
+    with pytest.raises(VmkeeperError, match="read-only"):
+        running.step("cut")
+    assert [step["name"] for step in journal.peek("u1", directory=place).steps] == ["begin"]

@@ -89,3 +89,54 @@ def test_what_is_written_once_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert places.write_json_once(str(path), {"a": 1}) == {"a": 1}
     assert places.write_json_once(str(path), {"a": 2}) == {"a": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["one.json"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+class TestANewName:
+    @pytest.fixture(autouse=True)
+    def filesystem(self, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+        def refuse(*_: object) -> None:
+            raise OSError(errno.EPERM, "no links here")
+
+        if not links:
+            monkeypatch.setattr(os, "link", refuse)
+
+    def test_is_given_once_and_replaces_nothing(self, tmp_path: Path) -> None:
+        part, path = tmp_path / "x.part", tmp_path / "x"
+        part.write_text("ours")
+        path.write_text("somebody's")
+        with pytest.raises(FileExistsError):
+            places.rename_new(str(part), str(path))
+        places.undo_rename_new(str(part), str(path))
+        assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+        assert path.read_text() == "somebody's"
+        path.unlink()
+        part.write_text("ours")
+        places.rename_new(str(part), str(path))
+        assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+        assert path.read_text() == "ours"
+
+    def test_can_be_interrupted_anywhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        part, path = tmp_path / "x.part", tmp_path / "x"
+
+        def interrupted() -> None:
+            part.write_text("ours")
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "unlink", self._die)
+                patch.setattr(os, "rename", self._die)
+                with pytest.raises(KeyboardInterrupt):
+                    places.rename_new(str(part), str(path))
+            assert sorted(entry.name for entry in tmp_path.iterdir()) == ["x", "x.part"]
+
+        interrupted()
+        places.rename_new(str(part), str(path))
+        assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+        assert path.read_text() == "ours"
+        path.unlink()
+        interrupted()
+        places.undo_rename_new(str(part), str(path))
+        assert list(tmp_path.iterdir()) == []
+
+    @staticmethod
+    def _die(*_: object) -> None:
+        raise KeyboardInterrupt

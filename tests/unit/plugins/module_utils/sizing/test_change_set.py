@@ -12,6 +12,7 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import (
     Refused,
 )
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.change_set import compute
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.facts import Host
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.request import Request
 from ansible_collections.vmkeeper.libvirt.tests.unit.plugins.module_utils.sizing.a_domain import (
     GIB,
@@ -70,3 +71,27 @@ def test_room_is_made_at_the_next_boot_and_never_below_what_is_used():
         compute(Request(max_vcpus=8, apply="live"), facts())
     with pytest.raises(InvalidInput):
         compute(Request(max_vcpus=1), facts())
+
+
+def definition(vcpus: int = 4, memory: str = "<memory unit='GiB'>8</memory>", limit: str = "") -> str:
+    return (
+        f"<domain><name>d</name><uuid>1</uuid>{limit}{memory}<currentMemory unit='GiB'>4</currentMemory>"
+        f"<vcpu current='2'>{vcpus}</vcpu><os><type arch='x86_64'>hvm</type></os></domain>"
+    )
+
+
+def test_room_for_less_memory_than_the_balloon_could_give_back_is_refused():
+    conf = domain(memory_max=8 * GIB, memory_current=4 * GIB)
+    known = facts(live=conf, definition=definition())
+    with pytest.raises(InvalidInput, match="max_memory"):
+        compute(Request(max_memory=6 * GIB), known)
+    assert compute(Request(max_memory=8 * GIB), known).due
+    with pytest.raises(InvalidInput, match=r"5\.0 GiB|8\.0 GiB"):
+        compute(Request(memory=5 * GIB, max_memory=6 * GIB), known)
+
+
+def test_more_vcpus_than_the_machine_type_takes_are_refused_before_anything_is_stopped():
+    known = facts(definition=definition(), host=Host(cpus=16, free_memory=GIB, most_vcpus=255))
+    with pytest.raises(InvalidInput, match="takes 255"):
+        compute(Request(max_vcpus=300, allow_restart=True), known)
+    assert compute(Request(max_vcpus=255), known).definition != definition()

@@ -17,6 +17,7 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.definition
     Wish,
     configured_memory,
     cpu_text,
+    is_resized,
     resized,
 )
 
@@ -142,3 +143,11 @@ def test_virtio_mem_keeps_its_part(wanted, requested, boot):
 def test_lists_of_cpus_are_read_as_libvirt_writes_them(text, numbers):
     assert cpu_list(text) == numbers
     assert cpu_list(cpu_text(numbers)) == numbers
+
+
+def test_what_a_run_has_stored_is_told_from_what_somebody_has_edited_since():
+    old = definition(body="<on_crash>destroy</on_crash>")
+    new = resized(old, Wish(vcpus=4, memory=1024 * MIB, max_memory=4096 * MIB))
+    assert is_resized(old, new.replace("><", ">\n  <"), new), "libvirt writes it more beautifully"
+    assert not is_resized(old, old, new), "another size"
+    assert not is_resized(old, new.replace(">destroy<", ">preserve<"), new), "edited"

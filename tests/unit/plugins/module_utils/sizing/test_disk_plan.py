@@ -168,3 +168,28 @@ def test_a_filesystem_that_cannot_be_grown_is_an_entry_that_says_why():
     known = facts(filesystems_problem="the guest agent does not allow guest-exec")
     change = only(Request(disks=(DiskRequest("vda", GIB),)), known)
     assert (change.how, "guest-exec" in change.why, change.due) == ("none", True, False)
+
+
+LAST = Filesystem("vda", "sda1", "/", "ext4", "sda", GIB // 2, 1, MIB, GIB // 2 - MIB, GIB // 2 - MIB)
+ONLY_WHAT_IS_ON_IT = (DiskRequest("vda", None),)
+
+
+def test_a_disk_that_the_guest_has_not_noticed_waits_for_a_start_and_its_filesystem_with_it():
+    known = replace(disk_facts(), filesystems=(LAST,))
+    for disks in (ONLY_WHAT_IS_ON_IT, (DiskRequest("vda", GIB),)):
+        waits = compute(Request(disks=disks), known)
+        assert not waits.due
+        assert waits.changes[0].warn
+        assert "has not noticed" in waits.pending[0]
+        assert ways(Request(disks=disks, allow_restart=True), known) == {
+            "disk vda": "restart",
+            "filesystem vda": "restart",
+        }
+
+
+def test_for_the_next_boot_no_filesystem_grows():
+    known = replace(disk_facts(), filesystems=(replace(LAST, disk_size=GIB),))
+    assert ways(Request(disks=ONLY_WHAT_IS_ON_IT), known) == {"filesystem vda": "live"}
+    change = only(Request(disks=ONLY_WHAT_IS_ON_IT, apply="next_boot"), known)
+    assert change.how == "none"
+    assert "next_boot" in change.why

@@ -12,14 +12,17 @@ import pytest
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain_model import (
     MemoryDevice,
 )
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing import facts as reading
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.change import (
     MemoryAction,
 )
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.change_set import compute
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.facts import (
     GuestMemory,
 )
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.request import Request
 from ansible_collections.vmkeeper.libvirt.tests.unit.plugins.module_utils.sizing.a_domain import (
+    AGENT,
     GIB,
     MIB,
     domain,
@@ -84,3 +87,50 @@ def test_memory_that_the_guest_uses_is_not_taken_from_it():
 def test_memory_that_the_guest_left_offline_is_brought_online():
     known = facts(memory=GuestMemory(total=GIB, available=GIB, offline_blocks=(32,)))
     assert only(Request(memory=GIB), known).action == MemoryAction(online=True)
+
+
+def test_memory_is_not_taken_live_from_a_guest_that_does_not_tell_what_it_can_spare():
+    known = facts(memory=GuestMemory())
+    change = only(Request(memory=GIB // 2), known)
+    assert (change.how, "does not tell what it can spare" in change.why) == ("next_boot", True)
+    assert only(Request(memory=GIB // 2, allow_restart=True), known).how == "restart"
+
+
+class Ballooning:
+    def __init__(self, **told):
+        self.told = told
+
+    def XMLDesc(self, flags):
+        period = "" if self.told.pop("never", False) else "<stats period='10'/>"
+        return f"<domain><devices><memballoon model='virtio'>{period}</memballoon></devices></domain>"
+
+    def memoryStats(self):
+        return self.told
+
+
+@pytest.mark.parametrize(
+    ("told", "available"),
+    [
+        ({"usable": 2048, "unused": 1024, "last_update": 1000}, 2048 * 1024),
+        ({"unused": 1024, "last_update": 1000}, 1024 * 1024),
+        ({"usable": 2048, "last_update": 0}, None),
+        ({"usable": 2048, "last_update": 1009, "never": True}, None),
+        ({"usable": 2048, "last_update": 100}, None),
+        ({"actual": 4096}, None),
+    ],
+)
+def test_the_balloon_driver_tells_where_the_agent_does_not(monkeypatch, told, available):
+    monkeypatch.setattr(reading.time, "time", lambda: 1010.0)
+    assert reading._with_balloon_statistics(Ballooning(**told), GuestMemory()).available == available
+
+
+def test_memory_that_the_guest_leaves_offline_is_no_reason_for_a_start_that_brings_the_same():
+    closed = replace(AGENT, commands=AGENT.commands - {"guest-set-memory-blocks"})
+    known = facts(agent=closed, memory=GuestMemory(total=GIB, available=GIB, offline_blocks=(32,)))
+    planned = compute(Request(memory=GIB, allow_restart=True), known)
+    assert not planned.due
+    assert planned.changes[0].warn
+    # As a DIMM it is offline; the definition makes it ordinary memory at the next start.
+    dimm = MemoryDevice("dimm", 256 * MIB, 0, 256 * MIB, 256 * MIB, 0, "dimm0")
+    plugged = replace(known, live=domain(memory_devices=(dimm,)))
+    assert only(Request(memory=GIB, allow_restart=True), plugged).how == "restart"

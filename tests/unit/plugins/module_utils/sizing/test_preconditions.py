@@ -12,17 +12,23 @@ import pytest
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import (
     AgentSilent,
     Busy,
+    NoSpace,
     Refused,
 )
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.agent import AgentInfo
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain_model import (
+    Disk,
     DomainState,
+    Layer,
 )
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import space
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.change_set import compute
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.facts import (
+    DiskFacts,
     Host,
 )
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.request import Request
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.preconditions import check_host
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.request import DiskRequest, Request
 from ansible_collections.vmkeeper.libvirt.tests.unit.plugins.module_utils.sizing.a_domain import (
     GIB,
     MIB,
@@ -71,3 +77,37 @@ def test_hugepages_are_counted_for_a_domain_that_uses_them():
 def test_a_condition_in_which_nothing_may_change_is_refused(known, error):
     with pytest.raises(error):
         compute(Request(vcpus=4), known)
+
+
+def test_what_several_domains_take_is_asked_for_together():
+    request = Request(memory=2 * GIB)
+    known = facts(host=Host(cpus=8, free_memory=3 * GIB // 2))
+    planned = [(known, compute(request, known).changes)] * 2
+    check_host(request, planned[:1])
+    with pytest.raises(Refused, match=r"2\.0 GiB more"):
+        check_host(request, planned)
+    check_host(replace(request, overcommit=True), planned)
+    huge = facts(live=domain(hugepages=0), host=Host(8, 64 * GIB, {2 * MIB: 768}, 2 * MIB))
+    with pytest.raises(Refused, match="hugepages of 2"):
+        check_host(request, [(huge, compute(request, huge).changes)] * 2)
+
+
+def test_what_several_disks_take_is_asked_of_the_filesystem_that_they_really_lie_on(tmp_path, monkeypatch):
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "pool" / "b.qcow2")
+    paths = {"vda": tmp_path / "pool" / "a.qcow2", "vdb": tmp_path / "link"}
+    disks = {
+        target: Disk(target, "disk", "file", "virtio", (Layer(str(path), "qcow2"),)) for target, path in paths.items()
+    }
+    known = facts(
+        live=domain(disks=tuple(disks.values())),
+        disks={target: DiskFacts(disk, GIB, disk.chain) for target, disk in disks.items()},
+    )
+    asked = []
+    monkeypatch.setattr(space, "free_bytes", lambda directory: asked.append(directory) or 3 * GIB // 2)
+    compute(Request(disks=(DiskRequest("vda", 2 * GIB, False),)), known)
+    both = Request(disks=(DiskRequest("vda", 2 * GIB, False), DiskRequest("vdb", 2 * GIB, False)))
+    with pytest.raises(NoSpace, match="overcommit"):
+        compute(both, known)
+    assert set(asked) == {str(tmp_path / "pool")}
+    assert compute(replace(both, overcommit=True), known).due

@@ -59,3 +59,22 @@ def test_vcpus_that_are_offline_in_the_guest_already_change_nothing_again():
     planned = compute(Request(vcpus=1), known)
     assert not planned.due
     assert "next start" in planned.pending[0]
+
+
+def test_vcpus_that_the_guest_cannot_see_are_said_and_never_lead_to_a_restart():
+    live = domain(vcpus_current=4)
+    known = facts(live=live, cpus=GuestCpus(frozenset({0, 1}), frozenset(), frozenset({1})))
+    planned = compute(Request(vcpus=4, allow_restart=True), known)
+    assert not planned.due
+    assert planned.changes[0].warn
+    assert "it sees 2" in planned.changes[0].why
+    # One start brings what the definition does not say yet.
+    assert ways(Request(vcpus=4, allow_restart=True), replace(known, configured=domain(vcpus_current=2))) == {
+        "vcpus": "restart"
+    }
+
+
+def test_vcpus_that_stay_offline_are_no_reason_for_a_start_that_brings_the_same():
+    known = facts(cpus=GuestCpus(frozenset({0}), frozenset({1}), frozenset()))
+    change = only(Request(vcpus=2, allow_restart=True), known)
+    assert (change.how, change.restart_helps) == ("live", False)

@@ -1,0 +1,55 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What becomes of a restart whose run was killed: what a guest may have written since is never thrown away."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.journal import Operation
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing import settle, shrinking
+
+
+def interrupted(*steps: str, was_running: bool = True) -> Operation:
+    plan = {"was_running": was_running, "health_timeout": 300.0, "rollback": True}
+    return Operation("resize", [], plan, steps=[{"name": name, "at": 1000.0} for name in steps])
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason", "again"),
+    [
+        (("shutdown", "start"), "shutdown", True),  # by the run itself, which did not get to the start
+        (("shutdown", "start", "health"), "shutdown", False),
+        (("shutdown", "start", "health"), "destroyed", False),
+        (("shutdown", "start"), "destroyed", False),
+        (("shutdown", "start", "health"), "crashed", True),
+        (("shutdown", "start", "health"), "unknown", True),  # the host was started anew
+    ],
+)
+def test_a_guest_that_somebody_has_switched_off_since_its_start_is_not_started(steps, reason, again):
+    assert settle.starts_again(interrupted(*steps), reason) is again
+
+
+def test_a_domain_that_was_off_is_started_to_prove_itself_unless_it_was_saved():
+    off = interrupted("shutdown", "start", "health", was_running=False)
+    assert settle.starts_again(off, "destroyed")
+    assert not settle.starts_again(off, "saved", saved=True)
+
+
+def test_a_running_guest_is_judged_in_the_place_of_the_run_for_a_while_only():
+    assert settle.is_recent(interrupted("start", "health"), 1500.0)
+    assert not settle.is_recent(interrupted("start", "health"), 7 * 86400.0)
+
+
+def test_a_copy_that_a_guest_has_written_is_told_from_one_that_was_only_made(tmp_path):
+    path, kept = tmp_path / "disk", tmp_path / "disk.original"
+    shrinks = [{"path": str(path), "kept": str(kept)}]
+    path.touch()
+    os.utime(path, (1000, 1000))
+    assert not shrinking.written_since(shrinks, 0), "nothing was swapped"
+    kept.touch()
+    assert not shrinking.written_since(shrinks, 1001)
+    assert shrinking.written_since(shrinks, 999)
