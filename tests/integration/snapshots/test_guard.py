@@ -486,7 +486,7 @@ def test_no_agent_has_left_a_guard_or_a_journal_behind(trials, guest, other, thi
 def test_the_guard_outlives_the_session_keeps_no_descriptor_and_thaws_in_time(guest):
     began = time.monotonic()
     # Through real Ansible, whose module archive is gone when the task ends.
-    outcome = tasks.ad_hoc("fsfreeze", f"domain={guest.name} state=frozen deadline=12s", timeout=12 + tasks.TIMEOUT)
+    outcome = tasks.ad_hoc("fsfreeze", f"domain={guest.name} state=frozen deadline=30s", timeout=30 + tasks.TIMEOUT)
     assert outcome.rc == 0, outcome.stderr
     assert outcome["frozen"]
     assert outcome["deadline_at"]
@@ -502,11 +502,11 @@ def test_the_guard_outlives_the_session_keeps_no_descriptor_and_thaws_in_time(gu
             if target.startswith("pipe:"):  # libvirt's own wakeup pipe: both ends within the guard
                 assert proof.holders_of_pipe(target) == {pids[0]}
     assert guest.frozen_filesystems() == ["/disk/vda", "/disk/vdb"]
-    again = tasks.ok("fsfreeze", domains=[guest.name], state="frozen", deadline="12s")
+    again = tasks.ok("fsfreeze", domains=[guest.name], state="frozen", deadline="30s")
     assert not again.changed
     assert again["deadline_at"] == outcome["deadline_at"]
-    proof.alive(guest, timeout=60)
-    assert time.monotonic() - began < 90
+    proof.alive(guest, timeout=90)
+    assert time.monotonic() - began < 120
     assert not tasks.ok("fsfreeze", domains=[guest.name], state="thawed").changed
     assert_quiet(guest)
     until(lambda: not proof.guard_pids(), "the guard going home", 30)
@@ -561,7 +561,7 @@ def frozen_until(guest: Guest, deadline: str) -> Path:
 def test_frozen_guests_that_were_saved_and_run_again_before_the_deadline_are_thawed_at_it(other, third, tmp_path):
     both = [other.name, third.name]
     ran_as = [one.domain().ID() for one in (other, third)]
-    assert tasks.ok("fsfreeze", domains=both, state="frozen", deadline="60s").changed
+    assert tasks.ok("fsfreeze", domains=both, state="frozen", deadline="40s").changed
     other.domain().managedSave()
     third.domain().save(str(tmp_path / "saved"))
     # Nobody can thaw them now, so nobody says that they are thawed; and who looks after them stays.
@@ -617,6 +617,7 @@ def test_a_guest_that_was_booted_anew_is_not_thawed_for_what_it_was_before(other
 
 
 def test_a_guest_that_others_thawed_gets_its_whole_deadline_when_it_is_frozen_again(guest):
+    began = time.monotonic()
     first = frozen_until(guest, "10s")
     guest.agent_command("guest-fsfreeze-thaw")
     proof.alive(guest)
@@ -626,7 +627,9 @@ def test_a_guest_that_others_thawed_gets_its_whole_deadline_when_it_is_frozen_ag
     second = frozen_until(guest, "5m")
     assert second != first
     until(lambda: len(proof.guard_pids()) == 1, "the first guard going home", 60)
-    time.sleep(10)  # the first deadline passes meanwhile: that nothing comes of it is the point
+    until(
+        lambda: time.monotonic() - began > 14, "the first deadline passing: that nothing comes of it is the point", 60
+    )
     assert guest.frozen_filesystems() == ["/disk/vda", "/disk/vdb"]
     assert tasks.ok("fsfreeze", domains=[guest.name], state="thawed").changed
     proof.alive(guest)
@@ -640,7 +643,7 @@ def test_a_freeze_of_somebody_else_s_gets_a_guard_and_proves_nothing(guest):
     assert adopted["filesystems"] == []
     assert any("frozen by other means" in warning for warning in adopted.warnings)
     assert guest.frozen_filesystems() == ["/disk/vdb"]
-    refused = tasks.run("snapshot", domains=[guest.name], name="never", quiesce="required")
+    refused = tasks.run("snapshot", domains=[guest.name], name=next(_names), quiesce="required")
     assert refused.failed
     assert "perhaps not wholly" in refused.message
     taken = tasks.ok("snapshot", domains=[guest.name], name=next(_names), quiesce="auto")
