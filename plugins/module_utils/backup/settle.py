@@ -77,7 +77,7 @@ def finish(uri: str, pending: Journal) -> None:
     connection = open_connection(uri)
     if not pending.operation.reached("retire"):
         for uuid, part in plan["domains"].items():
-            publish(repository, uuid, part["id"])
+            publish(repository, uuid, part["id"], journal=f"{places.JOURNAL}/{min(plan['domains'])}.json")
     pending.step("retire")
     for uuid, part in plan["domains"].items():
         handle = find_by_uuid(connection, uuid)
@@ -88,10 +88,11 @@ def finish(uri: str, pending: Journal) -> None:
     pending.finish()
 
 
-def publish(repository: Repository, uuid: str, identifier: str) -> None:
+def publish(repository: Repository, uuid: str, identifier: str, *, journal: str) -> None:
     """The one rename that makes a point exist. Done before: nothing to do.
 
-    Raises :class:`Refused` where it is neither made nor published: the checkpoints that it supersedes must not go.
+    Raises :class:`Refused` where it is neither made nor published: the checkpoints that it supersedes must not go.  ``journal``
+    is the file to move away where that is meant.
     """
     made, published = repository.new_directory(uuid, identifier), repository.point_directory(uuid, identifier)
     if os.path.isdir(made):
@@ -103,7 +104,7 @@ def publish(repository: Repository, uuid: str, identifier: str) -> None:
             f" nor {made} is there",
             state="The older points and their checkpoints are as they were.",
             advice="See whether all of the repository is mounted, then run this again; if the point was removed by hand, move"
-            f" {places.JOURNAL}/{uuid}.json away",
+            f" {journal} away",
         )
 
 

@@ -106,14 +106,15 @@ def test_disks_are_not_put_back_under_a_guest_that_was_started_meanwhile(tmp_pat
     pending = Journal.begin(settle.RESTORE, [(UUID, "web")], plan, directory=str(tmp_path / "journal"))
     pending.step("place")
     pending.step("take-back")
-    guest = SimpleNamespace(active=True, isActive=lambda: guest.active)
+    active = [True]
+    guest = SimpleNamespace(isActive=lambda: active[0])
     monkeypatch.setattr(settle, "open_connection", lambda uri: None)
     monkeypatch.setattr(settle, "find_by_uuid", lambda connection, uuid: guest)
     monkeypatch.setattr(settle, "_paths", lambda handle, inactive: {str(path)})
     with pytest.raises(Refused, match="Shut it down"):
         settle.settle_restore("", pending)
     assert (path.read_text(), aside.read_text()) == ("restored", "before")
-    guest.active = False
+    active[0] = False
     assert settle.settle_restore("", pending)["action"] == "undone"
     assert path.read_text() == "before"
     assert not aside.exists()
