@@ -462,6 +462,7 @@ def _sizing(root: ElementTree.Element) -> dict[str, Any]:
 
 
 def cell_bytes(cell: ElementTree.Element) -> int:
+    """The memory of a NUMA cell's definition in bytes."""
     return int(cell.get("memory", "0")) * _MEMORY_UNITS.get(cell.get("unit", "KiB").lower(), 1024)
 
 
