@@ -32,7 +32,8 @@ options:
     description:
       - Memory of the guest, such as V(4G), in whole MiB.
       - A running guest gets more from its balloon, from a virtio-mem device or by a plugged DIMM, in this order. It gives back
-        to virtio-mem, by unplugged DIMMs and to its balloon, in this order.
+        to virtio-mem, by unplugged DIMMs and to its balloon, in this order, if its agent or its balloon's statistics tell that it
+        can spare as much. Where nobody tells, it gives back at its next start.
     type: str
   max_memory:
     description:
@@ -57,13 +58,15 @@ options:
         description:
           - Grow the last partition of the disk and its mounted filesystem (ext3, ext4, XFS) inside the guest, through the agent's
             C(guest-exec).
-          - Where the agent does not allow that, the entry in RV(changes) says so, and nothing is done to it.
+          - Where the agent does not allow that, or another partition lies behind, the entry in RV(changes) says so, and nothing is
+            done to it. Neither is with O(apply=next_boot).
         type: bool
         default: true
   apply:
     description:
       - V(auto) applies each change live, else at a restart if O(allow_restart), else at the next boot.
-      - V(live) fails, before anything is changed, if one of them cannot be applied live.
+      - V(live) fails, before anything is changed, if one of them cannot be applied live. If the guest does not take a disk's or a
+        filesystem's new size after all, it fails when the others are made.
       - V(next_boot) changes the definition only.
     type: str
     choices: [auto, live, next_boot]
@@ -85,11 +88,13 @@ options:
     type: bool
     default: false
   overcommit:
-    description: Promise more memory, CPUs or space than the host has left.
+    description: Promise more memory, CPUs or space than the host has left for all disks and domains of the task together.
     type: bool
     default: false
   rollback:
-    description: Return to the old definition if the domain is not well after a restart.
+    description:
+      - Return to the old definition if the domain is not well after a restart.
+      - With V(false) it keeps the new one, unless it cannot be started with it at all.
     type: bool
     default: true
   health_command:
@@ -116,6 +121,7 @@ notes:
   - A domain with a managed-save image is refused, since its saved memory would resume on other hardware.
   - A disk that has overlays and checkpoints loses the checkpoints of this collection when it grows, since increments would miss
     data. The next backup is a full one. If other tools have checkpoints there, the task fails before anything is changed.
+  - The guest does not notice that a SATA or IDE disk has grown before its next start.
   - A disk that has grown stays so when the definition is rolled back. A larger disk does no harm.
 seealso:
   - module: vmkeeper.libvirt.domain_info

@@ -367,7 +367,8 @@ _MEMORY_UNITS = {
 }
 
 
-def _bytes(root: ElementTree.Element, tag: str) -> int:
+def read_bytes(root: ElementTree.Element, tag: str) -> int:
+    """The bytes that the text of a child says in its ``unit``, KiB by default; 0 where there is none."""
     element = root.find(tag)
     if element is None or not (element.text or "").strip():
         return 0
@@ -412,8 +413,8 @@ def parse_domain(xml: str, state: DomainState, *, persistent: bool = True, **con
         state=state,
         persistent=persistent,
         disks=tuple(parse_disk(element) for element in root.iterfind("devices/disk")),
-        memory_max=_bytes(root, "memory"),
-        memory_current=_bytes(root, "currentMemory") or _bytes(root, "memory"),
+        memory_max=read_bytes(root, "memory"),
+        memory_current=read_bytes(root, "currentMemory") or read_bytes(root, "memory"),
         vcpus_max=vcpus_max,
         vcpus_current=int(vcpu.get("current", vcpus_max)) if vcpu is not None else 1,
         machine=os_type.get("machine") if os_type is not None else None,
@@ -455,11 +456,11 @@ def _sizing(root: ElementTree.Element) -> dict[str, Any]:
         hugepages = int(page.get("size", "0")) * unit if page is not None else 0
     balloon = root.find("devices/memballoon")
     return {
-        "memory_limit": _bytes(root, "maxMemory") or None,
+        "memory_limit": read_bytes(root, "maxMemory") or None,
         "memory_slots": int(limit.get("slots", "0")) if limit is not None else 0,
         "memory_devices": tuple(_memory_device(element) for element in root.iterfind("devices/memory")),
         "numa_cells": tuple(
-            NumaCell(int(cell.get("id", "0")), cpu_list(cell.get("cpus", "")), _cell_bytes(cell))
+            NumaCell(int(cell.get("id", "0")), cpu_list(cell.get("cpus", "")), cell_bytes(cell))
             for cell in root.iterfind("cpu/numa/cell")
         ),
         "topology": CpuTopology(*(int(topology.get(name, "1")) for name in ("sockets", "dies", "cores", "threads")))
@@ -474,7 +475,8 @@ def _sizing(root: ElementTree.Element) -> dict[str, Any]:
     }
 
 
-def _cell_bytes(cell: ElementTree.Element) -> int:
+def cell_bytes(cell: ElementTree.Element) -> int:
+    """The memory of a NUMA cell's definition in bytes."""
     return int(cell.get("memory", "0")) * _MEMORY_UNITS.get(cell.get("unit", "KiB").lower(), 1024)
 
 
@@ -484,16 +486,18 @@ def _memory_device(element: ElementTree.Element) -> MemoryDevice:
     model = element.get("model", "dimm")
     if target is None:
         return MemoryDevice(model, 0, 0, 0, 0)
-    size = _bytes(target, "size")
+    size = read_bytes(target, "size")
     virtio = model == "virtio-mem"
-    requested = _bytes(target, "requested") if virtio else size
+    requested = read_bytes(target, "requested") if virtio else size
     return MemoryDevice(
         model=model,
         size=size,
         node=int(target.findtext("node", "0")),
         requested=requested,
-        current=(_bytes(target, "current") if target.find("current") is not None else requested) if virtio else size,
-        block=_bytes(target, "block"),
+        current=(read_bytes(target, "current") if target.find("current") is not None else requested)
+        if virtio
+        else size,
+        block=read_bytes(target, "block"),
         alias=alias.get("name") if alias is not None else None,
     )
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
-from ..hypervisor.domain_model import Domain, DomainState, cpu_list, parse_domain
+from ..hypervisor.domain_model import Domain, DomainState, cell_bytes, cpu_list, parse_domain, read_bytes
 
 _MIB = 1 << 20
 _KIB = 1 << 10
@@ -221,7 +221,7 @@ def _set_memory(root: ElementTree.Element, domain: Domain, wanted: int) -> None:
     _set_bytes(root, "memory", boot + dimms + capacity)
     _set_bytes(root, "currentMemory", boot + dimms)
     limit = root.find("maxMemory")
-    if limit is not None and _read_bytes(root, "maxMemory") < boot + dimms + capacity:
+    if limit is not None and read_bytes(root, "maxMemory") < boot + dimms + capacity:
         _set_bytes(root, "maxMemory", boot + dimms + capacity)
     _fit_cells(root, boot)
 
@@ -232,8 +232,8 @@ def _request_virtio_mem(root: ElementTree.Element, domain: Domain, wanted: int) 
         if target is None:
             continue
         device = next((one for one in domain.memory_devices if one.model == "virtio-mem"), None)
-        size = _read_bytes(target, "size")
-        block = _read_bytes(target, "block") or (device.block if device else 1) or 1
+        size = read_bytes(target, "size")
+        block = read_bytes(target, "block") or (device.block if device else 1) or 1
         take = min(size, wanted)
         take -= take % block
         _set_bytes(target, "requested", take)
@@ -242,7 +242,7 @@ def _request_virtio_mem(root: ElementTree.Element, domain: Domain, wanted: int) 
 
 def _requested(element: ElementTree.Element) -> int:
     target = element.find("target")
-    return _read_bytes(target, "requested") if target is not None else 0
+    return read_bytes(target, "requested") if target is not None else 0
 
 
 def _devices(root: ElementTree.Element, model: str) -> list[ElementTree.Element]:
@@ -259,7 +259,7 @@ def _fit_cells(root: ElementTree.Element, boot: int) -> None:
     cells = root.findall("cpu/numa/cell")
     if not cells:
         return
-    shares = [_cell_bytes(cell) for cell in cells]
+    shares = [cell_bytes(cell) for cell in cells]
     total = sum(shares) or 1
     given = 0
     for cell, share in zip(cells[:-1], shares[:-1]):
@@ -267,13 +267,6 @@ def _fit_cells(root: ElementTree.Element, boot: int) -> None:
         _set_cell(cell, size)
         given += size
     _set_cell(cells[-1], boot - given)
-
-
-def _cell_bytes(cell: ElementTree.Element) -> int:
-    holder = ElementTree.Element("holder")
-    element = ElementTree.SubElement(holder, "memory", unit=cell.get("unit", "KiB"))
-    element.text = cell.get("memory", "0")
-    return _read_bytes(holder, "memory")
 
 
 def _set_cell(cell: ElementTree.Element, size: int) -> None:
@@ -300,14 +293,6 @@ def _set_limit(root: ElementTree.Element, domain: Domain, wanted: int) -> None:
     devices = sum(device.size for device in domain.memory_devices)
     cell = ElementTree.SubElement(numa, "cell", id="0", cpus=cpu_text(range(maximum)))
     _set_cell(cell, domain.memory_max - devices)
-
-
-def _read_bytes(root: ElementTree.Element, tag: str) -> int:
-    element = root.find(tag)
-    if element is None or not (element.text or "").strip():
-        return 0
-    units = {"b": 1, "bytes": 1, "kib": _KIB, "k": _KIB, "mib": _MIB, "m": _MIB, "gib": _MIB << 10, "g": _MIB << 10}
-    return int((element.text or "0").strip()) * units.get(element.get("unit", "KiB").lower(), _KIB)
 
 
 def _set_bytes(root: ElementTree.Element, tag: str, size: int) -> None:

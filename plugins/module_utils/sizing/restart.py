@@ -132,14 +132,14 @@ def _shrink(connection: Any, handle: Any, journal: Journal) -> None:
         raise
 
 
-def keep(handle: Any, journal: Journal) -> None:
-    """The domain is well: what was kept for the way back goes, and one that was off is shut down again."""
+def keep(handle: Any, journal: Journal, *, leave_running: bool = False) -> None:
+    """The domain is well: what was kept for the way back goes, and one that was off is shut down again, unless somebody uses it."""
     plan = journal.operation.plan
     if not plan.get("shrinks"):
         return
     journal.step("drop")
     shrinking.drop_originals(plan["shrinks"])
-    if not plan["was_running"]:
+    if not plan["was_running"] and not leave_running:
         journal.step("stop")
         shut_down(handle, plan["shutdown_timeout"])
 

@@ -271,8 +271,8 @@ class _Run:
         raise TypeError(f"no way to apply {action!r}")
 
     def _disk_seen(self, action: DiskGrowth) -> Outcome:
-        """The disk's size by the guest, where a filesystem of it is known and the agent may look."""
-        known = next((one for one in self._facts.filesystems if one.target == action.target and not one.problem), None)
+        """The disk's size by the guest, where something mounted lies on it and the agent may look."""
+        known = next((one for one in self._facts.filesystems if one.target == action.target and one.disk_device), None)
         if known is None:
             why = self._facts.filesystems_problem or "the guest has mounted nothing that lies on it"
             return Outcome(None, note=f"what the guest sees is not known: {why}")
@@ -296,7 +296,6 @@ class _Run:
             return
         if change.what.startswith("filesystem "):
             return  # no start grows it; a disk that was not noticed takes its filesystem along (_restart)
-        why = f"the guest did not take it live: {outcome.note}"
         if not change.restart_helps:
             return
         note = outcome.note
@@ -304,7 +303,7 @@ class _Run:
             try:
                 check_restart(self._request, self._facts)
                 # The plan was live, the guest thought otherwise: the second best way.
-                self._replace(change, replace(change, how=RESTART, why=why))
+                self._replace(change, replace(change, how=RESTART, why=f"the guest did not take it live: {note}"))
                 return
             except AgentSilent as blind:
                 note = f"{note}; no restart: {blind.problem}"

@@ -64,7 +64,7 @@ def _settle(connection: Any, handle: Any, pending: Journal) -> str:
     if shrinks:
         _end_of_shrinking(handle, shrinks)
     if operation.reached("drop"):
-        restart.keep(handle, pending)
+        restart.keep(handle, pending, leave_running=not is_recent(operation, time.time()))
         return "finished: it was well with its new size"
     if operation.reached("rollback"):
         return _way_back(connection, handle, pending)
@@ -106,6 +106,8 @@ def _started(connection: Any, handle: Any, pending: Journal) -> str:
     operation, plan = pending.operation, pending.operation.plan
     shrinks = plan.get("shrinks", ())
     problem = None
+    # A domain that was off, and has run ever since, is somebody's by now.
+    in_use = handle.isActive() and not is_recent(operation, time.time())
     if not handle.isActive():
         domain = read_domain(handle)
         if not starts_again(operation, domain.state.reason, saved=domain.managed_save):
@@ -119,7 +121,7 @@ def _started(connection: Any, handle: Any, pending: Journal) -> str:
     if problem is None and plan["judge"] and plan.get("rollback", True):
         problem = health.wait_until_well(handle, plan["health_command"], plan["health_timeout"])
     if problem is None:
-        restart.keep(handle, pending)
+        restart.keep(handle, pending, leave_running=in_use)
         return "found well with its new size" if plan.get("rollback", True) else "left running with its new size"
     if shrinks:
         raise _not_well(handle, "on its smaller disks", problem, shrinks)
@@ -127,7 +129,7 @@ def _started(connection: Any, handle: Any, pending: Journal) -> str:
         return f"left with its new size, but {problem}"
     if not restart.is_as_written(handle, plan):
         return f"left as it is, since its definition was changed, but {problem}"
-    if handle.isActive() and not is_recent(operation, time.time()):
+    if in_use:
         raise _not_well(handle, "with its new size", problem)
     return f"taken back: it runs with its old definition{_but(restart.roll_back(connection, pending))}"
 

@@ -23,10 +23,10 @@ def vcpu_changes(request: Request, facts: Facts) -> tuple[list[Change], list[str
     online = len(facts.cpus.online) if facts.cpus else None
     effective = online if online is not None else (live.vcpus_current if live else conf.vcpus_current)
     action, obstacle, why = _live(wanted, facts) if live else (None, "", "")
-    if started_so and action is None and obstacle:
+    in_force = live is not None and effective == wanted and live.vcpus_current >= wanted
+    if started_so and not in_force and action is None:
         # Another start would bring the same.
         return [Change("vcpus", effective, wanted, NONE, obstacle, warn=True)], []
-    in_force = live is not None and effective == wanted and live.vcpus_current >= wanted
     decision = decide(
         request,
         facts,
@@ -62,13 +62,16 @@ def _live(wanted: int, facts: Facts) -> tuple[VcpuAction | None, str, str]:
         return None, f"it was started with room for {live.vcpus_max} vCPUs", ""
     if wanted > have:
         return VcpuAction(wanted, wanted), "", f"it has room for {live.vcpus_max} vCPUs"
-    if wanted == have and facts.cpus is not None and len(facts.cpus.online | facts.cpus.offline) < wanted:
-        seen = len(facts.cpus.online | facts.cpus.offline)
-        return (
-            None,
-            f"QEMU has given the guest {wanted} vCPUs, and it sees {seen} (its kernel may be limited to these)",
-            "",
-        )
+    if wanted == have and facts.cpus is not None:
+        seen, online = len(facts.cpus.online | facts.cpus.offline), len(facts.cpus.online)
+        if seen < wanted:
+            return (
+                None,
+                f"QEMU has given the guest {wanted} vCPUs, and it sees {seen} (its kernel may be limited to these)",
+                "",
+            )
+        if not facts.can("guest-set-vcpus"):
+            return None, f"the guest has {online} of its {wanted} vCPUs online, and its agent may not change that", ""
     removable = sum(1 for vcpu in live.vcpus if vcpu.enabled and vcpu.hotpluggable)
     # QEMU's own emulation (TCG) takes an unplugged vCPU from the guest but never reports it gone, and the next memory that
     # is plugged ends QEMU (seen with 7.2). Under KVM it is sound.

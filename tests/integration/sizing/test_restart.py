@@ -179,7 +179,8 @@ def test_a_restart_of_a_domain_that_is_undefined_since_is_given_up(small: Guest,
 def test_a_kill_during_the_way_back_is_repaired(small: Guest, step: str) -> None:
     before = small.xml_text(inactive=True)
     now = online_cpus(small)
-    wanted = {"vcpus": now + 1, "allow_restart": True, "health_command": ["false"], "health_timeout": "1s"}
+    wanted = {"max_vcpus": 12, "vcpus": now + 1, "allow_restart": True}
+    wanted |= {"health_command": ["false"], "health_timeout": "1s"}
     assert start(small, kill_at=step, **wanted).wait() < 0
     present = resize(small, vcpus=now)  # the size that it had
     assert not present["changed"]

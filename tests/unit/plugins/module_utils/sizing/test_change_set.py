@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import (
     InvalidInput,
     Refused,
 )
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing import scaling
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.change_set import compute
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.facts import Host
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.request import Request
@@ -95,3 +98,22 @@ def test_more_vcpus_than_the_machine_type_takes_are_refused_before_anything_is_s
     with pytest.raises(InvalidInput, match="takes 255"):
         compute(Request(max_vcpus=300, allow_restart=True), known)
     assert compute(Request(max_vcpus=255), known).definition != definition()
+
+
+def foreseen(request: Request, known):
+    change_set = compute(request, known)
+    return scaling._Run(None, None, request, known, change_set).predict().after
+
+
+def test_check_mode_foresees_live_vcpus_and_room_as_they_will_be():
+    # Without KVM the vCPU stays QEMU's, offline in the guest, until the next start.
+    emulated = facts(live=domain(domain_type="qemu"), definition=definition(memory="<memory unit='GiB'>4</memory>"))
+    assert foreseen(Request(vcpus=1), emulated)["vcpus"] == {"configured": 1, "live": 2, "maximum": 4}
+    plugged = replace(emulated, definition=definition())
+    assert foreseen(Request(vcpus=4), plugged)["vcpus"] == {"configured": 4, "live": 4, "maximum": 4}
+
+
+def test_check_mode_foresees_room_that_more_memory_makes():
+    limit = "<maxMemory unit='GiB' slots='4'>9</maxMemory>"
+    known = facts(definition=definition(limit=limit))
+    assert foreseen(Request(memory=10 * GIB), known)["memory"]["maximum"] == 10 * GIB

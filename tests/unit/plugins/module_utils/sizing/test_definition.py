@@ -151,3 +151,9 @@ def test_what_a_run_has_stored_is_told_from_what_somebody_has_edited_since():
     assert is_resized(old, new.replace("><", ">\n  <"), new), "libvirt writes it more beautifully"
     assert not is_resized(old, old, new), "another size"
     assert not is_resized(old, new.replace(">destroy<", ">preserve<"), new), "edited"
+
+
+def test_sizes_in_units_of_ten_are_read_as_libvirt_means_them():
+    xml = definition().replace("unit='MiB'>512", "unit='MB'>1000")
+    limited = xml.replace("<memory", "<maxMemory unit='GB' slots='16'>2</maxMemory><memory", 1)
+    assert after(limited, Wish(memory=1536 * MIB)).memory_limit == 2_000_000_000

@@ -104,7 +104,12 @@ def test_what_several_disks_take_is_asked_of_the_filesystem_that_they_really_lie
         disks={target: DiskFacts(disk, GIB, disk.chain) for target, disk in disks.items()},
     )
     asked = []
-    monkeypatch.setattr(space, "free_bytes", lambda directory: asked.append(directory) or 3 * GIB // 2)
+
+    def free_bytes(directory):
+        asked.append(directory)
+        return 3 * GIB // 2
+
+    monkeypatch.setattr(space, "free_bytes", free_bytes)
     compute(Request(disks=(DiskRequest("vda", 2 * GIB, False),)), known)
     both = Request(disks=(DiskRequest("vda", 2 * GIB, False), DiskRequest("vdb", 2 * GIB, False)))
     with pytest.raises(NoSpace, match="overcommit"):

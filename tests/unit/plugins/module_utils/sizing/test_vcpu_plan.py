@@ -19,6 +19,7 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.facts impo
 )
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.request import Request
 from ansible_collections.vmkeeper.libvirt.tests.unit.plugins.module_utils.sizing.a_domain import (
+    AGENT,
     domain,
     facts,
     only,
@@ -78,3 +79,15 @@ def test_vcpus_that_stay_offline_are_no_reason_for_a_start_that_brings_the_same(
     known = facts(cpus=GuestCpus(frozenset({0}), frozenset({1}), frozenset()))
     change = only(Request(vcpus=2, allow_restart=True), known)
     assert (change.how, change.restart_helps) == ("live", False)
+
+
+def test_a_guest_that_does_not_tell_and_has_what_was_asked_is_no_matter_of_a_warning():
+    assert not compute(Request(vcpus=2), facts(cpus=None)).changes
+
+
+def test_vcpus_that_nobody_may_bring_online_are_said():
+    closed = replace(AGENT, commands=AGENT.commands - {"guest-set-vcpus"})
+    known = facts(agent=closed, cpus=GuestCpus(frozenset({0}), frozenset({1}), frozenset()))
+    change = only(Request(vcpus=2, allow_restart=True), known)
+    assert (change.how, change.warn) == ("none", True)
+    assert "its agent may not" in change.why
