@@ -337,14 +337,16 @@ def test_what_it_cannot_do_is_refused_before_anything_is_changed(
     lent.assert_untouched()
 
 
+def kernel_of(lent: Lent) -> Path:
+    """What its guest boots from."""
+    definition = (lent.directory / "domain.xml").read_text()
+    return Path(definition.split("<kernel>")[1].split("<")[0])
+
+
 @contextlib.contextmanager
 def without_kernel(lent: Lent) -> Iterator[None]:
     """The guest can be defined and not started."""
-    kernel = next(
-        Path(line.split("<kernel>")[1].split("<")[0])
-        for line in (lent.directory / "domain.xml").read_text().splitlines()
-        if "<kernel>" in line
-    )
+    kernel = kernel_of(lent)
     hidden = kernel.with_name("hidden")
     kernel.rename(hidden)
     try:
