@@ -184,8 +184,8 @@ def test_a_kill_during_the_way_back_is_repaired(small: Guest, step: str) -> None
     before = small.xml_text(inactive=True)
     now = online_cpus(small)
     wanted = {"max_vcpus": 12, "vcpus": now + 1, "allow_restart": True}
-    wanted |= {"health_command": ["false"], "health_timeout": "1s"}
-    assert start(small, kill_at=step, **wanted).wait() < 0
+    killed = start(small, kill_at=step, health_command=["false"], health_timeout="1s", **wanted)
+    assert killed.wait() < 0
     present = resize(small, vcpus=now)  # the size that it had
     assert not present["changed"]
     assert any("taken back" in warning for warning in present["warnings"])
