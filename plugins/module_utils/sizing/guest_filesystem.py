@@ -19,7 +19,7 @@ from .._errors import AgentSilent, VmkeeperError
 from ..hypervisor import agent
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import message_of
-from .outcome import Outcome, wait_for
+from .outcome import GUEST_SECONDS, Outcome, wait_for
 
 SECTOR = 512
 
@@ -227,7 +227,7 @@ def _grow_partition(handle: Any, filesystem: Filesystem) -> None:
         )
 
 
-def wait_for_disk(handle: Any, filesystem: Filesystem, size: int) -> int | None:
+def wait_for_disk(handle: Any, filesystem: Filesystem, size: int, seconds: float = GUEST_SECONDS) -> int | None:
     """The size of the filesystem's disk as the guest sees it, waiting for ``size``: the controller's message takes a moment."""
     last: list[int | None] = [None]
 
@@ -236,7 +236,7 @@ def wait_for_disk(handle: Any, filesystem: Filesystem, size: int) -> int | None:
         return last[0] == size
 
     try:
-        wait_for(noticed)
+        wait_for(noticed, seconds)
     except AgentSilent:
         return None
     return last[0]

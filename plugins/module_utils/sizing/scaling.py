@@ -37,11 +37,15 @@ from .change_set import compute
 from .definition import configured_memory
 from .facts import Facts, read_facts
 from .memory_plan import live_memory
-from .outcome import Outcome, wait_for
+from .outcome import GUEST_SECONDS, Outcome, wait_for
 from .preconditions import check_host, check_restart
 from .request import Request
 from .restart import RolledBack, restart
 from .settle import OPERATION, SETTLERS
+
+#: Buses whose controllers do not tell a guest that a disk has grown, and how long one looks all the same.
+_SILENT_BUSES = ("sata", "ide", "usb")
+_SILENT_SECONDS = 3.0
 
 #: How long a balloon may take to reach its size after a boot.
 _BOOT_SECONDS = 20.0
@@ -276,7 +280,9 @@ class _Run:
         if known is None:
             why = self._facts.filesystems_problem or "the guest has mounted nothing that lies on it"
             return Outcome(None, note=f"what the guest sees is not known: {why}")
-        seen = guest_filesystem.wait_for_disk(self._handle, known, action.size)
+        silent = self._facts.disks[action.target].disk.bus in _SILENT_BUSES
+        patience = _SILENT_SECONDS if silent else GUEST_SECONDS
+        seen = guest_filesystem.wait_for_disk(self._handle, known, action.size, patience)
         return Outcome(
             seen, seen == action.size, "" if seen == action.size else "the guest has not noticed the new size"
         )

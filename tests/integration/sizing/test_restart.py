@@ -25,9 +25,13 @@ from ansible_collections.vmkeeper.libvirt.tests.integration.sizing.resizing impo
 )
 from ansible_collections.vmkeeper.libvirt.tests.lab import tasks
 
-SATA = (
+IDE = (
     "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{}'/>"
-    "<target dev='sda' bus='sata'/></disk>"
+    "<target dev='hda' bus='ide'/></disk>"
+)
+MOUNT_IT = (
+    "modprobe ata_piix; for n in $(seq 200); do [ -b /dev/sda ] && break; sleep 0.1; done;"
+    " mkdir -p /mnt && mount /dev/sda /mnt"
 )
 
 
@@ -180,8 +184,8 @@ def test_a_kill_during_the_way_back_is_repaired(small: Guest, step: str) -> None
     before = small.xml_text(inactive=True)
     now = online_cpus(small)
     wanted = {"max_vcpus": 12, "vcpus": now + 1, "allow_restart": True}
-    wanted |= {"health_command": ["false"], "health_timeout": "1s"}
-    assert start(small, kill_at=step, **wanted).wait() < 0
+    killed = start(small, kill_at=step, health_command=["false"], health_timeout="1s", **wanted)
+    assert killed.wait() < 0
     present = resize(small, vcpus=now)  # the size that it had
     assert not present["changed"]
     assert any("taken back" in warning for warning in present["warnings"])
@@ -201,30 +205,6 @@ def test_a_stopped_domain_and_its_disk_change_at_once(small: Guest) -> None:
     assert online_cpus(small) == 1
     grown = twice(small, disks=[{"target": "vda"}])
     assert change(grown, "filesystem vda")["guest_sees"] == 160 * MIB
-
-
-def test_a_sata_disk_that_the_guest_does_not_see_grow_waits_for_a_start(small: Guest, tmp_path: Path) -> None:
-    image = small.directory / "sata.raw"
-    image.write_bytes(b"")
-    os.truncate(image, 32 * MIB)
-    run("mkfs.ext4", "-q", "-F", image)
-    small.shutdown()
-    small.domain().attachDeviceFlags(SATA.format(image), libvirt.VIR_DOMAIN_AFFECT_CONFIG)
-    small.start()
-    small.exec("modprobe ahci; until [ -b /dev/sda ]; do sleep 0.1; done; mkdir -p /mnt && mount /dev/sda /mnt")
-    wanted = {"disks": [{"target": "sda", "size": "48M"}]}
-    made = resize(small, **wanted)
-    assert made["changed"]
-    assert made["restart_required"], made
-    assert any("has not noticed" in warning for warning in made["warnings"]), made["warnings"]
-    again = resize(small, **wanted)
-    assert not again["changed"], again["changes"]
-    assert again["restart_required"]
-    assert resize(small, allow_restart=True, **wanted)["restarted"]
-    small.exec("modprobe ahci; until [ -b /dev/sda ]; do sleep 0.1; done; mount /dev/sda /mnt")
-    grown = resize(small, **wanted)
-    assert change(grown, "filesystem sda")["guest_sees"] == 48 * MIB
-    assert not resize(small, **wanted)["changed"]
 
 
 def test_a_saved_domain_is_refused(small: Guest) -> None:
@@ -276,3 +256,27 @@ def test_without_rollback_a_size_that_is_not_well_stays(guest_factory: GuestFact
     assert not resize(sick, **more)["changed"], "what the killed run had begun stays"
     assert sick.domain().ID() == number
     assert online_cpus(sick) == 3
+
+
+def test_an_ide_disk_that_the_guest_does_not_see_grow_waits_for_a_start(guest_factory: GuestFactory) -> None:
+    old = guest_factory(GuestSpec("old", machine="pc", disks=(DiskSpec("vda", writer=False),)), start=False)
+    image = old.directory / "ide.raw"
+    image.touch()
+    os.truncate(image, 32 * MIB)
+    run("mkfs.ext4", "-q", "-F", image)
+    old.domain().attachDeviceFlags(IDE.format(image), libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+    old.start()
+    old.exec(MOUNT_IT)
+    wanted = {"disks": [{"target": "hda", "size": "48M"}]}
+    made = resize(old, **wanted)
+    assert made["changed"]
+    assert made["restart_required"], made
+    assert any("has not noticed" in warning for warning in made["warnings"]), made["warnings"]
+    again = resize(old, **wanted)
+    assert not again["changed"], again["changes"]
+    assert again["restart_required"]
+    assert resize(old, allow_restart=True, **wanted)["restarted"]
+    old.exec(MOUNT_IT)
+    grown = resize(old, **wanted)
+    assert change(grown, "filesystem hda")["guest_sees"] == 48 * MIB
+    assert not resize(old, **wanted)["changed"]
