@@ -105,16 +105,17 @@ def test_what_a_killed_run_was_writing_goes_with_the_next_ones_journal(place):
 def test_a_step_that_cannot_be_recorded_must_not_begin_and_says_why(place, monkeypatch):
     running = Journal.begin("snapshot", DOMAINS, {}, directory=place)
 
-    def full(_path, _value):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def fails_with(code):
+        def fail(_path, _value):
+            raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(journal.places, "write_json", full)
+        monkeypatch.setattr(journal.places, "write_json", fail)
+
+    fails_with(errno.ENOSPC)
     with pytest.raises(NoSpace, match="cannot be written"):
         running.step("cut")
     running.note("start")  # nobody has to know of it
-    monkeypatch.setattr(
-        journal.places, "write_json", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only"))
-    )
-    with pytest.raises(VmkeeperError, match="read-only"):
+    fails_with(errno.EROFS)
+    with pytest.raises(VmkeeperError, match="Read-only"):
         running.step("cut")
     assert [step["name"] for step in journal.peek("u1", directory=place).steps] == ["begin"]
