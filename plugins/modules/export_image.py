@@ -11,7 +11,7 @@ module: export_image
 short_description: Export a domain as a launchable image
 version_added: 0.1.0
 description:
-  - Makes an image of a running domain, of a stopped one, or of one of its external snapshots. An image is a directory with the
+  - Makes an image of a running domain, of a stopped one, or of one of its snapshots. An image is a directory with the
     disks, flattened and sparse, and a manifest that says what they are and what a launch needs.
     M(vmkeeper.libvirt.import_image) launches it on any hypervisor.
   - The disks of a running domain are of one instant. The guest is frozen through its agent for a fraction of a second and goes
@@ -32,7 +32,7 @@ options:
     required: true
   snapshot:
     description:
-      - Export the content of this external snapshot in place of the domain's present one.
+      - Export the content of this snapshot in place of the domain's present one. An internal one is copied out of the images first.
       - Its memory, if it has one, is not part of an image.
     type: str
   disks:
@@ -134,7 +134,7 @@ attributes:
     details:
       - An image of a stopped domain or of a snapshot is left alone if its content is still the same. It is never overwritten.
       - A running domain changes all the time, so a second export under the same name fails and changes nothing; so does one of a
-        sealed and encrypted image, which cannot be compared. The failure has RV(image), for those who only want to hand over the
+        sealed and encrypted image, or of an internal snapshot, which are not compared. The failure has RV(image), for those who only want to hand over the
         image that is there.
 notes:
   - An image holds whatever is on the disks and was not taken out by O(seal), also secrets such as users' keys. It is readable by
@@ -207,7 +207,7 @@ image:
   description: The image.
   returned:
     success, except where a worker goes on; also on failure, when an image of that name was made of the domain before with the same
-    options and cannot be compared with it now, since the domain runs, or the image is sealed and encrypted
+    options and is not compared with it now, since the domain runs, the image is sealed and encrypted, or the snapshot is internal
   type: dict
   contains:
     path:

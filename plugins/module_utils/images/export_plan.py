@@ -65,7 +65,8 @@ class Facts:
     """What is exported, as it is now. ``sizes`` (virtual) and ``allocated`` in bytes by target.
 
     ``domain`` is the machine of the exported instant: with a snapshot, as it was then. ``live``: the guest's disks are
-    being written, and the copy is QEMU's to make.  ``frozen``: filesystems are frozen already; ``frozen_whole``: by the fsfreeze
+    being written, and the copy is QEMU's to make.  ``inside``: the snapshot lies inside the images, which a running guest may be
+    writing to (``shared``).  ``frozen``: filesystems are frozen already; ``frozen_whole``: by the fsfreeze
     module, and all of them.
     """
 
@@ -77,6 +78,8 @@ class Facts:
     direct_kernel: bool = False
     nvram: str | None = None
     snapshot: str | None = None
+    inside: bool = False
+    shared: bool = False
     level: str | None = None
     agent: agent.AgentInfo | None = None
     agent_problem: str | None = None
@@ -152,7 +155,7 @@ def _allocated(disk: Disk) -> int:
 
 
 def _snapshot_facts(handle: Any, current: Domain, name: str) -> Facts:
-    """The machine and the disks as they were at an external snapshot: the layers below its overlays."""
+    """The machine and the disks as they were at a snapshot: the layers below its overlays, or what its images hold of it inside."""
     try:
         snapshot = handle.snapshotLookupByName(name)
     except libvirt.libvirtError as error:
@@ -166,19 +169,19 @@ def _snapshot_facts(handle: Any, current: Domain, name: str) -> Facts:
         root = ElementTree.fromstring(snapshot.getXMLDesc(constant("VIR_DOMAIN_SNAPSHOT_XML_SECURE") or 0))
     inner = root.find("domain")
     held = {disk.get("name"): disk.get("snapshot", "no") for disk in root.iterfind("disks/disk")}
-    if "internal" in held.values() or inner is None:
+    if inner is None:
         raise Unsupported(
-            f"Snapshot {name!r} of domain {current.name!r} lies inside its images, which QEMU reads only as they are now",
-            advice="Revert to it (snapshot with state: reverted, and keep_present_as to come back), export the domain, and revert to"
-            " the present; or take an external snapshot, which can be exported at any time",
+            f"libvirt does not know the machine of snapshot {name!r} of domain {current.name!r}",
+            advice="Take another snapshot, or export the domain itself",
         )
+    inside = "internal" in held.values()
     then = parse_domain(ElementTree.tostring(inner, encoding="unicode"), DomainState("shutoff", "from-snapshot"))
     written = {os.path.realpath(disk.path) for disk in current.disks if disk.path}
     disks = []
     for disk in then.disks:
-        if held.get(disk.target) != "external" or disk.active is None:
+        if held.get(disk.target) != ("internal" if inside else "external") or disk.active is None:
             continue
-        if disk.path and os.path.realpath(disk.path) in written:
+        if not inside and disk.path and os.path.realpath(disk.path) in written:
             raise Refused(
                 f"The layer {disk.path} of snapshot {name!r} is written by domain {current.name!r} again",
                 advice="Its content is no longer the snapshot's; export the domain itself",
@@ -195,6 +198,8 @@ def _snapshot_facts(handle: Any, current: Domain, name: str) -> Facts:
         interfaces=len(inner.findall("devices/interface")),
         direct_kernel=inner.find("os/kernel") is not None,
         snapshot=name,
+        inside=inside,
+        shared=current.state.active,
         level=_snapshot_level(root),
     )
 
@@ -229,7 +234,8 @@ class DiskPlan:
 @dataclass(frozen=True)
 class ExportPlan:
     """Everything that an export will do. ``copy_directory`` is where a running guest's disks are copied to first, and where
-    copies are sealed; None when that is the bundle itself."""
+    copies are sealed; None when that is the bundle itself.  ``inside`` is the snapshot to copy out of the images first, which
+    are ``shared`` with a running guest."""
 
     domain: Domain
     machine: Machine
@@ -245,13 +251,20 @@ class ExportPlan:
     seals: bool
     nvram: str | None
     not_captured: tuple[Mapping[str, str], ...]
+    inside: str | None = None
+    shared: bool = False
+
+    @property
+    def copied(self) -> bool:
+        """Whether the image is made of copies of the disks, not of the disks."""
+        return self.live or self.inside is not None
 
     def needs(self, dest: str) -> list[tuple[str, int]]:
         """``(directory, bytes)`` that must be free."""
         total = sum(disk.estimate for disk in self.disks) + (64 << 20)
         copies = self.copy_directory or dest
         needs = [(dest, total)]
-        if self.live and (self.copy_directory is not None or self.converts):
+        if self.copied and (self.copy_directory is not None or self.converts):
             needs.append((copies, total))
         if self.seals:
             needs.append((copies, total))
@@ -389,10 +402,12 @@ def plan_export(request: Request, facts: Facts, *, direct: bool, scratch: str) -
         why_not_frozen=freeze.why_not,
         expected_level=level,
         converts=converts,
-        copy_directory=scratch if not direct and (facts.live or request.seal) else None,
+        copy_directory=scratch if not direct and (facts.live or facts.inside or request.seal) else None,
         seals=bool(request.seal),
         nvram=facts.nvram,
         not_captured=tuple(not_captured),
+        inside=facts.snapshot if facts.inside else None,
+        shared=facts.shared,
     )
 
 

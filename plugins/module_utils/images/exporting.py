@@ -105,6 +105,8 @@ def _why_not_compared(facts: Facts, manifest: Manifest, name: str, differences: 
     """Why nobody can tell whether an image still is what the domain holds; None where reading both tells it."""
     if facts.live:
         return f"domain {name!r} runs: its content is another one now"
+    if facts.inside:
+        return f"snapshot {facts.snapshot!r} of domain {name!r} lies inside its images, which are not compared with it"
     if not differences and manifest.sealed and any(disk.unsealed_sha256 is None for disk in manifest.disks):
         # A digest of what was encrypted would tell whoever reads the manifest what it is, by trying.
         return f"it is sealed and encrypted: whether domain {name!r} still holds what it was made of cannot be told"
@@ -272,6 +274,8 @@ class _Export:
             level, frozen_ms, why_not = self._plan.expected_level, None, self._plan.why_not_frozen
             if self._plan.live:
                 level, frozen_ms, why_not = self._copy_live(journal)
+            elif self._plan.inside is not None:
+                self._take_out(journal, self._plan.inside)
             disks = self._write(journal)
             manifest = self._manifest(disks, self._copy_nvram(), level, frozen_ms)
             journal.step("seal", manifest=bundle.sha256_of_bytes(manifest.to_bytes()))
@@ -351,6 +355,19 @@ class _Export:
             )
         return level, outcome.frozen_ms, outcome.why_not_frozen or plan.why_not_frozen
 
+    def _take_out(self, journal: Journal, snapshot: str) -> None:
+        """Copy what the images hold of an internal snapshot."""
+        for disk in self._plan.disks:
+            journal.step("copy", target=disk.target)
+            conversion.take_out(
+                disk.source.path or "",
+                snapshot,
+                self._copy_of(disk.target),
+                shared=self._plan.shared,
+                doing=f"Copying snapshot {snapshot!r} out of disk {disk.target!r} of domain {self._plan.domain.name!r}",
+                bandwidth=self._request.bandwidth,
+            )
+
     def _limit(self, targets: Iterable[str]) -> None:
         """Slow the copy down. What the guest is about to overwrite is copied at full speed all the same."""
         uuid = self._plan.domain.uuid
@@ -365,7 +382,7 @@ class _Export:
         """Path and format of what a disk of the image is made of."""
         if self._plan.seals:
             return self._sealed_of(disk.target), "raw"
-        if self._plan.live:
+        if self._plan.copied:
             return self._copy_of(disk.target), "qcow2"
         return disk.source.path or "", disk.source.format or "raw"
 
@@ -376,7 +393,7 @@ class _Export:
         for disk in plan.disks:
             journal.step("copy-to-seal", target=disk.target)
             copy = self._sealed_of(disk.target)
-            if plan.live:
+            if plan.copied:
                 conversion.convert(self._copy_of(disk.target), "qcow2", copy, "raw", doing=doing, bandwidth=limit)
                 os.unlink(self._copy_of(disk.target))
             else:
@@ -421,7 +438,7 @@ class _Export:
                     doing=doing,
                     bandwidth=self._request.bandwidth,
                 )
-            if self._plan.converts and (self._plan.live or self._plan.seals):
+            if self._plan.converts and (self._plan.copied or self._plan.seals):
                 os.unlink(source)
             encryption = _encryption(self._request)
             foreign_header.check(path, self._request.format, disk.size, disk.file, encryption)

@@ -266,22 +266,41 @@ def test_a_machine_is_launched_into_a_pool(still: Guest, library: Path, launched
         shutil.rmtree(place)
 
 
-def test_a_snapshot_inside_the_images_is_refused_with_a_way_that_works(
-    guest_factory: Callable[..., Guest], library: Path
+def test_a_snapshot_inside_the_images_is_exported_whether_the_domain_runs_or_not(
+    guest_factory: Callable[..., Guest], library: Path, tmp_path: Path
 ) -> None:
-    spec = GuestSpec("inside", disks=(DiskSpec("vda", size=24 << 20),))
-    guest = guest_factory(spec, start=False)
+    guest = guest_factory(GuestSpec("inside", disks=(DiskSpec("vda", size=24 << 20, writer=False),)), start=False)
     tasks.ok("snapshot", domains=[guest.name], name="then", mode="internal")
     then = guest.directory / "then"
     shutil.copy(guest.images["vda"], then)
     subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 20M 1M", guest.images["vda"]], check=True)
-    export = {"domain": guest.name, "dest": str(library), "name": "past"}
-    tasks.refused("export_image", "keep_present_as", snapshot="then", **export)
-    assert list(library.iterdir()) == []
-    # The way out that it names.
-    tasks.ok("snapshot", domains=[guest.name], name="then", state="reverted", keep_present_as="now")
-    tasks.ok("export_image", **export)
+    export = {"domain": guest.name, "dest": str(library), "snapshot": "then"}
+    foreseen = tasks.ok("export_image", name="past", check=True, **export)["image"]
+    made = tasks.ok("export_image", name="past", **export)["image"]
+    assert made["consistency"] == foreseen["consistency"] == "offline"
     assert evidence.same_content(library / "past" / "vda.qcow2", then)
+    again = tasks.run("export_image", name="past", **export)
+    assert again.failed
+    assert again["image"]["digest"] == made["digest"], "who only hands it over is told what it is"
+    then.unlink()
+
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -z 20M 1M", guest.images["vda"]], check=True)
+    guest.start()
+    guest.write_file("/disk/vda/mark", b"then" * 5000)
+    tasks.ok("snapshot", domains=[guest.name], name="live, then", mode="internal", memory=True)
+    guest.write_file("/disk/vda/mark", b"now" * 5000)
+    running = {**export, "snapshot": "live, then", "name": "running", "compression": "zstd"}
+    ran_as, definition = guest.domain().ID(), guest.xml_text()
+    for step in ("copy", "write", "sealed"):
+        tasks.kill_at(step, "export_image", tmp_path / "log", **running)
+    tasks.ok("export_image", **running)
+    assert evidence.read_file(library / "running" / "vda.qcow2", "/mark") == b"then" * 5000
+    assert guest.read_file("/disk/vda/mark") == b"now" * 5000
+    assert (guest.domain().ID(), guest.xml_text()) == (ran_as, definition)
+    assert sorted(path.name for path in library.iterdir()) == ["past", "running"]
+    assert not list(JOURNAL.iterdir())
+    guest.shutdown()
+    subprocess.run(["qemu-img", "check", "-q", "-f", "qcow2", guest.images["vda"]], check=True)
 
 
 def test_what_cannot_be_kept_is_refused_before_anything_changes(still: Guest, library: Path) -> None:
