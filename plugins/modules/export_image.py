@@ -134,8 +134,8 @@ attributes:
     details:
       - An image of a stopped domain or of a snapshot is left alone if its content is still the same. It is never overwritten.
       - A running domain changes all the time, so a second export under the same name fails and changes nothing; so does one of a
-        sealed and encrypted image, or of an internal snapshot, which are not compared. The failure has RV(image), for those who only want to hand over the
-        image that is there.
+        sealed and encrypted image, or of an internal snapshot, which are not compared. The failure has RV(image), for those who only
+        want to hand over the image that is there.
 notes:
   - An image holds whatever is on the disks and was not taken out by O(seal), also secrets such as users' keys. It is readable by
     root only.
