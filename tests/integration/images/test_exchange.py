@@ -287,9 +287,9 @@ def test_a_snapshot_inside_the_images_is_exported_whether_the_domain_runs_or_not
     subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -z 20M 1M", guest.images["vda"]], check=True)
     guest.start()
     guest.write_file("/disk/vda/mark", b"then" * 5000)
-    tasks.ok("snapshot", domains=[guest.name], name="live, then", mode="internal", memory=True)
+    tasks.ok("snapshot", domains=[guest.name], name="live-then", mode="internal", memory=True)
     guest.write_file("/disk/vda/mark", b"now" * 5000)
-    running = {**export, "snapshot": "live, then", "name": "running", "compression": "zstd"}
+    running = {**export, "snapshot": "live-then", "name": "running", "compression": "zstd"}
     ran_as, definition = guest.domain().ID(), guest.xml_text()
     for step in ("copy", "write", "sealed"):
         tasks.kill_at(step, "export_image", tmp_path / "log", **running)
