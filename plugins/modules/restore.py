@@ -44,7 +44,9 @@ options:
       - While it is pulled the domain needs the repository. When the host was rebooted or QEMU has crashed meanwhile, the same task
         starts the domain again and goes on. Nothing that the guest has written is lost.
       - V(instant) needs Linux 5.12 and a repository on a local filesystem such as ext4, XFS or Btrfs. It does not go together with
-        O(in_place), O(attach_to) or encrypted points.
+        O(in_place) or O(attach_to).
+      - For V(instant) of an encrypted point libvirt keeps the passphrase in its memory until all is local. When libvirtd was restarted
+        before the domain stopped, or the guest was shut down meanwhile, the same task with O(passphrase) goes on.
     type: str
     choices: [copy, instant]
     default: copy

@@ -33,7 +33,7 @@ from ..safety import locks, places, space, views
 from ..safety.journal import Journal
 from . import digests, stored
 from .host import read_host, stored_definition
-from .lending import Loan, lend, plan_loan
+from .lending import Loan, lend, let_open, plan_loan
 from .listing import Found
 from .mapping import Target, fit
 from .repository import Repository
@@ -203,8 +203,8 @@ def _define_secrets(connection: Any, plan: _Plan, passphrase: Passphrase | None)
     if plan.loan.secret is None or plan.overlay_secret is None or passphrase is None:
         return None
     key = image_node.random_key()
-    for uuid, value in ((plan.loan.secret, passphrase), (plan.overlay_secret, key)):
-        libvirt_secret.define(connection, uuid, value, "vmkeeper.libvirt: a boot proof", ephemeral=True)
+    let_open(connection, plan.loan, passphrase, "a boot proof")
+    libvirt_secret.define(connection, plan.overlay_secret, key, "vmkeeper.libvirt: a boot proof", ephemeral=True)
     return key
 
 

@@ -6,6 +6,9 @@
 Until ``start`` an interruption is undone, for nobody has written anything.  From then on the overlays hold the guest's
 writes: an interruption is only ever finished.  The journal stays open, and the definition names the repository's files,
 until no disk of the guest needs them.
+
+Layers that are encrypted are opened by a libvirt secret that is in libvirtd's memory only.  A guest that stopped after libvirtd
+was restarted, or one that was shut down before all was pulled, needs the passphrase once more: the same restore brings it.
 """
 
 from __future__ import annotations
@@ -17,18 +20,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._errors import LibvirtFailed, Refused, VmkeeperError
-from ..hypervisor import block_jobs, definition, qemu_img
+from ..hypervisor import block_jobs, definition, image_node, libvirt_secret, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.block_jobs import TookTooLong
 from ..hypervisor.connection import constant, explaining, find_by_uuid, open_connection
 from ..hypervisor.domain_model import Layer, qemu_owner, read_domain, read_state
 from ..hypervisor.image_header import BadHeader, read_qcow2
+from ..hypervisor.image_node import Image, Keys, Passphrase
 from ..safety import host_graph, locks, places, views, worker
 from ..safety import journal as journals
 from ..safety.journal import Journal, Operation
 from . import settle
 from .job import DAEMON_PATIENCE
-from .lending import Loan, lend
+from .lending import Loan, lend, let_open
 
 KIND = "instant-restore"
 
@@ -76,7 +80,7 @@ def _disks(plan: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 # --- it stands up ------------------------------------------------------------------------------------------------
 
 
-def stand_up(uri: str, pending: Journal) -> None:
+def stand_up(uri: str, pending: Journal, passphrase: Passphrase | None = None) -> None:
     """Lend the point, put overlays over it, define the domain and start it. Raises with everything undone."""
     plan = pending.operation.plan
     try:
@@ -88,13 +92,11 @@ def stand_up(uri: str, pending: Journal) -> None:
         tops = {target: layers[0] for target, layers in loan.layers().items()}
         for piece in _disks(plan):
             pending.step("overlay", target=piece["target"])
-            qemu_img.create_overlay(
-                piece["part"],
-                backing=tops[piece["target"]].path or "",
-                backing_format="qcow2",
-                size=loan.sizes[piece["target"]],
-                owner=owner,
-            )
+            # A disk that was encrypted in the guest's own image is so from the first write on.
+            overlay = Image(piece["part"], "qcow2", passphrase if piece["secret"] else None)
+            qemu_img.create_layer(overlay, loan.sizes[piece["target"]], backing=tops[piece["target"]].path)
+            os.chown(overlay.path, *owner)
+            places.fsync_file(overlay.path)
         pending.step("place")
         for piece in plan["pieces"]:
             settle.place(piece)
@@ -105,6 +107,7 @@ def stand_up(uri: str, pending: Journal) -> None:
             doing=f"Defining domain {plan['name']!r}",
             state="Everything is as it was before.",
         )
+        let_open(connection, loan, passphrase, f"instant restore of {plan['name']}")
         _start(connection, pending)
     except BaseException as error:
         if not pending.operation.reached("running"):
@@ -150,7 +153,7 @@ def _start(connection: Any, pending: Journal) -> None:
     pending.step("running")
 
 
-def stand_again(uri: str, pending: Journal) -> None:
+def stand_again(uri: str, pending: Journal, passphrase: Passphrase | None = None) -> None:
     """Start a guest that stopped while it stood on its point: a crash, a reboot of the host. Running: nothing to do."""
     connection = open_connection(uri)
     plan = pending.operation.plan
@@ -158,6 +161,7 @@ def stand_again(uri: str, pending: Journal) -> None:
     if handle is None or handle.isActive():
         return
     lend(_loan(plan), qemu_owner(connection.getCapabilities()))
+    let_open(connection, _loan(plan), passphrase, f"instant restore of {plan['name']}")
     try:
         _start(connection, pending)
     except BaseException as error:
@@ -178,14 +182,24 @@ def undo(uri: str, pending: Journal) -> None:
     for piece in plan["pieces"]:
         if os.path.lexists(piece["part"]) or pending.operation.reached("place"):
             places.undo_rename_new(piece["part"], piece["path"])
-    views.close_view(_loan(plan).name)
+    settle.forget_secrets(uri, plan["pieces"])
+    _let_go(uri, plan)
     pending.finish()
+
+
+def _let_go(uri: str, plan: Mapping[str, Any]) -> None:
+    """Nobody stands on the point any more."""
+    loan = _loan(plan)
+    views.close_view(loan.name)
+    if loan.secret is not None:
+        with explaining("Removing the key of an encrypted point", state="No guest uses it.", advice="Run this again"):
+            libvirt_secret.forget(open_connection(uri), loan.secret)
 
 
 # --- it becomes independent --------------------------------------------------------------------------------------
 
 
-def pull(uri: str, uuid: str, name: str, *, seconds: float | None = None) -> bool:
+def pull(uri: str, uuid: str, name: str, *, seconds: float | None = None, passphrase: Passphrase | None = None) -> bool:
     """Pull a guest local and let the repository go; False when that is done already.
 
     Raises :class:`TookTooLong` when a disk takes longer than ``seconds``; the copying goes on then.  Raises :class:`Refused`
@@ -195,7 +209,7 @@ def pull(uri: str, uuid: str, name: str, *, seconds: float | None = None) -> boo
         pending = journals.unfinished(uuid)
         if pending is None or pending.operation.kind != KIND:
             return False
-        if not carry_on(uri, pending, seconds=seconds):
+        if not carry_on(uri, pending, seconds=seconds, passphrase=passphrase):
             left = left_behind(open_connection(uri), pending.operation)
             raise Refused(
                 f"The restored domain {name!r} was undefined before it was pulled local",
@@ -221,7 +235,7 @@ def work(uri: str, request: Mapping[str, Any]) -> dict[str, Any]:
     return {"changed": pull(uri, request["uuid"], request["name"])}
 
 
-def carry_on(uri: str, pending: Journal, *, seconds: float | None = None) -> bool:
+def carry_on(uri: str, pending: Journal, *, seconds: float | None = None, passphrase: Passphrase | None = None) -> bool:
     """From a started guest to one that needs the repository no more. Every step looks first at what is done.
 
     Returns whether the domain is there: somebody may undefine it at any time, and then there is nothing to finish.
@@ -236,13 +250,13 @@ def carry_on(uri: str, pending: Journal, *, seconds: float | None = None) -> boo
             for piece in _disks(plan):
                 _pull_disk(uri, plan, piece["target"], seconds)
         except _Stopped as stopped:
-            _after_stop(uri, pending, stopped.reason)
+            _after_stop(uri, pending, stopped.reason, passphrase)
         pending.step("detach")
         _define_alone(uri, plan)
     pending.step("release")
     _require_unused(uri, plan)
     there = find_by_uuid(open_connection(uri), plan["uuid"]) is not None
-    views.close_view(_loan(plan).name)
+    _let_go(uri, plan)
     pending.finish()
     return there
 
@@ -294,7 +308,7 @@ def _answers(uri: str) -> bool:
     return True
 
 
-def _after_stop(uri: str, pending: Journal, reason: str) -> None:
+def _after_stop(uri: str, pending: Journal, reason: str, passphrase: Passphrase | None) -> None:
     """A guest that was shut down is made whole as it lies; one that was lost waits for its restart."""
     plan = pending.operation.plan
     if reason == "undefined":
@@ -313,15 +327,34 @@ def _after_stop(uri: str, pending: Journal, reason: str) -> None:
             state="What it had written is safe in its own images, which still need the repository.",
             advice="Run its restore again, or recover_domain: it is started and pulled on",
         )
-    lend(_loan(plan), qemu_owner(connection.getCapabilities()))
+    loan = _loan(plan)
+    if loan.secret is not None and passphrase is None:
+        raise Refused(
+            f"Domain {plan['name']!r} was shut down before all of it was local, and the rest is encrypted in {loan.repository}",
+            state="What it had written is safe in its own images, which still need the repository.",
+            advice="Run its restore again with its passphrase, which makes it whole as it lies",
+        )
+    lend(loan, qemu_owner(connection.getCapabilities()))
     pending.step("flatten")
     for piece in _disks(plan):
         if _stands_on_something(piece["path"]):
-            # Safe mode: the content is the same at every instant, and the link is dropped last.
-            qemu_img.run(
-                ["rebase", "-q", "-f", "qcow2", "-b", "", piece["path"]],
-                doing=f"Making {piece['path']} independent of the repository",
-            )
+            _flatten(loan, piece, passphrase)
+
+
+def _flatten(loan: Loan, piece: Mapping[str, Any], passphrase: Passphrase | None) -> None:
+    encrypted = loan.secrets()
+    below = (layer.path or "" for layer in loan.layers()[piece["target"]])
+    layers = [
+        Image(piece["path"], "qcow2", passphrase if piece["secret"] else None),
+        *(Image(path, "qcow2", passphrase if path in encrypted else None) for path in below),
+    ]
+    with Keys() as keys:
+        # Safe mode: the content is the same at every instant, and the link is dropped last.
+        qemu_img.run(
+            ["rebase", "-q", "--image-opts", "-b", "", image_node.as_options(image_node.node(layers, keys))],
+            doing=f"Making {piece['path']} independent of the repository",
+            keys=keys,
+        )
 
 
 def _stands_on_something(path: str) -> bool:

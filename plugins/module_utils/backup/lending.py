@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._errors import Refused
+from ..hypervisor import libvirt_secret
 from ..hypervisor.domain_model import Layer
+from ..hypervisor.image_node import Passphrase
 from ..safety import places, views
 from . import stored, verifying
 from .listing import Found
@@ -90,6 +92,23 @@ def lend(loan: Loan, owner: tuple[int, int]) -> None:
                     f"QEMU's user (uid {owner[0]}) cannot read {views.origin_of(os.path.realpath(layer.path or ''))} through {loan.view}",
                     advice="The images of a repository belong to root; chown root:root that file",
                 )
+
+
+def let_open(connection: Any, loan: Loan, passphrase: Passphrase | None, purpose: str) -> None:
+    """Let libvirt open what is encrypted, by its memory only. Without the ``passphrase`` it must know it already.
+
+    Raises :class:`Refused` where it does not.
+    """
+    if loan.secret is None:
+        return
+    if passphrase is not None:
+        libvirt_secret.define(connection, loan.secret, passphrase, f"vmkeeper.libvirt: {purpose}", ephemeral=True)
+    elif not libvirt_secret.exists(connection, loan.secret):
+        raise Refused(
+            "What the guest's disks still stand on in the repository is encrypted, and libvirt does not know the passphrase any more",
+            state="What the guest has written is safe in its own images.",
+            advice="Run the restore again with its passphrase",
+        )
 
 
 def _require_repository(loan: Loan) -> None:

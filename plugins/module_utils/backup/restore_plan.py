@@ -189,17 +189,11 @@ class Planner:
         xml = mapped.xml
         if loan is not None:
             models = definition.security_models(self._connection.getCapabilities())
-            xml = definition.with_backing(xml, loan.layers(), models)
+            xml = definition.with_backing(xml, loan.layers(), models, loan.secrets())
         return Plan(name, uuid, tuple(pieces), nvram, xml, (*notes, *mapped.notes), loan=loan)
 
     def _plan_loan(self, uuid: str, targets: Sequence[str]) -> lending.Loan:
         loan = lending.plan_loan(self._repository, self._found, targets, uuid)
-        if loan.encrypted:
-            raise Unsupported(
-                f"Point {self._point.id} is encrypted, and a guest cannot stand on it as it lies: each layer would need the"
-                " passphrase as a libvirt secret for as long as it does",
-                advice="Restore it with mode: copy; prove that it boots with backup_verify, level: boot and its passphrase",
-            )
         views.require_support(loan.source, qemu_owner(self._connection.getCapabilities()))
         return loan
 

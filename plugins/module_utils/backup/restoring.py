@@ -111,7 +111,7 @@ class _Restoring:
             if self._request.instant and not check:
                 pending = instant_restore.unfinished(self._connection, uuid, self._planner.identity())
                 if pending is not None:
-                    instant_restore.stand_again(self._uri, pending)
+                    instant_restore.stand_again(self._uri, pending, self._request.passphrase)
                     return self._plan_of(uuid, pending.operation)
             before = journals.peek(uuid)
             finished = self._settle(uuid, check)
@@ -286,14 +286,15 @@ class _Restoring:
                 "bandwidth": self._request.bandwidth,
             },
         )
-        if plan.nvram is not None:
-            journal.step("copy", target="nvram")
-            try:
+        try:
+            self._define_secrets(journal, plan)
+            if plan.nvram is not None:
+                journal.step("copy", target="nvram")
                 self._copy_nvram(plan.nvram)
-            except BaseException:
-                instant_restore.undo(self._uri, journal)
-                raise
-        instant_restore.stand_up(self._uri, journal)
+        except BaseException:
+            instant_restore.undo(self._uri, journal)
+            raise
+        instant_restore.stand_up(self._uri, journal, self._request.passphrase)
 
     def _worker_of(self, uuid: str) -> worker.Job | None:
         """A worker that pulls the guest of this very restore local now."""
@@ -311,7 +312,9 @@ class _Restoring:
         if busy is not None:
             domain_jobs.wait_for(busy, seconds=self._request.wait_seconds)
             return None
-        instant_restore.pull(self._uri, plan.uuid, plan.name, seconds=self._request.wait_seconds)
+        instant_restore.pull(
+            self._uri, plan.uuid, plan.name, seconds=self._request.wait_seconds, passphrase=self._request.passphrase
+        )
         return None
 
     def _define_secrets(self, journal: Journal, plan: Plan) -> None:

@@ -218,11 +218,11 @@ def undo_restore(uri: str, pending: Journal) -> None:
     pending.step("undo")
     for piece in pending.operation.plan["pieces"]:
         places.unlink_quietly(piece["part"])
-    _forget_secrets(uri, pending.operation.plan["pieces"])
+    forget_secrets(uri, pending.operation.plan["pieces"])
     pending.finish()
 
 
-def _forget_secrets(uri: str, pieces: Iterable[Mapping[str, Any]]) -> None:
+def forget_secrets(uri: str, pieces: Iterable[Mapping[str, Any]]) -> None:
     """The libvirt secrets of images that are not restored after all.
 
     One that a domain uses stays: the same point, restored to the same place before, has given it the same secret.
@@ -369,7 +369,7 @@ def take_back(uri: str, pending: Journal) -> str | None:
             places.undo_rename_new(piece["part"], piece["path"])
         else:
             kept.append(piece["path"])
-    _forget_secrets(uri, plan["pieces"])
+    forget_secrets(uri, plan["pieces"])
     pending.finish()
     if not kept:
         return None

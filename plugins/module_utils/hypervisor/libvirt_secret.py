@@ -40,6 +40,17 @@ def define(connection: Any, uuid: str, passphrase: Passphrase, description: str,
         connection.secretDefineXML(ElementTree.tostring(root, encoding="unicode"), 0).setValue(passphrase.value, 0)
 
 
+def exists(connection: Any, uuid: str) -> bool:
+    """Whether libvirt has it; a restarted libvirtd has no ephemeral ones."""
+    try:
+        connection.secretLookupByUUIDString(uuid)
+    except libvirt.libvirtError as error:
+        if code_of(error) == constant("VIR_ERR_NO_SECRET"):
+            return False
+        raise
+    return True
+
+
 def forget(connection: Any, uuid: str) -> None:
     """Undefine a secret; one that is gone is passed over."""
     try:

@@ -326,6 +326,32 @@ def test_an_encrypted_disk_stays_encrypted_in_the_repository_and_in_what_is_rest
         locked.connection().secretLookupByUUIDString(secret).undefine()
 
 
+def test_an_encrypted_disk_is_restored_at_once_and_stays_encrypted(locked: Guest, directory: Path) -> None:
+    repository, place = directory / "repository", directory / "place"
+    repository.mkdir()
+    place.mkdir()
+    points.fill(locked, "vda", MARK, 10, 20)
+    expected = points.device_hash(locked, "vda")
+    made = ok("backup", domain=locked.name, repository=str(repository))["restore_point"]
+    back = ok(
+        "restore", repository=str(repository), id=made["id"], domain="lab-locked-r", directory=str(place),
+        network="disconnected", mode="instant", passphrase=PASSPHRASE,
+    )  # fmt: skip
+    secret = back["restored"][0]["secret"]
+    try:
+        assert sorted(locked.connection().listSecrets()) == sorted([SECRET, secret]), "that of the point is gone"
+        domain = locked.connection().lookupByName("lab-locked-r")
+        domain.destroy()
+        assert secret in domain.XMLDesc()
+        assert decoded(place / "lab-locked-r.vda.qcow2") == expected
+        assert holding([MARK], place) == []
+        domain.create()
+        domain.destroy()
+    finally:
+        points.forget_domain(locked, "lab-locked-r")
+        locked.connection().secretLookupByUUIDString(secret).undefine()
+
+
 def test_a_private_secret_is_not_read_and_nothing_is_written_in_the_clear(locked: Guest, directory: Path) -> None:
     define_secret(locked, private=True)
     try:
