@@ -9,10 +9,11 @@ import base64
 import contextlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .._errors import InvalidInput, Unsupported, VmkeeperError
@@ -26,8 +27,15 @@ _POLICY = "/etc/containers/policy.json"
 _PATH = "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _INSPECT_SECONDS = 120
 
+#: Bytes; skopeo's own files, such as an image's index, are smaller.
+_SMALL_FILE = 4 << 20
+
 #: What registries and skopeo say -> what to do about it.
 _ADVICE = (
+    (
+        ("file too large", "sigxfsz"),
+        "The registry sends more than the image's manifest says: do not trust it",
+    ),
     (
         ("x509", "certificate", "tls:"),
         "See that the registry's certificate is valid for its name, and give its authority with ca_cert",
@@ -98,8 +106,11 @@ class Registry:
             doing=f"Pushing to {reference}",
         )
 
-    def pull(self, reference: Reference, layout: str) -> None:
-        """Copy an image to a layout; layers that are there already are not fetched again."""
+    def pull(self, reference: Reference, layout: str, *, largest: int) -> None:
+        """Copy an image to a layout; layers that are there already are not fetched again.
+
+        ``largest``: bytes of its largest layer.  A registry that sends more is cut off there, and does not fill the disk.
+        """
         self._run(
             [
                 "copy",
@@ -110,6 +121,7 @@ class Registry:
                 f"oci:{layout}:image",
             ],
             doing=f"Pulling {reference}",
+            file_size=max(largest, _SMALL_FILE),
         )
 
     def _options(self, side: str) -> list[str]:
@@ -119,7 +131,9 @@ class Registry:
         # For inspect and copy alike the one authfile serves both sides.
         return ["--authfile", os.path.join(self._secrets, "auth.json"), *options]
 
-    def _run(self, arguments: list[str], *, doing: str, timeout: float | None = None) -> bytes:
+    def _run(
+        self, arguments: list[str], *, doing: str, timeout: float | None = None, file_size: int | None = None
+    ) -> bytes:
         program = _program()
         policy = [] if os.path.exists(_POLICY) else ["--insecure-policy"]
         try:
@@ -131,7 +145,7 @@ class Registry:
                 timeout=timeout,
                 check=False,
                 umask=0o077,
-                preexec_fn=end_with_caller(),  # else it would write where the next run does
+                preexec_fn=_in_child(file_size),
             )
         except subprocess.TimeoutExpired as error:
             raise RegistryFailed(
@@ -141,6 +155,18 @@ class Registry:
             said = " ".join(finished.stderr.decode(errors="replace").split())[-2000:]
             raise RegistryFailed(f"{doing}: {said or finished.returncode}", advice=advice_for(said), stderr=said)
         return finished.stdout
+
+
+def _in_child(file_size: int | None) -> Callable[[], None]:
+    """What is done before skopeo: it ends with us, else it would write where the next run does, and writes no larger file."""
+    ends = end_with_caller()
+
+    def apply() -> None:
+        ends()
+        if file_size is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+
+    return apply
 
 
 def advice_for(said: str) -> str:

@@ -94,7 +94,7 @@ def pull(uri: str, reference: oci.Reference, path: str, access: Access, *, check
         try:
             journal.step("fetch")
             pinned = oci.Reference(reference.host, reference.path, None, remote.digest)
-            registry.pull(pinned, blobs)
+            registry.pull(pinned, blobs, largest=max(one.size for one in remote.layers))
             journal.step("unpack")
             os.mkdir(staging, 0o700)
             manifest = oci.unpack(blobs, remote, staging)

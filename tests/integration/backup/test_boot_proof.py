@@ -231,13 +231,10 @@ def test_an_encrypted_point_boots_with_its_passphrase_and_the_guest_tells_nobody
         proved = ok("backup_verify", **opened, boot_check=copies)
         assert proved["verified"] is True
         assert_nothing_left(guest)
-        for number, step in enumerate(("overlay", "boot", "wait", "clear")):
+        for step in ("overlay", "boot", "wait", "clear") if points.SCALE > 1 else ("wait",):
             killed = run_module_process("backup_verify", env=points.killed_at(step, log), **opened)
             assert killed.wait() == -signal.SIGKILL, step
-            if number % 2:
-                assert ok("recover_domain")["findings"], step
-            else:
-                assert ok("backup_verify", **opened)["verified"], step
+            assert ok("recover_domain")["findings"], step
             assert_nothing_left(guest)
     assert watch.samples > 10
     assert watch.seen == set()

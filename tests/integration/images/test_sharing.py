@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -61,6 +62,30 @@ def test_an_image_goes_through_the_registry_byte_by_byte(
     new = tasks.ok("import_image", src=str(library / "came"), domain="lab-came", virt_type="qemu")
     for disk in new["domain"]["disks"]:
         assert evidence.same_content(still.images[disk["target"]], Path(disk["path"]))
+
+
+def test_a_registry_that_sends_more_than_it_says_does_not_fill_the_disk(
+    still: Guest, library: Path, registry: Registry
+) -> None:
+    tasks.ok("export_image", domain=still.name, dest=str(library), name="sent")
+    reference = f"{registry.address}/rogue/still:v1"
+    tasks.ok("push_image", src=str(library / "sent"), reference=reference, **registry.access)
+    largest = max(
+        (path for path in registry.storage.rglob("data") if path.is_file()), key=lambda path: path.stat().st_size
+    )
+    size = largest.stat().st_size
+    os.truncate(largest, 8 << 30)
+    try:
+        tasks.refused(
+            "pull_image", "do not trust it", reference=reference, dest=str(library), name="came", **registry.access
+        )
+    finally:
+        os.truncate(largest, size)
+    assert sum(path.stat().st_size for path in library.rglob("*") if path.is_file()) < 1 << 30
+    pull = {"reference": reference, "dest": str(library), "name": "came", **registry.access}
+    assert tasks.ok("pull_image", **pull).changed, "it behaves again"
+    assert content(library / "came") == content(library / "sent")
+    assert hidden(library) == []
 
 
 def test_an_encrypted_image_goes_through_the_registry_and_stays_closed(
