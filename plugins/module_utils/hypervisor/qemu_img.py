@@ -131,7 +131,7 @@ KEY_MILLISECONDS = 10
 #: What QEMU before 9.1 says now and then on a busy host, whose accounting of processor time goes in steps, when it measures
 #: how many iterations take that long. The next try succeeds.
 _NO_CPU_TIME = "Unable to get accurate CPU usage"
-_LUKS_TRIES = 10
+_LUKS_TRIES = 100
 
 
 def create_layer(
