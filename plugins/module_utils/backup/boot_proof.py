@@ -179,8 +179,7 @@ def _carry_out(
     for target, layers in plan.loan.layers().items():
         overlay = Image(_overlay(plan.uuid, target), "qcow2", key)
         size, milliseconds = plan.loan.sizes[target], qemu_img.KEY_MILLISECONDS
-        qemu_img.create_layer(overlay, size, backing=layers[0].path, milliseconds=milliseconds)
-        os.chown(overlay.path, *owner)
+        qemu_img.create_layer(overlay, size, backing=layers[0].path, milliseconds=milliseconds, owner=owner)
     if plan.nvram is not None:
         _copy_nvram(repository, found, plan.nvram)
     journal.step("boot")

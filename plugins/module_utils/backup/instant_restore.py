@@ -94,8 +94,8 @@ def stand_up(uri: str, pending: Journal, passphrase: Passphrase | None = None) -
             pending.step("overlay", target=piece["target"])
             # A disk that was encrypted in the guest's own image is so from the first write on.
             overlay = Image(piece["part"], "qcow2", passphrase if piece["secret"] else None)
-            qemu_img.create_layer(overlay, loan.sizes[piece["target"]], backing=tops[piece["target"]].path)
-            os.chown(overlay.path, *owner)
+            size, below = loan.sizes[piece["target"]], tops[piece["target"]].path
+            qemu_img.create_layer(overlay, size, backing=below, owner=owner)
             places.fsync_file(overlay.path)
         pending.step("place")
         for piece in plan["pieces"]:

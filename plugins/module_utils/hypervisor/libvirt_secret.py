@@ -42,21 +42,20 @@ def define(connection: Any, uuid: str, passphrase: Passphrase, description: str,
 
 def exists(connection: Any, uuid: str) -> bool:
     """Whether libvirt has it; a restarted libvirtd has no ephemeral ones."""
-    try:
-        connection.secretLookupByUUIDString(uuid)
-    except libvirt.libvirtError as error:
-        if code_of(error) == constant("VIR_ERR_NO_SECRET"):
-            return False
-        raise
-    return True
+    return _find(connection, uuid) is not None
 
 
 def forget(connection: Any, uuid: str) -> None:
     """Undefine a secret; one that is gone is passed over."""
+    found = _find(connection, uuid)
+    if found is not None:
+        found.undefine()
+
+
+def _find(connection: Any, uuid: str) -> Any | None:
     try:
-        found = connection.secretLookupByUUIDString(uuid)
+        return connection.secretLookupByUUIDString(uuid)
     except libvirt.libvirtError as error:
         if code_of(error) == constant("VIR_ERR_NO_SECRET"):
-            return
+            return None
         raise
-    found.undefine()

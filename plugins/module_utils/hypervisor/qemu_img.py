@@ -141,11 +141,12 @@ def create_layer(
     backing: str | None = None,
     compression: str | None = None,
     milliseconds: int = LUKS_MILLISECONDS,
+    owner: tuple[int, int] | None = None,
 ) -> None:
     """Make an empty private qcow2 of ``size`` bytes, which must not exist; encrypted when ``target`` has a passphrase.
 
     ``backing`` is the name of the layer below, which is not opened.  ``milliseconds`` may be :data:`KEY_MILLISECONDS` for a
-    passphrase that is a random key.
+    passphrase that is a random key.  ``owner`` is the uid and gid that it is given to, where it is not for us.
     """
     os.close(os.open(target.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
     options = []
@@ -164,10 +165,12 @@ def create_layer(
         for left in reversed(range(_LUKS_TRIES)):
             try:
                 run(arguments, doing=f"Making the image {target.path}", keys=keys)
-                return
+                break
             except ImageToolFailed as error:
                 if not left or _NO_CPU_TIME not in str(error.facts.get("stderr")):
                     raise
+    if owner is not None:
+        os.chown(target.path, *owner)
 
 
 def copy_chain(

@@ -121,9 +121,7 @@ def cancel(uri: str, subject: Subject, cancellers: Mapping[str, Settler], *, che
         release.release_orphans(subject.uuid)  # it may have been ended while the guest was frozen
         pending = journal.unfinished(subject.uuid)
         if pending is not None and pending.operation.kind in cancellers:
-            group = [(one["uuid"], one["name"]) for one in pending.operation.domains]
-            with locks.hold(group, "cancelling a job"):
-                cancellers[pending.operation.kind](uri, pending)
+            cancellers[pending.operation.kind](uri, pending)
         _end_all(subject.handle, block_jobs_of(subject.handle))
     if working and job is not None:
         worker.mark_cancelled(job.id)
