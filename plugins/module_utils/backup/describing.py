@@ -17,6 +17,7 @@ from ..hypervisor.connection import constant, dotted, explaining, version_triple
 from ..hypervisor.domain_model import read_domain
 from ..hypervisor.image_node import Image
 from ..safety import places
+from ..safety.space import allocated
 from . import checkpoints, digests, manifest, reservation, stored
 from .manifest import Point, StoredDisk
 from .plan import REASONS, DiskPlan, PointPlan, Request, source_layers
@@ -110,7 +111,7 @@ def _disk(repository: Repository, written: Written, disk: DiskPlan) -> StoredDis
         reason=REASONS[disk.reason],
         parent=disk.parent,
         virtual_size=disk.facts.size,
-        stored_bytes=os.stat(path).st_blocks * 512,
+        stored_bytes=allocated(path),
         changed_bytes=sum(extent.length for extent in own if extent.data or disk.parent is not None),
         metadata=digests.metadata_digest(path, plain),
         source_format=disk.facts.layers[0].format,

@@ -15,7 +15,7 @@ from ..hypervisor.binding import libvirt
 from ..hypervisor.block_jobs import running_job
 from ..hypervisor.domain_model import Disk, Domain, Layer, read_domain
 from ..hypervisor.image_header import BadHeader, read_qcow2
-from ..safety import standing_freeze
+from ..safety import space, standing_freeze
 from . import checkpoints
 from .manifest import Point
 from .plan import DiskFacts, Facts, LayerFacts
@@ -93,7 +93,7 @@ def _read_layer(layer: Layer) -> LayerFacts:
         inode = 0  # a device node's changes with every boot
         allocated = chain.virtual_size(Layer(path, "raw")) or 0
     else:
-        allocated = status.st_blocks * 512
+        allocated = space.allocated(path)
     if layer.format != "qcow2":
         return LayerFacts(path, layer.format, inode, chain.virtual_size(layer) or 0, allocated)
     header = read_qcow2(path)

@@ -203,7 +203,7 @@ def _measured(disk: StoredDisk, layers: Sequence[Image]) -> StoredDisk:
     own = [extent for extent in digests.extents_of(layers) if extent.depth == 0]
     return replace(
         disk,
-        stored_bytes=os.stat(layers[0].path).st_blocks * 512,
+        stored_bytes=space.allocated(layers[0].path),
         changed_bytes=sum(extent.length for extent in own if extent.data or disk.parent is not None),
     )
 

@@ -22,6 +22,7 @@ from ..hypervisor.connection import constant, explaining
 from ..hypervisor.domain_model import Disk, Domain, DomainState, Layer, parse_domain, read_domain
 from ..hypervisor.image_node import Passphrase
 from ..safety import consistency, standing_freeze
+from ..safety.space import allocated_in_all
 from . import manifest as manifests
 from .manifest import Machine
 
@@ -142,16 +143,8 @@ def _nvram_path(domain: Domain) -> str | None:
 
 def _allocated(disk: Disk) -> int:
     """Bytes that the disk's chain takes on the host: near the most that its content can be."""
-    total = 0
-    for layer in chain.chain_of(disk) if disk.active and disk.active.path else ():
-        if layer.path is None:
-            continue
-        try:
-            status = os.stat(layer.path)
-        except OSError:
-            continue
-        total += status.st_blocks * 512
-    return total
+    layers = chain.chain_of(disk) if disk.active and disk.active.path else ()
+    return allocated_in_all(layer.path for layer in layers if layer.path is not None)
 
 
 def _snapshot_facts(handle: Any, current: Domain, name: str) -> Facts:

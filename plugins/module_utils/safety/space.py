@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 
@@ -25,6 +26,23 @@ def free_bytes(directory: str) -> int:
     """Bytes that an unprivileged process may still write; QEMU is one."""
     status = os.statvfs(directory)
     return status.f_bavail * status.f_frsize
+
+
+def allocated(path: str) -> int:
+    """Bytes that a file takes up on its filesystem, without its holes. Raises OSError.
+
+    ``st_blocks`` counts 512 bytes each, whatever the filesystem's own blocks are (inode(7)).
+    """
+    return os.stat(path).st_blocks * 512
+
+
+def allocated_in_all(paths: Iterable[str]) -> int:
+    """The sum of :func:`allocated`; what is not there, or cannot be reached, counts nothing."""
+    total = 0
+    for path in paths:
+        with contextlib.suppress(OSError):
+            total += allocated(path)
+    return total
 
 
 def free_memory(*, meminfo: str = "/proc/meminfo") -> int | None:

@@ -142,7 +142,7 @@ def check_fits(path: str, image_format: str, size: int, *, doing: str) -> None:
 
 def room_for_copy(path: str, image_format: str) -> tuple[str, int]:
     """``(directory, bytes)`` that a smaller copy of an image takes while it is made."""
-    content = os.stat(path).st_blocks * SECTOR
+    content = space.allocated(path)
     return os.path.dirname(path), content * (2 if image_format != "raw" else 1) + (64 << 20)
 
 

@@ -17,7 +17,7 @@ from ..hypervisor.block_jobs import running_job
 from ..hypervisor.domain_model import Domain, Layer, read_domain
 from ..hypervisor.image_header import BadHeader, read_qcow2
 from ..safety.host_graph import HostGraph, Reader, canonical, openers, read_graph
-from ..safety.space import free_bytes
+from ..safety.space import allocated, free_bytes
 from .model import Snapshot, read_snapshots
 
 
@@ -109,11 +109,10 @@ def _image(path: str, image_format: str | None) -> Image:
         return Image(exists=False)
     image = Image(size)
     with contextlib.suppress(OSError):
-        status = os.stat(path)
         image = Image(
             size,
-            allocated=status.st_blocks * 512 if kind == "file" else size,
-            device=status.st_dev,
+            allocated=allocated(path) if kind == "file" else size,
+            device=os.stat(path).st_dev,
             free=free_bytes(os.path.dirname(path)) if kind == "file" else 0,
         )
     if image_format != "qcow2":

@@ -12,6 +12,7 @@ from typing import Any
 from .._errors import VmkeeperError
 from ..hypervisor import chain
 from ..hypervisor.domain_model import Domain, Layer, read_domain
+from ..safety.space import allocated_in_all
 from .model import Snapshot, read_snapshots
 
 #: Layers that a live chain may have before it is worth shortening (DESIGN: chains).
@@ -40,7 +41,7 @@ def list_domain(handle: Any, *, name: str | None = None, tags: Mapping[str, str]
                 "bootable": bootable(snapshot, stands_on[snapshot.name]),
                 "depends_on": list(stands_on[snapshot.name]),
                 "needed_by": needed_by(snapshot, stands_on, live, domain.name),
-                "bytes": sum(allocated(path) for path in _own_files(snapshot)),
+                "bytes": allocated_in_all(_own_files(snapshot)),
             }
         )
     return {"snapshots": shown, "chains": chains, "warnings": warnings}
@@ -115,7 +116,7 @@ def _chains(domain: Domain, snapshots: Sequence[Snapshot]) -> tuple[dict[str, li
             {
                 "path": layer.path,
                 "format": layer.format,
-                "allocated": allocated(layer.path),
+                "allocated": allocated_in_all(() if layer.path is None else (layer.path,)),
                 "virtual_size": chain.virtual_size(layer),
                 "after_snapshot": made_by.get(layer.path) if layer.path else None,
             }
@@ -127,13 +128,3 @@ def _chains(domain: Domain, snapshots: Sequence[Snapshot]) -> tuple[dict[str, li
                 f" (more than {CHAIN_LIMIT}); shorten it with blockcommit"
             )
     return chains, warnings
-
-
-def allocated(path: str | None) -> int:
-    """Bytes that the file takes up on its filesystem; 0 where that cannot be known."""
-    if path is None:
-        return 0
-    try:
-        return os.stat(path).st_blocks * 512
-    except OSError:
-        return 0

@@ -10,8 +10,6 @@ that settling it does.  The content seen through the top of a run is the same at
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Sequence
 from typing import Any
 
 from .._errors import VmkeeperError
@@ -20,6 +18,7 @@ from ..hypervisor.connection import explaining, find_by_uuid, open_connection
 from ..hypervisor.domain_model import read_domain
 from ..safety import processes, settlement
 from ..safety.journal import Journal
+from ..safety.space import allocated_in_all
 from . import layer_merge, records
 from .merge_plan import Work
 from .remains import Merged, remove_unneeded
@@ -142,7 +141,7 @@ def merge_all(handle: Any, work: Work, journal: Journal, *, seconds: float | Non
         _shut_down(handle, journal)
     _begin_together(handle, work, journal)
     for merge in work.merges:
-        moved = _allocated((*merge.merged[1:], merge.base) if merge.pull else merge.merged)
+        moved = allocated_in_all((*merge.merged[1:], merge.base) if merge.pull else merge.merged)
         done.committed_bytes[merge.target] = done.committed_bytes.get(merge.target, 0) + moved
         journal.step("commit", disk=merge.target, base=merge.base)
         layer_merge.commit(handle, merge, work, seconds)
@@ -247,11 +246,3 @@ def _begin_together(handle: Any, work: Work, journal: Journal) -> None:
     finally:
         for target in begun:
             block_jobs.release(handle, target, work.bandwidth)
-
-
-def _allocated(paths: Sequence[str]) -> int:
-    total = 0
-    for path in paths:
-        with contextlib.suppress(OSError):
-            total += os.stat(path).st_blocks * 512
-    return total

@@ -27,6 +27,18 @@ def test_sizes_for_people(size, text):
     assert space.human(size) == text
 
 
+def test_a_file_takes_what_it_holds_and_one_that_is_gone_nothing(tmp_path):
+    holey, gone = tmp_path / "holey", tmp_path / "gone"
+    with holey.open("wb") as stream:
+        stream.write(b"x" * 8192)
+        stream.truncate(1 << 30)
+    taken = space.allocated(str(holey))
+    assert 8192 <= taken < 1 << 20
+    assert space.allocated_in_all([str(holey), str(gone), str(holey)]) == 2 * taken
+    with pytest.raises(OSError, match="gone"):
+        space.allocated(str(gone))
+
+
 def test_needs_of_one_filesystem_add_up(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

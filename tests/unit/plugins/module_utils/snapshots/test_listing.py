@@ -38,8 +38,3 @@ def test_depth_ends_even_where_parents_go_in_circles():
     one, two = snapshot("one", "/x", "two"), snapshot("two", "/y", "one")
     assert listing._depth(B, (A, B)) == 1
     assert listing._depth(one, (one, two)) <= 2
-
-
-def test_what_cannot_be_measured_is_zero(tmp_path):
-    assert listing.allocated(None) == 0
-    assert listing.allocated(str(tmp_path / "gone")) == 0
