@@ -10,6 +10,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import libvirt
 import pytest
@@ -19,6 +20,7 @@ from lab.guest import DiskSpec, Guest, GuestSpec
 from lab.spec import MIB
 from lab.waiting import until
 
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.image_node import Passphrase
 from ansible_collections.vmkeeper.libvirt.tests.docs_examples import examples_in
 from ansible_collections.vmkeeper.libvirt.tests.integration.backup import points
 from ansible_collections.vmkeeper.libvirt.tests.integration.backup.built import UUID, Built
@@ -183,10 +185,17 @@ def test_the_newest_point_killed_at_every_step_of_its_removal(guest: Guest, repo
         points.assert_nothing_left(guest, repository)
 
 
-def test_retention_killed_at_every_step_is_finished_by_the_same_task(host, directory: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "passphrase",
+    [None, pytest.param("not a secret", marks=pytest.mark.skipif(points.SCALE == 1, reason="runs in make test-long"))],
+    ids=["clear", "encrypted"],
+)
+def test_retention_killed_at_every_step_is_finished_by_the_same_task(
+    host, directory: Path, tmp_path: Path, passphrase: str | None
+) -> None:
     """A fold, a merge in the middle and a removal at the end in one run; the domain is not defined here any more."""
     rng = random.Random(11)
-    original = Built(directory / "original")
+    original = Built(directory / "original", passphrase=Passphrase(passphrase.encode()) if passphrase else None)
     original.path.mkdir()
     ids = [original.add(rng, {"vda": None})]
     for number in range(5):
@@ -194,7 +203,9 @@ def test_retention_killed_at_every_step_is_finished_by_the_same_task(host, direc
         ids.append(original.add(rng, both, grow=number % 2, protected=number in (1, 3)))
     log = tmp_path / "steps"
     staying = [ids[2], ids[4], ids[5]]
-    arguments = {"repository": str(directory / "cut"), "keep_last": 1}
+    arguments: dict[str, Any] = {"repository": str(directory / "cut"), "keep_last": 1}
+    if passphrase:
+        arguments["passphrase"] = passphrase
     made = original.copy(directory / "cut")
     listed = run_module_process("backup_retention", env=points.killed_at("", log), **arguments).result()
     assert not listed["failed"], listed["msg"]
