@@ -9,6 +9,7 @@ removed; after it every step looks at what is true and can be run again.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,10 +19,10 @@ from .._errors import VmkeeperError
 from ..hypervisor import block_jobs, definition, qemu_img
 from ..hypervisor.connection import constant, explaining, find_by_uuid, open_connection
 from ..hypervisor.domain_model import qemu_owner, read_domain
-from ..safety import places, settlement
+from ..safety import settlement
 from ..safety.checkpoints_aside import set_aside
-from ..safety.host_graph import canonical
-from ..safety.journal import Journal
+from ..safety.host_graph import read_graph
+from ..safety.journal import Journal, Operation
 from . import nvram
 from .ground import Ground
 from .model import Snapshot, by_name, read_snapshots, write_labels
@@ -44,8 +45,9 @@ def run(handle: Any, ground: Ground, plan: RevertPlan) -> Merged:
         journal.step("overlays")
         _make_overlays(handle, plan)
     except BaseException:
-        _undo(handle, plan)
-        journal.finish()
+        with contextlib.suppress(VmkeeperError):  # then the next run takes it back
+            _undo(handle, plan)
+            journal.finish()
         raise
     return _go_on(handle, plan, journal)
 
@@ -66,26 +68,26 @@ def _make_overlays(handle: Any, plan: RevertPlan) -> None:
             )
 
 
-def _go_on(handle: Any, plan: RevertPlan, journal: Journal) -> Merged:
-    """From stopping the guest to the end."""
+def _go_on(handle: Any, plan: RevertPlan, journal: Journal, *, defined: bool = False) -> Merged:
+    """From stopping the guest to the end. A domain that is ``defined`` on the overlays may have been used since then."""
     done = Merged()
     if plan.internal:
         journal.step("revert")
         _revert_internal(handle, plan)
     else:
-        journal.step("stop")
-        if not _on_new(handle, plan, live=True):
+        if not defined:
+            journal.step("stop")
             _stop(handle)
-        journal.step("define")
-        if not _on_new(handle, plan):
+            journal.step("define")
             put_definition_on(handle, {one.target: layer_at(one.path, "qcow2") for one in plan.overlays})
-        if plan.nvram is not None:
+        if plan.nvram is not None and not journal.operation.reached("current"):
             # Not before: a guest that somebody starts on its old disks after a crash has its old variables, too.
             journal.step("nvram")
             if not handle.isActive():
                 nvram.bring_back(*plan.nvram, owner=qemu_owner(handle.connect().getCapabilities()))
-        journal.step("current")
-        _make_current(handle, plan.snapshot)
+        if not journal.operation.reached("checkpoints"):  # else another snapshot may be the current one by now
+            journal.step("current")
+            _make_current(handle, plan.snapshot)
         journal.step("checkpoints")
         _end_checkpoints(handle, plan)
         journal.step("start")
@@ -117,19 +119,6 @@ def has_gone_back(snapshots: Sequence[Snapshot], kept_as: str) -> bool:
             return False
         name = parents.get(name) if name is not None else None
     return kept_as in parents
-
-
-def _on_new(handle: Any, plan: RevertPlan, *, live: bool = False) -> bool:
-    """Whether the domain stands on the overlays of this revert: its next start, or with ``live`` the running guest."""
-    if live and not handle.isActive():
-        return False
-    disks = read_domain(handle, inactive=not live)
-    return all(
-        (disk := disks.disk(overlay.target)) is not None
-        and disk.path is not None
-        and canonical(disk.path) == canonical(overlay.path)
-        for overlay in plan.overlays
-    )
 
 
 def _stop(handle: Any) -> None:
@@ -215,11 +204,34 @@ def unmark(handle: Any, name: str) -> None:
 
 
 def _undo(handle: Any, plan: RevertPlan) -> None:
-    """Nothing was stopped or defined yet: only fresh overlays without content exist."""
-    for overlay in plan.overlays:
-        if os.path.lexists(overlay.path) and not _on_new(handle, plan) and not _on_new(handle, plan, live=True):
-            places.unlink_quietly(overlay.path)
-            places.fsync_directory(os.path.dirname(overlay.path))
+    """Remove the fresh overlays; one that somebody uses all the same stays."""
+    remove_unneeded(handle, [overlay.path for overlay in plan.overlays], Merged())
+
+
+def _stands_on_new(handle: Any, plan: RevertPlan) -> bool:
+    """Whether the running guest, or its next start, has any overlay of this revert in a chain, at whatever depth.
+
+    All were defined at once.  Since then a disk may have been detached, or another tool may have put a layer on top.
+    """
+    graph = read_graph(handle.connect())
+    return any(
+        reader.kind == "domain" and reader.uuid == handle.UUIDString()
+        for overlay in plan.overlays
+        for reader in graph.readers(overlay.path)
+    )
+
+
+def is_defined(operation: Operation, *, stands_on_new: bool) -> bool:
+    """Whether the definition was put on the overlays: it stands on them, or the steps behind that were begun. Pure."""
+    return stands_on_new or operation.reached("nvram") or operation.reached("current")
+
+
+def is_taken_back(operation: Operation, *, defined: bool, active: bool) -> bool:
+    """Whether an interrupted revert is undone and not finished. Pure."""
+    if not operation.reached("stop"):
+        return True
+    # Not defined, and it runs after it was stopped: somebody has started it on its old disks, and that must not be stopped.
+    return not defined and operation.reached("define") and active
 
 
 def settle(uri: str, pending: Journal) -> dict[str, str]:
@@ -238,13 +250,12 @@ def settle(uri: str, pending: Journal) -> dict[str, str]:
             return {"what": what, "action": "left as libvirt left it"}
         _finish(handle, plan, pending)
         return {"what": what, "action": FINISHED}
-    defined = _on_new(handle, plan) or _on_new(handle, plan, live=True)
-    started_on_old = handle.isActive() and not defined
-    if not operation.reached("stop") or (started_on_old and operation.reached("define")):
-        # Not begun; or somebody has started the guest on its old disks meanwhile, and that must not be stopped.
+    defined = is_defined(operation, stands_on_new=_stands_on_new(handle, plan))
+    if is_taken_back(operation, defined=defined, active=bool(handle.isActive())):
         _undo(handle, plan)
         pending.finish()
         return {"what": what, "action": "taken back"}
-    _make_overlays(handle, plan)
-    _go_on(handle, plan, pending)
+    if not defined:
+        _make_overlays(handle, plan)
+    _go_on(handle, plan, pending, defined=defined)
     return {"what": what, "action": FINISHED}

@@ -240,6 +240,37 @@ def test_a_guest_that_was_started_by_hand_after_a_kill_is_not_stopped_again(gues
     ways.assert_whole(guest)
 
 
+def test_a_layer_that_another_tool_puts_on_top_after_a_kill_keeps_what_it_stands_on(
+    make_guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    disks = tuple(DiskSpec(target, size=8 * MIB, fs=None, writer=False) for target in ("vda", "vdb"))
+    used = make_guest(GuestSpec("used", disks=disks), start="no")
+    ways.write_stopped(used, "one")
+    tasks.ok("snapshot", domain=used.name, name="one")
+    ways.write_stopped(used, "two")
+    options = {"domain": used.name, "name": "one", "state": "reverted"}
+    assert tasks.finish(tasks.killed_at("start", "snapshot", tmp_path / "steps", **options)).killed
+    fresh = used.active_paths()
+    ways.write_stopped(used, "three")
+    used.start(wait=False)
+    foreign = {target: used.directory / f"{target}.foreign" for target in fresh}
+    parts = "".join(
+        f"<disk name='{one}' snapshot='external'><source file='{path}'/></disk>" for one, path in foreign.items()
+    )
+    xml = f"<domainsnapshot><name>foreign</name><disks>{parts}</disks></domainsnapshot>"
+    used.domain().snapshotCreateXML(xml, libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY)
+    (found,) = tasks.ok("recover_domain", domain=used.name)["findings"]
+    assert found["action"] == "finished"
+    assert used.is_running()
+    assert used.active_paths() == foreign
+    assert [ways.chain(path)[:2] for path in foreign.values()] == [[foreign[one], fresh[one]] for one in fresh]
+    assert used.domain().snapshotCurrent().getName() == "foreign"
+    used.destroy()
+    assert ways.read_stopped(used.active_paths().values()) == {"three"}
+    ways.assert_whole(used)
+    used.cleanup()
+
+
 def test_checkpoints_made_after_the_snapshot_end_and_earlier_ones_go_on(guest: Guest) -> None:
     def checkpoint(name: str) -> None:
         xml = f"<domaincheckpoint><name>{name}</name><disks><disk name='vda'/><disk name='vdb' checkpoint='no'/></disks></domaincheckpoint>"

@@ -1,0 +1,71 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What becomes of an interrupted revert, decided from its journal and what is true now."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.host_graph import HostGraph, Reader
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.journal import Operation
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots import remains, way_back
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.revert_plan import FreshOverlay, RevertPlan
+
+STEPS = ("begin", "overlays", "stop", "define", "nvram", "current", "checkpoints", "start", "discard", "unmark")
+
+
+def killed_at(step: str) -> Operation:
+    """A revert that was killed when it had journalled this step and not yet begun it."""
+    reached = STEPS[: STEPS.index(step) + 1]
+    return Operation(way_back.OPERATION, [], {}, boot_id="", steps=[{"name": name, "at": 0} for name in reached])
+
+
+@pytest.mark.parametrize(
+    ("step", "stands_on_new", "active", "taken_back"),
+    [
+        ("begin", False, True, True),
+        ("overlays", False, False, True),
+        ("stop", False, True, False),
+        ("define", False, False, False),
+        ("define", False, True, True),  # on its old disks, by somebody's hand
+        ("define", True, True, False),
+        ("define", True, False, False),
+        # From here on the definition was changed, whatever it and the guest stand on by now.
+        *((step, stands, active, False) for step in STEPS[4:] for stands in (True, False) for active in (True, False)),
+    ],
+)
+def test_a_revert_is_taken_back_only_while_the_domain_is_known_to_stand_on_its_old_disks(
+    step: str, stands_on_new: bool, active: bool, taken_back: bool
+) -> None:
+    operation = killed_at(step)
+    defined = way_back.is_defined(operation, stands_on_new=stands_on_new)
+    assert way_back.is_taken_back(operation, defined=defined, active=active) == taken_back
+
+
+class Handle:
+    def connect(self):
+        return None
+
+    def UUIDString(self):
+        return "u"
+
+
+def test_an_overlay_that_anybody_uses_is_not_removed_with_those_that_nobody_does(monkeypatch, tmp_path) -> None:
+    paths = [str(tmp_path / f"{target}.fresh") for target in ("vda", "vdb", "vdc")]
+    for path in paths:
+        with open(path, "wb"):
+            pass
+    above = str(tmp_path / "foreign")
+    graph = HostGraph(
+        {paths[0]: (Reader("domain", "web", "u"),), above: (Reader("domain", "web", "u"),)}, {above: paths[1]}
+    )
+    monkeypatch.setattr(remains, "read_graph", lambda _connection: graph)
+    monkeypatch.setattr(way_back, "read_graph", lambda _connection: graph)
+    overlays = tuple(FreshOverlay(os.path.basename(path)[:3], path, "/base", "raw", 0) for path in paths)
+    plan = RevertPlan("one", False, overlays, None, "boot", True, (), (), ())
+    assert way_back._stands_on_new(Handle(), plan)
+    way_back._undo(Handle(), plan)
+    assert [os.path.exists(path) for path in paths] == [True, True, False]
