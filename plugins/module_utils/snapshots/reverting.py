@@ -14,7 +14,7 @@ from ..hypervisor.domain_model import read_domain
 from ..safety import journal, settlement, space
 from ..safety.journal import Operation
 from . import taking, way_back
-from .ground import Ground, read_ground
+from .ground import Ground, after, read_ground
 from .model import Snapshot, by_name, read_snapshots
 from .plan import Request as TakeRequest
 from .remains import Merged
@@ -53,11 +53,14 @@ def revert(
     with settlement.hold(named, f"revert to snapshot {request.name!r}"):
         settlement.settle_before_change(uri, handles, SETTLERS)
         grounds = [read_ground(handle) for handle in going]
-        plans = [replace(plan_revert(request, ground), alone=len(handles) == 1) for ground in grounds]
+        plans = [plan_revert(request, ground) for ground in grounds]
         _check_kept(request, grounds)
         space.require([need for plan in plans for need in plan.needs()], f"Going back to snapshot {request.name!r}")
-        for handle, ground, plan in zip(going, grounds, plans):
-            done[ground.domain.uuid] = _result(ground, plan, way_back.run(handle, ground, plan))
+        for handle in going:
+            with after([one.domain for one in done.values()]):
+                ground = read_ground(handle)  # once more, after those before
+                plan = replace(plan_revert(request, ground), alone=len(handles) == 1)
+                done[ground.domain.uuid] = _result(ground, plan, way_back.run(handle, ground, plan))
         for handle in handles:
             if request.keep_present_as:
                 way_back.unmark(handle, request.keep_present_as)
@@ -164,7 +167,13 @@ def _result_of_earlier(handle: Any, request: Request) -> Reverted:
         raise LibvirtFailed(f"Snapshot {request.name!r} has gone", state="Somebody removed it.")
     held = snapshot.memory_mode != "no"
     guest = (
-        ("paused" if domain.state.name == "paused" else "resumed" if held else "booted")
+        (
+            "paused"
+            if domain.state.name == "paused"
+            else "resumed"
+            if held and domain.state.reason != "booted"
+            else "booted"
+        )
         if domain.state.active
         else "shut off"
     )

@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from .._errors import VmkeeperError
 from ..hypervisor import block_jobs, definition, qemu_img
 from ..hypervisor.connection import constant, explaining, find_by_uuid, open_connection
-from ..hypervisor.domain_model import qemu_owner, read_domain
-from ..safety import settlement
+from ..hypervisor.domain_model import qemu_owner, read_domain, read_state
+from ..safety import processes, settlement
 from ..safety.checkpoints_aside import set_aside
 from ..safety.host_graph import read_graph
 from ..safety.journal import Journal, Operation
 from . import nvram
-from .ground import Ground
+from .ground import Ground, refuse_saved
 from .model import Snapshot, by_name, read_snapshots, write_labels
 from .remains import Merged, layer_at, put_definition_on, remove_unneeded
 from .revert_plan import RevertPlan
@@ -76,9 +76,10 @@ def _go_on(handle: Any, plan: RevertPlan, journal: Journal, *, defined: bool = F
         _revert_internal(handle, plan)
     else:
         if not defined:
-            journal.step("stop")
+            journal.step("stop", run=handle.ID())
             _stop(handle)
-            journal.step("define")
+            tops = _last_written(_old_tops(handle, plan))
+            journal.step("define", tops=tops, off=read_state(handle).reason)
             put_definition_on(handle, {one.target: layer_at(one.path, "qcow2") for one in plan.overlays})
         if plan.nvram is not None and not journal.operation.reached("current"):
             # Not before: a guest that somebody starts on its old disks after a crash has its old variables, too.
@@ -90,7 +91,8 @@ def _go_on(handle: Any, plan: RevertPlan, journal: Journal, *, defined: bool = F
             _make_current(handle, plan.snapshot)
         journal.step("checkpoints")
         _end_checkpoints(handle, plan)
-        journal.step("start")
+        if not journal.operation.reached("start"):
+            journal.step("start", overlays=_last_written(overlay.path for overlay in plan.overlays))
         try:
             _start(handle, plan)
         except VmkeeperError:
@@ -226,12 +228,46 @@ def is_defined(operation: Operation, *, stands_on_new: bool) -> bool:
     return stands_on_new or operation.reached("nvram") or operation.reached("current")
 
 
-def is_taken_back(operation: Operation, *, defined: bool, active: bool) -> bool:
-    """Whether an interrupted revert is undone and not finished. Pure."""
+def is_taken_back(operation: Operation, *, defined: bool, active: bool, ran_since: bool, saved: bool) -> bool:
+    """Whether an interrupted revert is undone and not finished: what the guest did since on its old disks counts. Pure.
+
+    ``ran_since``: it has run after it was stopped for this; ``saved``: it has a saved state.
+    """
     if not operation.reached("stop"):
         return True
-    # Not defined, and it runs after it was stopped: somebody has started it on its old disks, and that must not be stopped.
-    return not defined and operation.reached("define") and active
+    return not defined and (saved or ran_since or (active and operation.reached("define")))
+
+
+def _last_written(paths: Iterable[str]) -> dict[str, int]:
+    """When the files were last written, in ns since the epoch."""
+    found = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            found[path] = os.stat(path).st_mtime_ns
+    return found
+
+
+def _written_since(before: Mapping[str, int]) -> bool:
+    return any(before[path] != now for path, now in _last_written(before).items())
+
+
+def _old_tops(handle: Any, plan: RevertPlan) -> list[str]:
+    """What the definition stands on before it is put on the overlays."""
+    present = read_domain(handle, inactive=True)
+    disks = [present.disk(overlay.target) for overlay in plan.overlays]
+    return [disk.path for disk in disks if disk is not None and disk.path is not None]
+
+
+def _ran_since(handle: Any, operation: Operation) -> bool:
+    """Whether the guest has run, on its old disks, after this operation had stopped it."""
+    state = read_state(handle)
+    stopping, defining = operation.last("stop"), operation.last("define")
+    if defining is not None:
+        # A device's node does not tell when it was written; how the guest ended does, until libvirtd restarts.
+        return _written_since(defining["tops"]) or state.reason not in (defining["off"], "unknown")
+    if stopping is None or not state.active:
+        return False
+    return operation.boot_id != processes.boot_id() or stopping["run"] != handle.ID()
 
 
 def settle(uri: str, pending: Journal) -> dict[str, str]:
@@ -250,12 +286,21 @@ def settle(uri: str, pending: Journal) -> dict[str, str]:
             return {"what": what, "action": "left as libvirt left it"}
         _finish(handle, plan, pending)
         return {"what": what, "action": FINISHED}
+    domain = read_domain(handle)
     defined = is_defined(operation, stands_on_new=_stands_on_new(handle, plan))
-    if is_taken_back(operation, defined=defined, active=bool(handle.isActive())):
+    ran_since = _ran_since(handle, operation)
+    if is_taken_back(
+        operation, defined=defined, active=domain.state.active, ran_since=ran_since, saved=domain.managed_save
+    ):
         _undo(handle, plan)
         pending.finish()
         return {"what": what, "action": "taken back"}
+    refuse_saved(domain, state=f"There is {what} on it, whose disks it stands on already; everything was kept.")
     if not defined:
         _make_overlays(handle, plan)
+    starting = operation.last("start")
+    if plan.memory_file is not None and starting is not None and _written_since(starting["overlays"]):
+        # It has run on them since: that memory does not fit them any more.
+        plan = replace(plan, memory_file=None, start="boot")
     _go_on(handle, plan, pending, defined=defined)
     return {"what": what, "action": FINISHED}

@@ -240,6 +240,53 @@ def test_a_guest_that_was_started_by_hand_after_a_kill_is_not_stopped_again(gues
     ways.assert_whole(guest)
 
 
+def test_what_a_guest_did_on_its_old_disks_after_a_kill_is_not_thrown_away(
+    make_guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    worked = make_guest(GuestSpec("worked", disks=(DiskSpec("vda", size=8 * MIB, fs=None, writer=False),)), start="no")
+    ways.write_stopped(worked, "one")
+    tasks.ok("snapshot", domain=worked.name, name="one")
+    options = {"domain": worked.name, "name": "one", "state": "reverted"}
+    old = worked.active_paths()
+    for after in ("shutdown", "save"):
+        assert tasks.finish(tasks.killed_at("define", "snapshot", tmp_path / "steps", **options)).killed
+        ways.write_stopped(worked, after)
+        if after == "save":
+            worked.start(wait=False)
+            worked.domain().managedSave(0)
+        (found,) = tasks.ok("recover_domain", domain=worked.name)["findings"]
+        assert found["action"] == "taken back", after
+        assert worked.active_paths() == old
+        assert ways.read_stopped(old.values()) == {after}
+        ways.assert_whole(worked)
+    refused = tasks.run("snapshot", **options)
+    assert "managed-save" in refused.message
+    worked.cleanup()
+
+
+def test_memory_is_not_resumed_on_disks_that_the_guest_has_written_after_a_kill(
+    make_guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    moved = make_guest(GuestSpec("moved", disks=(DiskSpec("vda", size=8 * MIB, fs=None, writer=False),)), start="no")
+    moved.start(wait=False)
+    tasks.ok("snapshot", domain=moved.name, name="one", memory=True)
+    options = {"domain": moved.name, "name": "one", "state": "reverted"}
+    assert tasks.finish(tasks.killed_at("start", "snapshot", tmp_path / "steps", **options)).killed
+    moved.start(wait=False)
+    moved.domain().managedSave(0)
+    saved = tasks.run("snapshot", **options)
+    assert "managed-save" in saved.message
+    assert moved.domain().hasManagedSaveImage()
+    moved.start(wait=False)
+    moved.destroy()
+    ways.write_stopped(moved, "since")
+    (found,) = tasks.ok("recover_domain", domain=moved.name)["findings"]
+    assert found["action"] == "finished"
+    assert moved.domain().state() == [libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_RUNNING_BOOTED]
+    ways.assert_whole(moved)
+    moved.cleanup()
+
+
 def test_a_layer_that_another_tool_puts_on_top_after_a_kill_keeps_what_it_stands_on(
     make_guest: Callable[..., Guest], tmp_path: Path
 ) -> None:

@@ -24,25 +24,32 @@ def killed_at(step: str) -> Operation:
 
 
 @pytest.mark.parametrize(
-    ("step", "stands_on_new", "active", "taken_back"),
+    ("step", "true", "taken_back"),
     [
-        ("begin", False, True, True),
-        ("overlays", False, False, True),
-        ("stop", False, True, False),
-        ("define", False, False, False),
-        ("define", False, True, True),  # on its old disks, by somebody's hand
-        ("define", True, True, False),
-        ("define", True, False, False),
+        ("begin", {"active"}, True),
+        ("overlays", {"saved"}, True),
+        ("stop", {"active"}, False),
+        ("stop", set(), False),
+        ("stop", {"active", "ran_since"}, True),
+        ("stop", {"saved"}, True),
+        ("define", set(), False),
+        # On its old disks, by somebody's hand: what was done there since is not thrown away.
+        ("define", {"active"}, True),
+        ("define", {"ran_since"}, True),
+        ("define", {"saved"}, True),
+        ("define", {"stands_on_new", "active", "ran_since"}, False),
+        ("define", {"stands_on_new"}, False),
         # From here on the definition was changed, whatever it and the guest stand on by now.
-        *((step, stands, active, False) for step in STEPS[4:] for stands in (True, False) for active in (True, False)),
+        *((step, {*now, "ran_since"}, False) for step in STEPS[4:] for now in ((), ("stands_on_new",), ("active",))),
     ],
 )
 def test_a_revert_is_taken_back_only_while_the_domain_is_known_to_stand_on_its_old_disks(
-    step: str, stands_on_new: bool, active: bool, taken_back: bool
+    step: str, true: set[str], taken_back: bool
 ) -> None:
     operation = killed_at(step)
-    defined = way_back.is_defined(operation, stands_on_new=stands_on_new)
-    assert way_back.is_taken_back(operation, defined=defined, active=active) == taken_back
+    defined = way_back.is_defined(operation, stands_on_new="stands_on_new" in true)
+    now = {name: name in true for name in ("active", "ran_since", "saved")}
+    assert way_back.is_taken_back(operation, defined=defined, **now) == taken_back
 
 
 class Handle:
