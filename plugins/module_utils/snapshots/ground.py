@@ -14,7 +14,7 @@ from typing import Any
 from .._errors import UNCHANGED, Busy, Refused, VmkeeperError
 from ..hypervisor import apparmor, chain
 from ..hypervisor.block_jobs import running_job
-from ..hypervisor.domain_model import Domain, Layer, read_domain
+from ..hypervisor.domain_model import Disk, Domain, Layer, read_domain
 from ..hypervisor.image_header import BadHeader, read_qcow2
 from ..safety.host_graph import HostGraph, Reader, canonical, openers, read_graph
 from ..safety.space import allocated, free_bytes
@@ -43,7 +43,8 @@ class Ground:
 
     ``chains``: target -> layers of the present state, from the active one down.  ``broken``: target -> why its chain
     cannot be followed.  ``opened``: path -> foreign processes that have it open.  ``denied``: canonical paths that the
-    security profile of the running guest forbids to write.
+    security profile of the running guest forbids to write.  ``resumed``: what the memory that one goes back to has besides the
+    disks of its snapshot, on the images that it would open.
     """
 
     domain: Domain
@@ -55,6 +56,7 @@ class Ground:
     opened: Mapping[str, tuple[Reader, ...]] = field(default_factory=dict)
     denied: frozenset[str] = frozenset()
     job: str | None = None
+    resumed: tuple[Disk, ...] = ()
 
     def image(self, path: str) -> Image:
         """The image at ``path``; one that was never seen does not exist."""

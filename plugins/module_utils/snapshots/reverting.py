@@ -20,6 +20,7 @@ from .plan import Request as TakeRequest
 from .remains import Merged
 from .removing import Request as Removal
 from .removing import remove
+from .resumption import with_resumed
 from .revert_plan import Request, RevertPlan, plan_revert
 from .settlers import SETTLERS
 from .way_back import PENDING
@@ -42,29 +43,33 @@ def revert(
     named = [(handle.UUIDString(), handle.name()) for handle in handles]
     if check:
         settlement.settle_before_change(uri, handles, SETTLERS, check=True)
-        grounds = [read_ground(handle) for handle in handles]
+        grounds = [_read(handle, request) for handle in handles]
         _check_keeping(request, grounds)
         return [_result(ground, plan_revert(request, ground), None) for ground in grounds]
     over = _over_already(uri, handles, named, request)
     going = [handle for handle in handles if handle.UUIDString() not in over]
     if request.keep_present_as:
         _keep_present(connection, uri, going, request)
-    done = {}
+    done: dict[str, Reverted] = {}
     with settlement.hold(named, f"revert to snapshot {request.name!r}"):
         settlement.settle_before_change(uri, handles, SETTLERS)
-        grounds = [read_ground(handle) for handle in going]
+        grounds = [_read(handle, request) for handle in going]
         plans = [plan_revert(request, ground) for ground in grounds]
         _check_kept(request, grounds)
         space.require([need for plan in plans for need in plan.needs()], f"Going back to snapshot {request.name!r}")
         for handle in going:
             with after([one.domain for one in done.values()]):
-                ground = read_ground(handle)  # once more, after those before
+                ground = _read(handle, request)  # once more, after those before
                 plan = replace(plan_revert(request, ground), alone=len(handles) == 1)
                 done[ground.domain.uuid] = _result(ground, plan, way_back.run(handle, ground, plan))
         for handle in handles:
             if request.keep_present_as:
                 way_back.unmark(handle, request.keep_present_as)
     return [done.get(handle.UUIDString()) or _result_of_earlier(handle, request) for handle in handles]
+
+
+def _read(handle: Any, request: Request) -> Ground:
+    return with_resumed(handle, read_ground(handle), request.name)
 
 
 def _over_already(uri: str, handles: Sequence[Any], named: Sequence[tuple[str, str]], request: Request) -> set[str]:
@@ -126,7 +131,7 @@ def _check_keeping(request: Request, grounds: Sequence[Ground]) -> None:
 
 def _keep_present(connection: Any, uri: str, handles: Sequence[Any], request: Request) -> None:
     """Take a snapshot of the present, by which it can be gone back to like any other."""
-    grounds = [read_ground(handle) for handle in handles]
+    grounds = [_read(handle, request) for handle in handles]
     _check_keeping(request, grounds)
     name = str(request.keep_present_as)
     for handle, ground in zip(handles, grounds):

@@ -16,14 +16,14 @@ from dataclasses import replace
 from typing import Any
 
 from .._errors import VmkeeperError
-from ..hypervisor import block_jobs, definition, qemu_img
+from ..hypervisor import block_jobs, qemu_img
 from ..hypervisor.connection import constant, explaining, find_by_uuid, open_connection
 from ..hypervisor.domain_model import qemu_owner, read_domain, read_state
 from ..safety import processes, settlement
 from ..safety.checkpoints_aside import set_aside
 from ..safety.host_graph import read_graph
 from ..safety.journal import Journal, Operation
-from . import nvram
+from . import nvram, resumption
 from .ground import Ground, refuse_saved
 from .model import Snapshot, by_name, read_snapshots, write_labels
 from .remains import Merged, layer_at, put_definition_on, remove_unneeded
@@ -171,14 +171,12 @@ def _start(handle: Any, plan: RevertPlan) -> None:
         return
     connection = handle.connect()
     with explaining(f"Resuming domain {handle.name()!r} from {plan.memory_file}", state=state):
-        xml = connection.saveImageGetXMLDesc(plan.memory_file, constant("VIR_SAVE_IMAGE_XML_SECURE") or 0)
-        layers = {one.target: layer_at(one.path, "qcow2") for one in plan.overlays}
-        # Disks that the snapshot does not hold are where they are today.
-        for disk in read_domain(handle, inactive=True).disks:
-            if disk.target not in layers and disk.active is not None and disk.kind in ("file", "block"):
-                layers[disk.target] = disk.active
+        held = {one.target: layer_at(one.path, "qcow2") for one in plan.overlays}
+        xml = resumption.fitted(
+            resumption.read_xml(connection, plan.memory_file), held, read_domain(handle, inactive=True)
+        )
         how = "VIR_DOMAIN_SAVE_PAUSED" if plan.start == "resume-paused" else "VIR_DOMAIN_SAVE_RUNNING"
-        connection.restoreFlags(plan.memory_file, definition.with_disk_layers(xml, layers), constant(how) or 0)
+        connection.restoreFlags(plan.memory_file, xml, constant(how) or 0)
 
 
 def _revert_internal(handle: Any, plan: RevertPlan) -> None:

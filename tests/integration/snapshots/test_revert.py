@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import libvirt
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import ways
 from ansible_collections.vmkeeper.libvirt.tests.lab import tasks
-from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
+from ansible_collections.vmkeeper.libvirt.tests.lab.guest import IMAGES, DiskSpec, Guest, GuestSpec
 from ansible_collections.vmkeeper.libvirt.tests.lab.spec import MIB
 
 
@@ -285,6 +287,39 @@ def test_memory_is_not_resumed_on_disks_that_the_guest_has_written_after_a_kill(
     assert moved.domain().state() == [libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_RUNNING_BOOTED]
     ways.assert_whole(moved)
     moved.cleanup()
+
+
+def test_memory_is_refused_what_others_use_by_now_and_comes_back_without_a_medium_that_has_gone(
+    make_guest: Callable[..., Guest],
+) -> None:
+    iso = IMAGES / "seed.iso"
+    medium = f"<disk type='file' device='cdrom'><source file='{iso}'/><target dev='sda' bus='sata'/><readonly/></disk>"
+    disks = tuple(DiskSpec(target, size=8 * MIB, fs=None, writer=False) for target in ("vda", "vdb"))
+    seeded = make_guest(GuestSpec("seeded", disks=disks, extra_devices=medium), start="no")
+    iso.write_bytes(bytes(MIB))
+    seeded.start(wait=False)
+    tasks.ok("snapshot", domain=seeded.name, name="one", memory=True, disks=["vda"])
+    data = seeded.images["vdb"]
+    drives = {one.find("target").get("dev"): one for one in seeded.xml(inactive=True).iterfind("devices/disk")}
+    seeded.destroy()
+    drives["sda"].remove(drives["sda"].find("source"))
+    seeded.domain().updateDeviceFlags(ElementTree.tostring(drives["sda"], encoding="unicode"))
+    seeded.domain().detachDeviceFlags(ElementTree.tostring(drives["vdb"], encoding="unicode"))
+    iso.unlink()
+    options = {"domain": seeded.name, "name": "one", "state": "reverted"}
+    clone, hidden = data.with_name("clone.qcow2"), data.with_name("hidden")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", data, "-F", "qcow2", clone], check=True)
+    refused = tasks.run("snapshot", **options)
+    assert str(clone) in refused.message
+    clone.unlink()
+    data.rename(hidden)
+    refused = tasks.run("snapshot", **options, check=True)
+    assert f"{data}, which is missing" in refused.message
+    hidden.rename(data)
+    assert tasks.ok("snapshot", **options)["snapshot"]["guest"] == "resumed"
+    assert seeded.xml().find("devices/disk[@device='cdrom']/source") is None
+    assert seeded.active_paths()["vdb"] == data
+    seeded.cleanup()
 
 
 def test_a_layer_that_another_tool_puts_on_top_after_a_kill_keeps_what_it_stands_on(
