@@ -37,6 +37,9 @@ FINISHED = "finished"
 #: A tag of the snapshot that keeps the present, while the revert that it is taken for is not done.
 PENDING = "vmkeeper.kept-before-reverting-to"
 
+#: The way out for whoever wants to stay: see :func:`is_taken_back`.
+_KEEPS_PRESENT = "Shut off and started by hand before that, it keeps its present: the revert is then taken back"
+
 
 def run(handle: Any, ground: Ground, plan: RevertPlan) -> Merged:
     """Do all of it; what was thrown away is in the result's ``removed``."""
@@ -78,9 +81,14 @@ def _go_on(handle: Any, plan: RevertPlan, journal: Journal, *, defined: bool = F
         if not defined:
             journal.step("stop", run=handle.ID())
             _stop(handle)
-            tops = _last_written(_old_tops(handle, plan))
-            journal.step("define", tops=tops, off=read_state(handle).reason)
-            put_definition_on(handle, {one.target: layer_at(one.path, "qcow2") for one in plan.overlays})
+            try:
+                tops = _last_written(_old_tops(handle, plan))
+                journal.step("define", tops=tops, off=read_state(handle).reason)
+                put_definition_on(handle, {one.target: layer_at(one.path, "qcow2") for one in plan.overlays})
+            except VmkeeperError as error:
+                error.state = "The domain is shut off, and its definition still stands on its old disks."
+                error.advice = f"Run this again, or recover_domain, which finishes the revert. {_KEEPS_PRESENT}"
+                raise
         if plan.nvram is not None and not journal.operation.reached("current"):
             # Not before: a guest that somebody starts on its old disks after a crash has its old variables, too.
             journal.step("nvram")
@@ -125,7 +133,12 @@ def has_gone_back(snapshots: Sequence[Snapshot], kept_as: str) -> bool:
 
 def _stop(handle: Any) -> None:
     if handle.isActive():
-        with explaining(f"Stopping domain {handle.name()!r} to take it back"):
+        with explaining(
+            f"Stopping domain {handle.name()!r} to take it back",
+            state="It was told to stop, and may still do so; nothing else of it was changed.",
+            advice="See libvirt's log. The next task on its snapshots, or recover_domain, stops it and finishes the revert."
+            f" {_KEEPS_PRESENT}",
+        ):
             handle.destroy()
 
 

@@ -9,6 +9,9 @@ import os
 
 import pytest
 
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import LibvirtFailed
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.binding import libvirt
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain_model import DomainState
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.host_graph import HostGraph, Reader
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.journal import Operation
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots import remains, way_back
@@ -56,6 +59,18 @@ class Handle:
     def connect(self):
         return None
 
+    def name(self):
+        return "web"
+
+    def ID(self):
+        return 7
+
+    def isActive(self):
+        return True
+
+    def destroy(self):
+        raise libvirt.libvirtError("Failed to terminate process 7 with SIGKILL: Device or resource busy")
+
     def UUIDString(self):
         return "u"
 
@@ -76,3 +91,25 @@ def test_an_overlay_that_anybody_uses_is_not_removed_with_those_that_nobody_does
     assert way_back._stands_on_new(Handle(), plan)
     way_back._undo(Handle(), plan)
     assert [os.path.exists(path) for path in paths] == [True, True, False]
+
+
+def test_a_guest_that_cannot_be_stopped_or_defined_anew_is_told_with_what_the_next_task_does(monkeypatch) -> None:
+    class Noted:
+        operation = Operation(way_back.OPERATION, [], {}, boot_id="")
+
+        def step(self, name, **_data):
+            pass
+
+    plan = RevertPlan("one", False, (), None, "boot", True, (), (), ())
+    with pytest.raises(LibvirtFailed, match=r"told to stop.*next task.*finishes the revert.*keeps its present"):
+        way_back._go_on(Handle(), plan, Noted())
+
+    def fails(_handle, _layers):
+        raise LibvirtFailed("Putting the definition on other images")
+
+    monkeypatch.setattr(way_back, "_stop", lambda _handle: None)
+    monkeypatch.setattr(way_back, "_old_tops", lambda _handle, _plan: [])
+    monkeypatch.setattr(way_back, "read_state", lambda _handle: DomainState("shutoff", "destroyed"))
+    monkeypatch.setattr(way_back, "put_definition_on", fails)
+    with pytest.raises(LibvirtFailed, match=r"is shut off.*old disks.*finishes the revert.*keeps its present"):
+        way_back._go_on(Handle(), plan, Noted())
