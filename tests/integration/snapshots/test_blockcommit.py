@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -424,3 +426,46 @@ def test_a_managed_save_is_refused(guest: Guest) -> None:
         assert "managed-save" in refused.message
     guest.start()
     assert ways.read(guest) == {"end"}
+
+
+def test_a_commit_does_not_go_on_over_a_saved_state_that_came_meanwhile(stopped: Guest, tmp_path: Path) -> None:
+    tasks.ok("snapshot", domain=stopped.name, name="one")
+    ways.write_stopped(stopped, "end")
+    before = stopped.active_paths()
+    assert tasks.finish(tasks.killed_at("commit", "blockcommit", tmp_path / "steps", domain=stopped.name)).killed
+    stopped.start(wait=False)
+    stopped.domain().managedSave(0)
+    refused = tasks.run("blockcommit", domain=stopped.name)
+    assert refused.failed
+    assert "managed-save" in refused.message
+    assert stopped.active_paths() == before
+    assert [len(ways.chain(path)) for path in before.values()] == [2, 2]
+    stopped.start(wait=False)
+    stopped.destroy()
+    tasks.ok("blockcommit", domain=stopped.name)
+    assert ways.read_stopped(stopped.active_paths().values()) == {"end"}
+    ways.assert_whole(stopped)
+
+
+def test_a_domain_that_is_saved_while_another_of_the_task_is_committed_is_left_alone(
+    make_guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    disks = (DiskSpec("vda", size=8 * MIB, fs=None, writer=False),)
+    pair = [make_guest(GuestSpec(name, disks=disks), start="no") for name in ("first", "second")]
+    names = [one.name for one in pair]
+    tasks.ok("snapshot", domains=names, name="one")
+    pair[1].start(wait=False)
+    before = pair[1].active_paths()
+    process = tasks.killed_at("commit", "blockcommit", tmp_path / "steps", how="stop", domains=names)
+    until(lambda: "!commit" in tasks.steps_in(tmp_path / "steps"), "the first commit")
+    pair[1].domain().managedSave(0)
+    os.kill(process.pid, signal.SIGCONT)
+    refused = tasks.finish(process)
+    assert "managed-save" in refused.message
+    assert f"what was done on {names[0]} before stays" in refused.message
+    assert ways.files(pair[0]) == {"vda.qcow2"}
+    assert pair[1].active_paths() == before
+    assert ways.snapshots(pair[1]) == {"one": None}
+    tasks.ok("snapshot_info", domain=names[1], name="one")
+    for one in pair:
+        one.cleanup()
