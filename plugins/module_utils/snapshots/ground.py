@@ -16,6 +16,7 @@ from ..hypervisor import apparmor, chain
 from ..hypervisor.block_jobs import running_job
 from ..hypervisor.domain_model import Domain, Layer, read_domain
 from ..hypervisor.image_header import BadHeader, read_qcow2
+from ..safety.domain_jobs import block_jobs_of
 from ..safety.host_graph import HostGraph, Reader, canonical, openers, read_graph
 from ..safety.space import allocated, free_bytes
 from .model import Snapshot, read_snapshots
@@ -43,7 +44,8 @@ class Ground:
 
     ``chains``: target -> layers of the present state, from the active one down.  ``broken``: target -> why its chain
     cannot be followed.  ``opened``: path -> foreign processes that have it open.  ``denied``: canonical paths that the
-    security profile of the running guest forbids to write.
+    security profile of the running guest forbids to write.  ``job`` is the domain-wide job; ``jobs``: target -> type of the
+    disk's block job.
     """
 
     domain: Domain
@@ -55,6 +57,7 @@ class Ground:
     opened: Mapping[str, tuple[Reader, ...]] = field(default_factory=dict)
     denied: frozenset[str] = frozenset()
     job: str | None = None
+    jobs: Mapping[str, str] = field(default_factory=dict)
 
     def image(self, path: str) -> Image:
         """The image at ``path``; one that was never seen does not exist."""
@@ -67,6 +70,8 @@ class Ground:
 
 def read_ground(handle: Any) -> Ground:
     """Read the facts of one domain. Reads every definition of the host, since any of them may use its images."""
+    # First: a job that ends in between has changed the chain before it went.
+    jobs = {job["disk"]: job["type"] for job in block_jobs_of(handle)}
     domain = read_domain(handle)
     snapshots = read_snapshots(handle)
     graph = read_graph(handle.connect())
@@ -99,6 +104,7 @@ def read_ground(handle: Any) -> Ground:
         opened=openers(formats, besides=domain.uuid),
         denied=apparmor.read_denied(handle) if domain.state.active else frozenset(),
         job=running_job(handle),
+        jobs=jobs,
     )
 
 

@@ -192,6 +192,34 @@ def test_a_worker_removes_it_while_the_task_has_answered_and_can_be_cancelled(gu
     assert not tasks.ok("snapshot", **asked).changed
 
 
+def test_a_foreign_block_job_is_refused_and_the_commit_of_a_run_that_was_lost_is_taken_up(guest: Guest) -> None:
+    take(guest, "one")
+    guest.exec("dd if=/dev/urandom of=/disk/vda/load bs=1M count=2; sync", timeout=120)
+    ways.write(guest, "end")
+    (overlay, base), copy = guest.chain("vda"), guest.directory / "copy"
+    domain, slow = guest.domain(), {"bandwidth": 1}
+    xml = f"<disk type='file'><driver type='raw'/><source file='{copy}'/></disk>"
+    for begin in (
+        lambda: domain.blockCopy("vda", xml, slow, libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB),
+        lambda: domain.blockPull("vda", 1, libvirt.VIR_DOMAIN_BLOCK_PULL_BANDWIDTH_BYTES),
+    ):
+        begin()
+        refused = tasks.run("snapshot", domain=guest.name, name="one", state="absent")
+        assert refused.answer["error"]["kind"] == "busy", refused.message
+        assert tasks.run("blockcommit", domain=guest.name).answer["error"]["kind"] == "busy"
+        domain.blockJobAbort("vda", 0)
+        copy.unlink(missing_ok=True)
+        assert guest.chain("vda") == [overlay, base]
+        tasks.ok("snapshot", domain=guest.name, name="one", state="reverted", allow_restart=True, check=True)
+    # Without a journal, as after a libvirtd that was restarted meanwhile.
+    flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE | libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
+    domain.blockCommit("vda", str(base), None, 4 * MIB, flags)
+    answer = remove(guest, "one")
+    assert answer["snapshot"]["layer_kept_for"] == []
+    assert guest.chain("vda") == [base]
+    assert ways.read(guest) == {"end"}
+
+
 def test_an_overlay_of_a_detached_disk_is_never_deleted(make_guest: Callable[..., Guest]) -> None:
     two = make_guest(
         GuestSpec(
