@@ -45,7 +45,7 @@ class Ground:
     ``chains``: target -> layers of the present state, from the active one down.  ``broken``: target -> why its chain
     cannot be followed.  ``opened``: path -> foreign processes that have it open.  ``denied``: canonical paths that the
     security profile of the running guest forbids to write.  ``job`` is the domain-wide job; ``jobs``: target -> type of the
-    disk's block job.
+    disk's block job.  ``next_start``: the definition of a running domain's next start, where it has one.
     """
 
     domain: Domain
@@ -58,6 +58,7 @@ class Ground:
     denied: frozenset[str] = frozenset()
     job: str | None = None
     jobs: Mapping[str, str] = field(default_factory=dict)
+    next_start: Domain | None = None
 
     def image(self, path: str) -> Image:
         """The image at ``path``; one that was never seen does not exist."""
@@ -105,6 +106,7 @@ def read_ground(handle: Any) -> Ground:
         denied=apparmor.read_denied(handle) if domain.state.active else frozenset(),
         job=running_job(handle),
         jobs=jobs,
+        next_start=read_domain(handle, inactive=True) if domain.state.active and domain.persistent else None,
     )
 
 

@@ -21,7 +21,7 @@ from ..safety.names import file_stem
 from ..safety.space import human
 from .ground import Ground
 from .merge_plan import Merge
-from .plan import LEAST_RESERVE
+from .plan import LEAST_RESERVE, refuse_other_disks
 
 LIVE, PULL, OFFLINE = "live", "pull", "offline"
 
@@ -82,6 +82,9 @@ def _choose(ground: Ground, merges: Sequence[Merge], *, allow_restart: bool) -> 
     target, path = next(iter(denied.items()))
     reason = f"AppArmor lets the running guest only read {path}, and {obstacle}"
     if allow_restart and ground.domain.persistent:
+        if ground.next_start is not None:
+            live = [merge.target for merge in merges if _live_layers(ground, merge) is not None]
+            refuse_other_disks(ground.domain, ground.next_start, live)
         why = f"{reason}; the guest was shut down for it and started again"
         return Way(tuple(replace(merge, why=why) for merge in merges), restart=True)
     raise Refused(

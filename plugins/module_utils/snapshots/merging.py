@@ -20,7 +20,7 @@ from ..safety import processes, settlement
 from ..safety.journal import Journal
 from ..safety.space import allocated_in_all
 from . import layer_merge, records
-from .merge_plan import Work
+from .merge_plan import Merge, Work
 from .remains import Merged, remove_unneeded
 
 #: Kinds of operations in the journal that are a :class:`Work` and nothing else.
@@ -79,7 +79,7 @@ def _settle_disks(handle: Any, work: Work, journal: Journal, *, refused: bool = 
         if merge.target not in finished:
             if cancelled or (together and layer_merge.commits_below(handle, merge)):
                 block_jobs.cancel(handle, merge.target)
-            if not (together and layer_merge.has_left_the_guest(handle, merge)):
+            if not (together and layer_merge.is_merged(handle, merge)):
                 continue
             # One of several that were begun together, and it was the quickest.
             layer_merge.relink(handle, merge)
@@ -144,7 +144,7 @@ def merge_all(handle: Any, work: Work, journal: Journal, *, seconds: float | Non
         moved = allocated_in_all((*merge.merged[1:], merge.base) if merge.pull else merge.merged)
         done.committed_bytes[merge.target] = done.committed_bytes.get(merge.target, 0) + moved
         journal.step("commit", disk=merge.target, base=merge.base)
-        layer_merge.commit(handle, merge, work, seconds)
+        layer_merge.commit(handle, merge, work, seconds, done=_relinked(journal, merge))
         journal.step("relink", disk=merge.target)
         layer_merge.relink(handle, merge)
         journal.step("verify", disk=merge.target)
@@ -161,6 +161,11 @@ def merge_all(handle: Any, work: Work, journal: Journal, *, seconds: float | Non
     journal.step("remove")
     remove_unneeded(handle, work.files, done)
     return done
+
+
+def _relinked(journal: Journal, merge: Merge) -> bool:
+    """Whether an earlier run came to the step that follows the disk's merge."""
+    return any(step["name"] == "relink" and step["disk"] == merge.target for step in journal.operation.steps)
 
 
 def _end_checkpoints(handle: Any, work: Work) -> None:

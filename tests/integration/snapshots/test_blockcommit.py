@@ -179,6 +179,26 @@ def test_an_offline_commit_killed_at_any_step_is_finished_by_the_same_task(stopp
         ways.assert_whole(stopped)
 
 
+def test_a_layer_of_a_disk_that_was_detached_before_its_turn_is_not_deleted(stopped: Guest, tmp_path: Path) -> None:
+    ways.write_stopped(stopped, "one")
+    tasks.ok("snapshot", domain=stopped.name, name="one")
+    ways.write_stopped(stopped, "end")
+    overlay = stopped.active_paths()["vdb"]
+    assert tasks.finish(tasks.killed_at("commit", "blockcommit", tmp_path / "log", domain=stopped.name)).killed
+    xml = stopped.xml_text(inactive=True)
+    start = xml.rindex("<disk ", 0, xml.index("<target dev='vdb'"))
+    stopped.connection().defineXML(xml[:start] + xml[xml.index("</disk>", start) + len("</disk>") :])
+    refused = tasks.run("blockcommit", domain=stopped.name)
+    assert refused.answer["error"]["kind"] == "refused", refused.message
+    assert str(overlay) in refused.message
+    assert not tasks.ok("blockcommit", domain=stopped.name).changed
+    tasks.ok("recover_domain", domain=stopped.name)
+    assert ways.snapshots(stopped) == {}
+    assert stopped.active_paths() == {"vda": stopped.images["vda"]}
+    assert ways.read_stopped([stopped.images["vda"], overlay]) == {"end"}
+    stopped.connection().defineXML(xml)
+
+
 def back_up(guest: Guest, target: Path, *, since: str | None, checkpoint: str | None) -> Path:
     """A push backup of vda by libvirt alone: a full, or what its bitmap says of the time since a checkpoint."""
     incremental = f"<incremental>{since}</incremental>" if since else ""

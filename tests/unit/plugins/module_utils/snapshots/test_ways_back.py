@@ -280,6 +280,15 @@ def test_what_cannot_be_pulled_is_refused_or_merged_offline(found: Ground, reque
         plan_commit(replace(request_, allow_restart=True), transient)
 
 
+def test_a_restart_is_refused_where_the_next_start_has_another_image() -> None:
+    full = confined(TWO, "/a", "/b", free=1 << 20)
+    for layers in ((Layer("/other", "qcow2"),), ()):
+        then = replace(TWO.domain, disks=(replace(TWO.domain.disks[0], chain=layers),))
+        with pytest.raises(Refused, match="next start"):
+            plan_commit(Request(allow_restart=True), replace(full, next_start=then))
+    assert plan_commit(Request(allow_restart=True), replace(full, next_start=TWO.domain)).work.restart
+
+
 def test_a_layer_above_a_commit_that_would_get_another_backing_file_counts_too() -> None:
     four = ground("/d", "/c", "/b", "/a")
     with pytest.raises(Refused, match="/c"):
