@@ -171,13 +171,12 @@ def _relinked(journal: Journal, merge: Merge) -> bool:
 def _end_checkpoints(handle: Any, work: Work) -> None:
     """libvirt 9.0 may lose changes by a pull across layers, silently, and the next increment would lack them.
 
-    Only now, and not before the pull: until the layers leave the chain their bitmaps are right, and QEMU may not be allowed to
-    remove them from there.
+    So may a pull that was finished offline, since the guest was switched off.  Only now, and not before the pull: until the
+    layers leave the chain their bitmaps are right, and QEMU may not be allowed to remove them from there.
     """
-    if handle.isActive():
-        checkpoints.end(
-            handle, work.checkpoints_ended, state="The layers are merged; run this again before the next backup."
-        )
+    checkpoints.end(
+        handle, work.checkpoints_ended, state="The layers are merged; run this again before the next backup."
+    )
 
 
 # --- a guest that is shut down for it --------------------------------------------------------------------------------
