@@ -79,9 +79,9 @@ def _settle_disks(handle: Any, work: Work, journal: Journal, *, refused: bool = 
         if merge.target not in finished:
             if cancelled or (together and layer_merge.commits_below(handle, merge)):
                 block_jobs.cancel(handle, merge.target)
-            if not (together and layer_merge.is_merged(handle, merge)):
+            if not layer_merge.is_merged(handle, merge):
                 continue
-            # One of several that were begun together, and it was the quickest.
+            # It ended before it could be stopped, or was the quickest of several that were begun together.
             layer_merge.relink(handle, merge)
             layer_merge.verify(handle, merge)
         merges.append(merge)
