@@ -307,6 +307,29 @@ def test_a_worker_goes_on_when_the_task_has_answered_and_can_be_seen_limited_and
     assert ways.read(guest) == {"end"}
 
 
+def test_a_worker_that_is_cancelled_through_one_domain_leaves_the_other_in_order(
+    make_guest: Callable[..., Guest],
+) -> None:
+    disk = DiskSpec("vda", size=16 * MIB, fs=None, writer=False)
+    first, second = (make_guest(GuestSpec(name, disks=(disk,)), start="no") for name in ("idle", "long"))
+    for one in (first, second):
+        tasks.ok("snapshot", domain=one.name, name="one")
+    overlay = str(second.active_paths()["vda"])
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -q 0 12M", overlay], check=True, stdout=subprocess.DEVNULL)
+    for one in (first, second):
+        one.domain().createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+    before = second.chain("vda")
+    tasks.ok("blockcommit", domains=[first.name, second.name], bandwidth="1M", wait=False)
+    until(lambda: second.domain().blockJobInfo("vda", 0), "the worker's second job")
+    assert tasks.ok("domain_job", domain=first.name, state="absent").changed
+    assert second.domain().blockJobInfo("vda", 0) == {}
+    assert second.chain("vda") == before
+    assert not any(Path("/var/lib/vmkeeper.libvirt/journal").iterdir())
+    assert tasks.ok("domain_job", domain=second.name)["job"]["state"] == "cancelled"
+    for one in (first, second):
+        one.cleanup()
+
+
 def test_a_worker_outlives_the_archive_that_ansible_had_packed_it_in(stopped: Guest) -> None:
     ways.write_stopped(stopped, "one")
     tasks.ok("snapshot", domain=stopped.name, name="one")
