@@ -64,6 +64,8 @@ options:
     description:
       - With V(false) the task is checked and answers at once with RV(job), while a worker on the hypervisor does the work.
         M(vmkeeper.libvirt.domain_job) shows it, waits for it, limits or cancels it.
+      - Where nothing is to be done there is no worker, and the task answers as one that waits. The same task again, while its worker is
+        at work, answers with that worker.
     type: bool
     default: true
   wait_timeout:
@@ -156,7 +158,7 @@ snapshots_ended:
   elements: dict
 job:
   description: The worker, with its C(id), C(operation), C(domains), C(state) (V(pending)) and C(started).
-  returned: O(wait=false)
+  returned: O(wait=false), where there is something to do
   type: dict
 """
 
@@ -188,8 +190,9 @@ def handle(call: _module.Call) -> _module.Answer:
     seconds = names.parse_duration(limit, "wait_timeout") if limit else None
     handles = find_domains(call.connection, call.params["domains"])
     if not call.params["wait"] and not call.check:
-        job = start(call.uri, handles, request)
-        return _module.Answer(changed=True, result={"job": {**job.as_result(), "state": "pending"}})
+        begun = start(call.uri, handles, request)
+        if "job" in begun:
+            return _module.Answer(changed=True, result={"job": begun["job"]})
     done = commit(call.uri, handles, request, check=call.check, seconds=seconds)
     answer = as_result(done)
     return _module.Answer(

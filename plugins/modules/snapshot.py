@@ -110,6 +110,8 @@ options:
     description:
       - With O(state=absent), V(false) has the task checked and answered at once with RV(job), while a worker on the hypervisor does the
         work. M(vmkeeper.libvirt.domain_job) shows it, waits for it, limits or cancels it.
+      - Where nothing is to be done there is no worker, and the task answers as one that waits. The same task again, while its worker is
+        at work, answers with that worker.
     type: bool
     default: true
   wait_timeout:
@@ -299,7 +301,7 @@ snapshot:
       type: str
 job:
   description: The worker, with its C(id), C(operation), C(domains), C(state) (V(pending)) and C(started).
-  returned: O(wait=false)
+  returned: O(wait=false), where there is something to do
   type: dict
 """
 
@@ -385,8 +387,9 @@ def absent(call: _module.Call) -> _module.Answer:
     seconds = names.parse_duration(params["wait_timeout"], "wait_timeout") if params["wait_timeout"] else None
     handles = find_domains(call.connection, params["domains"])
     if not params["wait"] and not call.check:
-        job = removing.start(call.uri, handles, request)
-        return _module.Answer(changed=True, result={"job": {**job.as_result(), "state": "pending"}})
+        begun = removing.start(call.uri, handles, request)
+        if "job" in begun:
+            return _module.Answer(changed=True, result={"job": begun["job"]})
     removed = removing.remove(call.uri, handles, request, check=call.check, seconds=seconds)
     gone = [one.snapshot for one in removed if one.snapshot is not None]
     return _module.Answer(

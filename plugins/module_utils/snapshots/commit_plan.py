@@ -12,7 +12,7 @@ from .._errors import InvalidInput, NotFound, Refused
 from ..hypervisor.domain_model import Layer
 from ..safety.host_graph import Reader, canonical
 from .ground import Ground, refuse_unsettled
-from .merge_plan import Merge, Work, follow_snapshots, losing, plan_merge, refuse_protected, shared
+from .merge_plan import Work, follow_snapshots, losing, plan_merge, refuse_protected, shared
 from .merge_way import choose_way, left_behind
 
 

@@ -20,7 +20,7 @@ from ..hypervisor import block_jobs, chain, qemu_img
 from ..hypervisor.domain_model import Domain, Layer, read_domain
 from ..hypervisor.image_header import BadHeader, read_qcow2
 from ..safety.host_graph import canonical, openers
-from .merge_plan import Merge, Work
+from .merge_plan import Merge
 from .model import read_snapshots
 from .remains import put_definition_on
 
@@ -46,28 +46,30 @@ def live_run(handle: Any, merge: Merge) -> LiveRun | None:
     return LiveRun(top, base, canonical(disk.path or "") == canonical(merge.top))
 
 
-def commit(handle: Any, merge: Merge, work: Work, seconds: float | None, *, done: bool = False) -> None:
+def commit(handle: Any, merge: Merge, *, bandwidth: int = 0, seconds: float | None = None, done: bool = False) -> None:
     """Merge the run, in whatever way is right now; ``seconds`` limits the wait for a live job, which goes on all the same.
 
-    ``done``: it is known to have been merged before.  Raises :class:`Refused` where nobody stands on the run any more, and not on
-    what it would have become either: then it is not known to be merged, and its files may be the only copy.
+    ``bandwidth`` in bytes per second, 0 for no limit.  ``done``: it is known to have been merged before.
+
+    Raises :class:`Refused` where nobody stands on the run any more, and not on what it would have become either: then it is
+    not known to be merged, and its files may be the only copy.
     """
     if merge.pull:
-        _pull(handle, merge, work, seconds)
+        _pull(handle, merge, bandwidth, seconds)
         return
     found = live_run(handle, merge)
     if found is not None and found.active:
-        block_jobs.commit_active(handle, merge.target, found.base, bandwidth=work.bandwidth, seconds=seconds)
+        block_jobs.commit_active(handle, merge.target, found.base, bandwidth=bandwidth, seconds=seconds)
         return
     if found is not None:
         block_jobs.commit_intermediate(
-            handle, merge.target, found.base, found.top, bandwidth=work.bandwidth, seconds=seconds
+            handle, merge.target, found.base, found.top, bandwidth=bandwidth, seconds=seconds
         )
         return
     if is_merged(handle, merge):
         return  # by QEMU, or by a run that was interrupted
     if _still_refers(handle, merge):
-        _commit_offline(merge, work)
+        _commit_offline(merge, bandwidth)
     elif not done:
         raise Refused(
             f"Disk {merge.target!r} of domain {handle.name()!r} stands neither on {merge.top}, which is to be committed, nor on"
@@ -77,7 +79,7 @@ def commit(handle: Any, merge: Merge, work: Work, seconds: float | None, *, done
         )
 
 
-def _pull(handle: Any, merge: Merge, work: Work, seconds: float | None) -> None:
+def _pull(handle: Any, merge: Merge, bandwidth: int, seconds: float | None) -> None:
     """Copy what the run holds into its top, which then stands on what its base stood on."""
     if handle.isActive():
         below = None
@@ -85,7 +87,7 @@ def _pull(handle: Any, merge: Merge, work: Work, seconds: float | None) -> None:
             disk = read_domain(handle).disk(merge.target)
             paths = [layer.path for layer in disk.chain if layer.path] if disk is not None else []
             below = next((path for path in paths if canonical(path) == canonical(merge.below)), merge.below)
-        block_jobs.pull(handle, merge.target, merge.base, below, bandwidth=work.bandwidth, seconds=seconds)
+        block_jobs.pull(handle, merge.target, merge.base, below, bandwidth=bandwidth, seconds=seconds)
         return
     # The guest ended meanwhile. The same offline: content seen through the top is equal at every instant.
     if _backing_of(merge.top) == (canonical(merge.below) if merge.below else None):
@@ -119,7 +121,7 @@ def _backing_of(path: str) -> str | None:
     return canonical(layers[1].path) if len(layers) > 1 and layers[1].path else None
 
 
-def _commit_offline(merge: Merge, work: Work) -> None:
+def _commit_offline(merge: Merge, bandwidth: int) -> None:
     doing = f"Committing {merge.top} into {merge.base}"
     for path in (*merge.merged, merge.base):
         _wait_for_qemu_img(path)
@@ -127,8 +129,8 @@ def _commit_offline(merge: Merge, work: Work) -> None:
     # aside, and what the overlay's had recorded is added to them.
     kept = _merge_bitmaps(merge) if merge.base_format == "qcow2" else {}
     arguments = ["commit", "-q", "-f", "qcow2", "-d"]
-    if work.bandwidth:
-        arguments += ["-r", str(work.bandwidth)]
+    if bandwidth:
+        arguments += ["-r", str(bandwidth)]
     qemu_img.run([*arguments, "-b", merge.base, merge.top], doing=doing)
     for name, sources in kept.items():
         for source in sources:

@@ -16,7 +16,7 @@ from .._errors import VmkeeperError
 from ..hypervisor import apparmor, block_jobs, checkpoints, power
 from ..hypervisor.connection import explaining, find_by_uuid, open_connection
 from ..hypervisor.domain_model import read_domain
-from ..safety import processes, settlement
+from ..safety import processes, settlement, worker
 from ..safety.journal import Journal
 from ..safety.space import allocated_in_all
 from . import layer_merge, records
@@ -144,7 +144,9 @@ def merge_all(handle: Any, work: Work, journal: Journal, *, seconds: float | Non
         moved = allocated_in_all((*merge.merged[1:], merge.base) if merge.pull else merge.merged)
         done.committed_bytes[merge.target] = done.committed_bytes.get(merge.target, 0) + moved
         journal.step("commit", disk=merge.target, base=merge.base)
-        layer_merge.commit(handle, merge, work, seconds, done=_relinked(journal, merge))
+        layer_merge.commit(
+            handle, merge, bandwidth=_limit(handle, work), seconds=seconds, done=_relinked(journal, merge)
+        )
         journal.step("relink", disk=merge.target)
         layer_merge.relink(handle, merge)
         journal.step("verify", disk=merge.target)
@@ -161,6 +163,11 @@ def merge_all(handle: Any, work: Work, journal: Journal, *, seconds: float | Non
     journal.step("remove")
     remove_unneeded(handle, work.files, done)
     return done
+
+
+def _limit(handle: Any, work: Work) -> int:
+    """The limit of a job that begins now, which may be another one than was asked: see ``domain_job``."""
+    return worker.limit_for(handle.UUIDString(), work.bandwidth)
 
 
 def _relinked(journal: Journal, merge: Merge) -> bool:
@@ -239,7 +246,7 @@ def _begin_together(handle: Any, work: Work, journal: Journal) -> None:
         return
     journal.step("commits", disks=[merge.target for merge, _found in below])
     # Held, the first cannot end while the others are begun.
-    bandwidth = block_jobs.HELD if apparmor.rules_file(handle) else work.bandwidth
+    bandwidth = block_jobs.HELD if apparmor.rules_file(handle) else _limit(handle, work)
     begun = []
     try:
         for merge, found in below:
@@ -249,4 +256,4 @@ def _begin_together(handle: Any, work: Work, journal: Journal) -> None:
         pass
     finally:
         for target in begun:
-            block_jobs.release(handle, target, work.bandwidth)
+            block_jobs.release(handle, target, _limit(handle, work))

@@ -297,13 +297,18 @@ def test_a_worker_goes_on_when_the_task_has_answered_and_can_be_seen_limited_and
     assert tasks.ok("recover_domain", domain=guest.name, check=True)["findings"] != [], (
         "the snapshot is marked as going"
     )
-    assert tasks.ok("blockcommit", **asked)["job"]["state"] == "pending"
+    begun = tasks.ok("blockcommit", **asked)["job"]
+    assert begun["state"] == "pending"
     until(lambda: tasks.ok("domain_job", domain=guest.name)["block_jobs"], "the job of the worker")
+    assert tasks.ok("blockcommit", **asked)["job"]["id"] == begun["id"], "the same task is about the same worker"
     assert tasks.ok("domain_job", domain=guest.name, bandwidth="0").changed
     done = tasks.ok("domain_job", domain=guest.name, state="finished")
     assert done["job"]["state"] == "finished"
     assert [one["name"] for one in done["job"]["result"]["snapshots_ended"]] == ["one"]
     assert guest.chain("vda") == [guest.images["vda"]]
+    idle = tasks.ok("blockcommit", **asked)
+    assert not idle.changed
+    assert "job" not in idle.answer, "nothing is to be done"
     assert ways.read(guest) == {"end"}
 
 

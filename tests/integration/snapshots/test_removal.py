@@ -190,7 +190,8 @@ def test_a_worker_removes_it_while_the_task_has_answered_and_can_be_cancelled(gu
     assert [one["name"] for one in done["result"]["snapshots"]] == ["one"]
     assert guest.chain("vda") == [guest.images["vda"]]
     assert ways.read(guest) == {"end"}
-    assert not tasks.ok("snapshot", **asked).changed
+    for wait in (True, False):
+        assert not tasks.ok("snapshot", **asked, wait=wait).changed
 
 
 def test_a_foreign_block_job_is_refused_and_the_commit_of_a_run_that_was_lost_is_taken_up(guest: Guest) -> None:

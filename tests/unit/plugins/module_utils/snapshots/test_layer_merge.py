@@ -20,7 +20,7 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain
     Layer,
 )
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots import layer_merge
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.merge_plan import Merge, Work
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots.merge_plan import Merge
 
 
 @dataclass
@@ -55,17 +55,17 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Merge:
 @pytest.fixture
 def committed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
-    monkeypatch.setattr(layer_merge, "_commit_offline", lambda merge, _work: found.append(merge.top))
+    monkeypatch.setattr(layer_merge, "_commit_offline", lambda merge, _bandwidth: found.append(merge.top))
     return found
 
 
 def test_a_run_that_the_definition_names_is_committed(run: Merge, committed: list[str]) -> None:
-    layer_merge.commit(stands_on(run.top), run, Work(), None)
+    layer_merge.commit(stands_on(run.top), run)
     assert committed == [run.top]
 
 
 def test_a_run_whose_base_the_definition_names_was_committed_before(run: Merge, committed: list[str]) -> None:
-    layer_merge.commit(stands_on(run.base), run, Work(), None)
+    layer_merge.commit(stands_on(run.base), run)
     assert committed == []
 
 
@@ -76,6 +76,6 @@ def test_a_run_that_nobody_stands_on_is_not_known_to_be_committed(
     run: Merge, committed: list[str], handle: Callable[[Merge], Handle]
 ) -> None:
     with pytest.raises(Refused, match="neither"):
-        layer_merge.commit(handle(run), run, Work(), None)
-    layer_merge.commit(handle(run), run, Work(), None, done=True)
+        layer_merge.commit(handle(run), run)
+    layer_merge.commit(handle(run), run, done=True)
     assert committed == []
