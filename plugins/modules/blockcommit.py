@@ -81,7 +81,8 @@ extends_documentation_fragment:
 notes:
   - It refuses, before anything is changed, a layer that others read or have open, a snapshot that is protected, a managed-save
     image, a broken chain, a layer smaller than the one below it, internal snapshots in a layer that would go, an encrypted disk
-    of a stopped domain, another job on the domain or the disk, and a layer that is not a local file or block device.
+    of a stopped domain, another job on the domain or the disk, a layer that is not a local file or block device, and a restart
+    (O(allow_restart)) at which a disk would be another one.
   - A commit of a stopped domain keeps what its dirty bitmaps have recorded, where the lower layer is qcow2.
   - Before libvirt 12.1 AppArmor lets a running guest write only to layers that were made since it was started, since its last backup and
     since its last commit below the active layer. Its profile is read before anything is changed. Where it denies a layer of a run

@@ -138,8 +138,8 @@ notes:
   - A revert ends the checkpoints that were made after the snapshot, so the next incremental backup is a full one.
   - V(absent) refuses, before anything is changed, a protected snapshot, a layer that another domain, an unknown image or a
     foreign process uses together with this domain, a managed-save image, a broken chain, a layer smaller than the one below it,
-    internal snapshots in a layer that would go or below external ones, an encrypted disk of a stopped domain, and another job
-    on the domain or the disk.
+    internal snapshots in a layer that would go or below external ones, an encrypted disk of a stopped domain, another job
+    on the domain or the disk, and a restart (O(allow_restart)) at which a disk would be another one.
   - V(reverted) refuses, before anything is changed, a running guest with O(allow_restart=false) and without memory, a snapshot that is
     being removed, missing images, a disk that the domain no longer has, a managed-save image, a transient domain, a running
     job, an internal snapshot under external layers that stand on it, and an internal one under dirty bitmaps, which would kill

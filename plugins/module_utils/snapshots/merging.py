@@ -10,9 +10,10 @@ that settling it does.  The content seen through the top of a run is the same at
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
-from .._errors import VmkeeperError
+from .._errors import UNCHANGED, VmkeeperError
 from ..hypervisor import apparmor, block_jobs, checkpoints, power
 from ..hypervisor.connection import explaining, find_by_uuid, open_connection
 from ..hypervisor.domain_model import read_domain
@@ -32,24 +33,41 @@ def run(handle: Any, work: Work, journal: Journal, *, seconds: float | None = No
     """:func:`merge_all` from the journal's first step to its end.
 
     A commit that fails leaves a chain that is whole, so the journal is closed and the task may be asked again, or not.
-    What fails after a commit stays in the journal for the next run to finish.  A guest that was shut down for it is started
-    again in any case.
+    What fails after a commit stays in the journal for the next run to finish, and so does what libvirt no longer tells of.  A
+    guest that was shut down for it is started again in any case.
     """
+    with _telling_what_was_begun(work, journal):
+        try:
+            done = merge_all(handle, work, journal, seconds=seconds)
+        except block_jobs.TookTooLong:
+            raise
+        except (VmkeeperError, OSError) as error:
+            before = journal.operation.steps[-1]["name"] in _BEFORE_A_COMMIT_IS_DONE
+            if before:
+                _settle_disks(handle, work, journal, refused=isinstance(error, block_jobs.NotBegun))
+            _start_again(handle, journal)
+            if before:
+                with contextlib.suppress(OSError):  # then the next run finds that nothing is left to do
+                    journal.finish()
+            raise
+        journal.finish()
+        return done
+
+
+@contextlib.contextmanager
+def _telling_what_was_begun(work: Work, journal: Journal) -> Iterator[None]:
+    """A failure that says "nothing was changed", as of a look at a domain whose libvirtd has gone, does not know of this work."""
     try:
-        done = merge_all(handle, work, journal, seconds=seconds)
-    except block_jobs.TookTooLong:
+        yield
+    except VmkeeperError as error:
+        if error.state == UNCHANGED and journal.operation.steps[-1]["name"] != "begin":
+            ended = ", ".join(repr(name) for name in work.ended)
+            error.state = (
+                "The merge of its layers was begun: what the guest sees is whole, and a job that runs goes on."
+            )
+            error.state += f" There may be no way back to {ended} any more." if ended else ""
+            error.advice = error.advice or "Run this again, which takes it up, or recover_domain"
         raise
-    except (VmkeeperError, OSError) as error:
-        before = journal.operation.steps[-1]["name"] in _BEFORE_A_COMMIT_IS_DONE
-        if before:
-            _settle_disks(handle, work, journal, refused=isinstance(error, block_jobs.NotBegun))
-        _start_again(handle, journal)
-        if before:
-            with contextlib.suppress(OSError):  # then the next run finds that nothing is left to do
-                journal.finish()
-        raise
-    journal.finish()
-    return done
 
 
 #: Steps at which every chain is whole and nothing is known to be merged that is not noted yet.

@@ -273,7 +273,10 @@ def test_a_libvirtd_restart_during_a_live_commit_costs_nothing(guest: Guest, hos
     began = tasks.start("blockcommit", domain=guest.name, disks=["vda"], bandwidth="1M")
     until(lambda: guest.domain().blockJobInfo("vda", 0), "the job starting")
     host.restart_libvirtd()
-    tasks.finish(began)
+    lost = tasks.finish(began)
+    assert lost.failed
+    assert "goes on" in lost.message
+    assert "Run this again" in lost.message
     guest.domain().blockJobInfo("vda", 0) and guest.domain().blockJobSetSpeed("vda", 0, 0)
     tasks.ok("blockcommit", domain=guest.name)
     assert guest.active_paths()["vda"].name == "vda.qcow2"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import LibvirtFailed
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import worker
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.journal import Journal
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots import layer_merge, merging
@@ -57,3 +58,35 @@ def test_a_limit_that_the_worker_is_told_holds_for_the_next_disk_too(
     monkeypatch.setattr(worker, "limit_for", lambda _uuid, _begun_with: next(told))
     merging.run(Handle(), TWO, journal)
     assert merged == [("vda", 1 << 20), ("vdb", 5 << 20)]
+
+
+def test_a_run_that_loses_libvirt_says_what_was_begun_and_leaves_it_to_the_next(
+    journal: Journal, merged: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def lost(*_arguments: Any, **_how: Any) -> None:
+        raise LibvirtFailed("Reading domain 'web': the connection was closed")
+
+    monkeypatch.setattr(worker, "limit_for", lambda _uuid, begun_with: begun_with)
+    monkeypatch.setattr(layer_merge, "commit", lost)
+    monkeypatch.setattr(layer_merge, "is_merged", lost)
+    with pytest.raises(LibvirtFailed) as failed:
+        merging.run(Handle(), TWO, journal)
+    assert "Nothing was changed" not in str(failed.value)
+    assert "a job that runs goes on" in failed.value.state
+    assert "Run this again" in failed.value.advice
+    assert list(tmp_path.iterdir()), "the journal"
+
+
+def test_a_failure_that_knows_its_state_keeps_it(
+    journal: Journal, merged: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refused(*_arguments: Any, **_how: Any) -> None:
+        raise LibvirtFailed("Committing disk 'vda'", state="The guest runs.", advice="See libvirt's log")
+
+    monkeypatch.setattr(worker, "limit_for", lambda _uuid, begun_with: begun_with)
+    monkeypatch.setattr(layer_merge, "commit", refused)
+    monkeypatch.setattr(layer_merge, "is_merged", lambda *_arguments: False)
+    with pytest.raises(LibvirtFailed) as failed:
+        merging.run(Handle(), TWO, journal)
+    assert (failed.value.state, failed.value.advice) == ("The guest runs.", "See libvirt's log")
+    assert list(tmp_path.iterdir()) == [], "the chain is whole"
