@@ -16,6 +16,7 @@ from ..hypervisor import apparmor, chain
 from ..hypervisor.block_jobs import running_job
 from ..hypervisor.domain_model import Disk, Domain, Layer, read_domain
 from ..hypervisor.image_header import BadHeader, read_qcow2
+from ..safety.domain_jobs import block_jobs_of
 from ..safety.host_graph import HostGraph, Reader, canonical, openers, read_graph
 from ..safety.space import allocated, free_bytes
 from .model import Snapshot, read_snapshots
@@ -43,8 +44,9 @@ class Ground:
 
     ``chains``: target -> layers of the present state, from the active one down.  ``broken``: target -> why its chain
     cannot be followed.  ``opened``: path -> foreign processes that have it open.  ``denied``: canonical paths that the
-    security profile of the running guest forbids to write.  ``resumed``: what the memory that one goes back to has besides the
-    disks of its snapshot, on the images that it would open.
+    security profile of the running guest forbids to write.  ``job`` is the domain-wide job; ``jobs``: target -> type of the
+    disk's block job.  ``next_start``: the definition of a running domain's next start, where it has one.  ``resumed``: what
+    the memory that one goes back to has besides the disks of its snapshot, on the images that it would open.
     """
 
     domain: Domain
@@ -57,6 +59,8 @@ class Ground:
     denied: frozenset[str] = frozenset()
     job: str | None = None
     resumed: tuple[Disk, ...] = ()
+    jobs: Mapping[str, str] = field(default_factory=dict)
+    next_start: Domain | None = None
 
     def image(self, path: str) -> Image:
         """The image at ``path``; one that was never seen does not exist."""
@@ -69,6 +73,8 @@ class Ground:
 
 def read_ground(handle: Any) -> Ground:
     """Read the facts of one domain. Reads every definition of the host, since any of them may use its images."""
+    # First: a job that ends in between has changed the chain before it went.
+    jobs = {job["disk"]: job["type"] for job in block_jobs_of(handle)}
     domain = read_domain(handle)
     snapshots = read_snapshots(handle)
     graph = read_graph(handle.connect())
@@ -101,6 +107,8 @@ def read_ground(handle: Any) -> Ground:
         opened=openers(formats, besides=domain.uuid),
         denied=apparmor.read_denied(handle) if domain.state.active else frozenset(),
         job=running_job(handle),
+        jobs=jobs,
+        next_start=read_domain(handle, inactive=True) if domain.state.active and domain.persistent else None,
     )
 
 

@@ -15,6 +15,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import libvirt
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import ways
@@ -217,6 +218,25 @@ def test_a_pull_killed_at_any_step_is_finished_by_the_same_task(guest: Guest, pr
         assert ways.snapshots(guest) == {}, step
         leave_only(guest)
         ways.assert_whole(guest)
+
+
+def test_a_pull_that_is_finished_once_the_guest_is_off_ends_the_checkpoints_too(
+    make_guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    disk = DiskSpec("vda", size=8 * MIB, fs=None, writer=False)
+    off = make_guest(GuestSpec("off", disks=(disk,)), start="no")
+    off.domain().createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+    off.domain().checkpointCreateXML("<domaincheckpoint><name>vmk-12345678-x</name></domaincheckpoint>")
+    tasks.ok("snapshot", domain=off.name, name="one", quiesce="never")
+    rules = Profile(off, tmp_path / "rules").written_anew()
+    env = {**rules, **tasks.kill_environment(tmp_path / "steps", "commit")}
+    assert tasks.run("blockcommit", domain=off.name, env=env).killed
+    off.destroy()
+    tasks.ok("blockcommit", domain=off.name)
+    assert off.domain().listAllCheckpoints() == [], "increments since it would lack what lay in the layer that went"
+    leave_only(off)
+    ways.assert_whole(off)
+    off.cleanup()
 
 
 def test_a_restart_killed_at_any_step_leaves_a_guest_that_runs_after_the_next_task(
