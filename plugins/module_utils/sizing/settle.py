@@ -49,7 +49,11 @@ def settle(uri: str, pending: Journal) -> dict[str, str]:
             kept = [shrink["kept"] for shrink in operation.plan.get("shrinks", ()) if os.path.lexists(shrink["kept"])]
             also = f" and its disks as they were before ({', '.join(kept)})" if kept else ""
             return settlement.given_up(pending, what, where=f"its files{also}")
+        shrinks = operation.plan.get("shrinks", ())
+        used = shrinking.return_used(shrinks) if handle.isActive() else []
         action = _settle(connection, handle, pending)
+        if used:
+            action += f"; it was started on {', '.join(used)} of the old size, whose smaller copy was removed"
     finally:
         connection.close()
     pending.finish()

@@ -19,7 +19,7 @@ from typing import Any
 from .._errors import Refused, Unsupported, VmkeeperError
 from ..hypervisor import qemu_img
 from ..hypervisor.appliance import Appliance
-from ..safety import places, space
+from ..safety import places, processes, space
 from ..safety.space import human
 from . import partition_table
 from .partition_table import SECTOR, Partition
@@ -146,16 +146,18 @@ def room_for_copy(path: str, image_format: str) -> tuple[str, int]:
     return os.path.dirname(path), content * (2 if image_format != "raw" else 1) + (64 << 20)
 
 
-def make_copy(shrink: Mapping[str, Any], *, doing: str) -> None:
+def make_copy(shrink: Mapping[str, Any], *, doing: str) -> int:
     """A smaller, checked copy of an image at ``shrink['copy']``; raises and leaves the original alone.
 
-    ``shrink`` is an entry of the journal: ``{target, path, format, size, copy, work, kept}``.
+    ``shrink`` is an entry of the journal: ``{target, path, format, size, copy, work, kept}``.  Returns when what was copied had
+    last been written (nanoseconds, by the image's filesystem).
     """
     path, image_format, size = shrink["path"], shrink["format"], int(shrink["size"])
     work = shrink["work"]
     space.require([room_for_copy(path, image_format)], doing)
     check_fits(path, image_format, size, doing=doing)
     places.unlink_quietly(work)
+    written = os.stat(path).st_mtime_ns
     os.close(os.open(work, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
     qemu_img.run(["convert", "-q", "-f", image_format, "-O", "raw", path, work], doing=doing, with_caller=True)
     with _explained(doing), Appliance([(work, "raw")], doing=doing) as appliance:
@@ -177,6 +179,7 @@ def make_copy(shrink: Mapping[str, Any], *, doing: str) -> None:
         if look.files(after) != files or after != shorter:
             raise VmkeeperError(f"{doing}: the smaller copy does not hold as many files", advice="Look at the disk")
     _finish(work, shrink, doing)
+    return written
 
 
 def _finish(work: str, shrink: Mapping[str, Any], doing: str) -> None:
@@ -226,6 +229,20 @@ def swapped(shrink: Mapping[str, Any]) -> bool:
 def written_since(shrinks: Sequence[Mapping[str, Any]], when: float) -> bool:
     """Whether a copy that stands for its disk now was written later than ``when`` (seconds of the epoch): a guest has run on it."""
     return any(swapped(shrink) and os.stat(shrink["path"]).st_mtime > when for shrink in shrinks)
+
+
+def return_used(shrinks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The targets whose running domain was started on the original before this gave its name away; it has the name again.
+
+    Only of a domain that runs: it has one of the two open. What stands beside the other, a program that reads it, says nothing.
+    """
+    used = [
+        shrink
+        for shrink in shrinks
+        if swapped(shrink) and processes.holders_of(shrink["kept"]) and not processes.holders_of(shrink["path"])
+    ]
+    put_back(used)
+    return [shrink["target"] for shrink in used]
 
 
 def put_back(shrinks: Sequence[Mapping[str, Any]]) -> None:

@@ -5,13 +5,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import libvirt
 import pytest
 from lab.guest import DiskSpec, Guest, GuestSpec
 from lab.images import run
 
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import Refused
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.journal import Journal
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing import restart, settle, shrinking
 from ansible_collections.vmkeeper.libvirt.tests.integration.conftest import GuestFactory
 from ansible_collections.vmkeeper.libvirt.tests.integration.sizing.resizing import (
     MIB,
@@ -193,6 +198,87 @@ def test_a_kill_during_the_way_back_is_repaired(small: Guest, step: str) -> None
     small.wait_ready()
     assert online_cpus(small) == now
     assert not unfinished(small)
+
+
+class _Late:
+    """A domain that seems to be off until its disks are exchanged."""
+
+    def __init__(self, domain: libvirt.virDomain) -> None:
+        self._domain = domain
+        self.seen = False
+
+    def isActive(self) -> bool:
+        return self.seen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._domain, name)
+
+
+def _begun_shrink(guest: Guest) -> Journal:
+    """The journal of a shrink of vda, up to the shutdown."""
+    stem = f"{guest.images['vda']}.vmk-0000"
+    names = {"path": str(guest.images["vda"]), "work": f"{stem}.work", "copy": f"{stem}.copy", "kept": f"{stem}.kept"}
+    plan = {
+        **dict.fromkeys(("old_xml", "new_xml"), guest.xml_text(inactive=True)),
+        **dict.fromkeys(("rollback", "judge", "was_running"), True),
+        "health_command": None,
+        "health_timeout": 300.0,
+        "shutdown_timeout": 1.0,
+        "shrinks": [{**names, "target": "vda", "format": "qcow2", "size": MIB, "doing": "Making it smaller"}],
+    }
+    return Journal.begin(settle.OPERATION, [(guest.domain().UUIDString(), guest.name)], plan)
+
+
+def test_a_guest_that_somebody_starts_while_its_disk_is_copied_is_not_stopped_and_keeps_its_disk(
+    small: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs all the time here, as one that was started again right after it had shut down; only libguestfs is stood in for."""
+    connection, number, image = small.connection(), small.domain().ID(), small.images["vda"]
+    inode, files = image.stat().st_ino, set(image.parent.iterdir())
+
+    def copied(shrink: dict[str, Any], *, doing: str) -> int:
+        shutil.copyfile(shrink["path"], shrink["copy"])
+        return os.stat(shrink["path"]).st_mtime_ns
+
+    def exchanged(shrink: dict[str, Any]) -> None:
+        swap(shrink)
+        late.seen = True
+
+    def untouched() -> bool:
+        return (
+            small.domain().ID() == number
+            and image.stat().st_ino == inode
+            and set(image.parent.iterdir()) == files
+            and not unfinished(small)
+        )
+
+    swap, late = shrinking.swap, _Late(small.domain())
+    monkeypatch.setattr(shrinking, "make_copy", copied)
+    monkeypatch.setattr(restart, "shut_down", lambda handle, seconds: None)
+    journal = _begun_shrink(small)
+    with pytest.raises(Refused, match="somebody has started"):
+        restart.restart(connection, small.domain(), journal, journal.operation.plan["new_xml"])
+    assert untouched()
+
+    monkeypatch.setattr(shrinking, "swap", exchanged)
+    small.stop_writers()
+    journal = _begun_shrink(small)
+    with pytest.raises(Refused, match="vda has its old size"):
+        restart.restart(connection, late, journal, journal.operation.plan["new_xml"])
+    assert untouched()
+
+    for steps in (["shutdown", "swap"], ["shutdown", "swap", "start", "health"]):
+        journal = _begun_shrink(small)
+        for step in steps:
+            journal.step(step)
+        (shrink,) = journal.operation.plan["shrinks"]
+        copied(shrink, doing="")
+        swap(shrink)
+        assert image.stat().st_ino != inode
+        settled = settle.settle("qemu:///system", journal)
+        assert "vda of the old size" in settled["action"]
+        assert untouched()
+    small.start_writer("vda")
 
 
 def test_a_stopped_domain_and_its_disk_change_at_once(small: Guest) -> None:
