@@ -11,6 +11,7 @@ from .._errors import Busy, NotFound, Refused, Unsupported
 from ..hypervisor import checkpoints
 from ..hypervisor.capture import REASONS
 from ..safety.space import human
+from . import shrinking
 from .change import (
     LIVE,
     NEXT_BOOT,
@@ -201,6 +202,8 @@ def _shrink(request: Request, wanted: int, known: DiskFacts, size: int, facts: F
         reason = "its image holds internal snapshots; remove them first"
     elif known.checkpoints and facts.live is None:
         reason = f"checkpoints {', '.join(known.checkpoints)} can be ended only while the domain runs; start it first"
+    else:
+        reason = _fixed(_found(disk.target, facts))
     foreign = [name for name in known.checkpoints if not name.startswith(checkpoints.OURS)]
     if foreign and reason is None:
         reason = (
@@ -217,6 +220,23 @@ def _shrink(request: Request, wanted: int, known: DiskFacts, size: int, facts: F
         DiskShrink(disk.target, wanted, os.path.realpath(disk.path), disk.format),
         known.checkpoints,
     )
+
+
+def _fixed(mounted: Filesystem | None) -> str | None:
+    """Why what lies last on a disk cannot be made smaller, as far as the running guest tells; None where it can, or nobody knows.
+
+    libguestfs has the last word, and only once the guest is off.
+    """
+    if mounted is None:
+        return None
+    if mounted.covered:
+        return (
+            f"{mounted.mountpoint[:100]}: {mounted.problem}. What lies last is looked at before anything is changed if the domain is"
+            " shut down first; an ext2, ext3 or ext4 can be made smaller"
+        )
+    if mounted.type == "xfs":
+        return "XFS cannot be made smaller"
+    return None if mounted.type in shrinking.EXT else f"{mounted.type[:32]} cannot be made smaller"
 
 
 def _check_device(wanted: int, known: DiskFacts, facts: Facts) -> None:

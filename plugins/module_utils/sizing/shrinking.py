@@ -26,7 +26,8 @@ from .partition_table import SECTOR, Partition
 
 MIB = 1 << 20
 
-_EXT = ("ext2", "ext3", "ext4")
+#: What can be made smaller.
+EXT = ("ext2", "ext3", "ext4")
 _FIELD = re.compile(r"^\s*(part_num|part_start|part_end): (\d+)$")
 
 #: An appliance knows the one disk by this name.
@@ -98,7 +99,7 @@ class _Look:
             table = "".join(do("part-get-parttype", _DISK)).strip()
             layout = choose_layout(table, parse_partitions(do("part-list", _DISK)))
         kind = "".join(do("vfs-type", layout.device)).strip()
-        if kind not in _EXT:
+        if kind not in EXT:
             raise Unsupported(
                 "XFS cannot be made smaller"
                 if kind == "xfs"
@@ -131,8 +132,12 @@ def check_fits(path: str, image_format: str, size: int, *, doing: str) -> None:
         layout = look.layout()
         look.repair(layout)  # of an overlay that is thrown away
         least, room = look.least(layout), layout.room(size)
+    check_room(least, room, layout.partition.start if layout.partition else 0, doing=doing)
+
+
+def check_room(least: int, room: int, offset: int, *, doing: str) -> None:
+    """Raise where a filesystem that begins ``offset`` bytes into its disk and needs ``least`` bytes would have ``room``. Pure."""
     if room < least:
-        offset = layout.partition.start if layout.partition else 0
         raise Refused(
             f"{doing}: its filesystem needs at least {human(least)}, and would have {human(max(room, 0))}",
             advice=f"Give at least {human(offset + least + 2 * MIB)}, and some room for what is still to come",

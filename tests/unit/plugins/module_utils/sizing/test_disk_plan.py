@@ -193,3 +193,26 @@ def test_for_the_next_boot_no_filesystem_grows():
     change = only(Request(disks=ONLY_WHAT_IS_ON_IT, apply="next_boot"), known)
     assert change.how == "none"
     assert "next_boot" in change.why
+
+
+@pytest.mark.parametrize(
+    ("mounted", "says"),
+    [
+        ({"type": "xfs"}, "XFS cannot"),
+        ({"type": "btrfs"}, "btrfs cannot"),
+        (
+            {"covered": True, "problem": "another partition lies behind vda1"},
+            "another partition lies behind.*shut down first",
+        ),
+    ],
+)
+def test_what_the_running_guest_says_cannot_be_smaller_costs_no_shutdown(mounted, says):
+    known = replace(disk_facts(), filesystems=(replace(FILESYSTEM, **mounted),))
+    with pytest.raises(Refused, match=says):
+        compute(shrunk(), known)
+
+
+@pytest.mark.parametrize("mounted", [{}, {"type": "ext2", "problem": "filesystems of type ext2 are not grown"}])
+def test_what_may_be_smaller_by_the_running_guest_is_tried(mounted):
+    known = replace(disk_facts(), filesystems=(replace(FILESYSTEM, **mounted),))
+    assert compute(shrunk(), known).restart
