@@ -75,6 +75,10 @@ class Host:
     default_hugepage: int = 0
     most_vcpus: int | None = None  #: that its QEMU gives to one domain of this machine type
 
+    def page_of(self, domain: Domain) -> int | None:
+        """Size of the hugepages that hold the domain's memory; None for ordinary memory."""
+        return None if domain.hugepages is None else domain.hugepages or self.default_hugepage
+
 
 @dataclass(frozen=True)
 class Facts:

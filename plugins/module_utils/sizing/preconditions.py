@@ -66,9 +66,7 @@ def check_host(request: Request, planned: Iterable[tuple[Facts, Iterable[Change]
                     advice="Give fewer, or overcommit: true",
                 )
             if change.what == "memory":
-                page = (
-                    None if facts.configured.hugepages is None else facts.configured.hugepages or host.default_hugepage
-                )
+                page = host.page_of(facts.configured)
                 memory[page] = memory.get(page, 0) + change.after - change.before
     if host is None:
         return
