@@ -147,7 +147,8 @@ def _ended_checkpoints(known: DiskFacts, facts: Facts) -> tuple[str, ...]:
 def _growth(request: Request, wanted: int, known: DiskFacts, size: int, facts: Facts) -> Change:
     disk = known.disk
     _check_device(wanted, known, facts)
-    action = DiskGrowth(disk.target, wanted, disk.path, disk.format, disk.kind)
+    kind = "file" if known.device_size is None else "block"
+    action = DiskGrowth(disk.target, wanted, disk.path, disk.format, kind)
     what = f"disk {disk.target}"
     if facts.live is not None:
         if request.apply == NEXT_BOOT:
@@ -240,10 +241,17 @@ def _fixed(mounted: Filesystem | None) -> str | None:
 
 
 def _check_device(wanted: int, known: DiskFacts, facts: Facts) -> None:
-    if known.device_size is not None and known.device_size < wanted:
+    device = known.device_size
+    if device is None:
+        return
+    lies = f"Disk {known.disk.target!r} of domain {facts.name!r} lies on {known.disk.path}, which has {human(device)}"
+    if device < wanted:
+        raise Refused(lies, advice="Extend the device first (lvextend, rbd resize, ...), then run this again")
+    # QEMU gives a guest all of a device, whatever is asked for. Of an encrypted one, less its header.
+    if device > wanted and known.disk.format == "raw" and not known.disk.encrypted:
         raise Refused(
-            f"Disk {known.disk.target!r} of domain {facts.name!r} lies on {known.disk.path}, which has {human(known.device_size)}",
-            advice="Extend the device first (lvextend, rbd resize, ...), then run this again",
+            f"{lies}, and would grow to all of it: a raw disk is as large as its device",
+            advice=f"Give size: {device} (bytes), or make the device {human(wanted)} large",
         )
 
 

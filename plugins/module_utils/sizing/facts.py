@@ -285,7 +285,7 @@ def _disk(
         else:
             size = chain.virtual_size(disk.active)
     device_size = None
-    if disk.active is not None and disk.active.kind == "block" and disk.path:
+    if disk.path and chain.is_device(disk.path):
         device_size = chain.virtual_size(Layer(disk.path, "raw", "block"))
     return DiskFacts(
         disk,

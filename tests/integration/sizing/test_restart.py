@@ -11,8 +11,10 @@ from typing import Any
 
 import libvirt
 import pytest
+from lab import images
 from lab.guest import DiskSpec, Guest, GuestSpec
 from lab.images import run
+from lab.waiting import until
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import Refused
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.journal import Journal
@@ -34,6 +36,7 @@ IDE = (
     "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{}'/>"
     "<target dev='hda' bus='ide'/></disk>"
 )
+BLOCK = "<disk type='block' device='disk'><driver name='qemu' type='raw'/><source dev='{}'/><target dev='vdz' bus='virtio'/></disk>"
 MOUNT_IT = (
     "modprobe ata_piix; for n in $(seq 200); do [ -b /dev/sda ] && break; sleep 0.1; done;"
     " mkdir -p /mnt && mount /dev/sda /mnt"
@@ -86,7 +89,7 @@ def test_room_alone_is_worth_a_restart_that_was_allowed(small: Guest) -> None:
 def test_what_qemu_refuses_live_waits_for_the_next_boot_and_the_rest_is_stored(small: Guest) -> None:
     before = online_cpus(small)
     # No host of these tests has so much: QEMU cannot make the DIMM.
-    made = resize(small, vcpus=before + 1, memory="192G")
+    made = resize(small, vcpus=before + 1, memory=f"{192 * 1024 + 192}M")
     assert change(made, "vcpus")["applied"] == "live"
     assert change(made, "memory")["applied"] == "next_boot"
     assert "Plugging" in change(made, "memory")["why"]
@@ -306,6 +309,28 @@ def test_a_stopped_domain_and_its_disk_change_at_once(small: Guest) -> None:
     assert online_cpus(small) == 1
     grown = twice(small, disks=[{"target": "vda"}])
     assert change(grown, "filesystem vda")["guest_sees"] == 160 * MIB
+
+
+def test_a_raw_disk_on_a_device_gets_the_size_of_the_device_and_no_other(small: Guest) -> None:
+    backing = small.directory / "volume"
+    backing.touch()
+    os.truncate(backing, 32 * MIB)
+    node = images.attach_loop(backing)
+    disk = BLOCK.format(node)
+    try:
+        small.domain().attachDeviceFlags(disk, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+        os.truncate(backing, 64 * MIB)
+        run("losetup", "--set-capacity", node)
+        wanted = {"target": "vdz", "grow_filesystem": False}
+        result = start(small, disks=[{**wanted, "size": "48M"}]).result()
+        assert result["failed"]
+        assert f"Give size: {64 * MIB}" in result["msg"]
+        assert small.domain().blockInfo("vdz")[0] == 32 * MIB
+        twice(small, disks=[{**wanted, "size": str(64 * MIB)}])
+    finally:
+        small.domain().detachDeviceFlags(disk, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+        until(lambda: "vdz" not in small.active_paths(), "the disk going away", 60)
+        run("losetup", "--detach", node)
 
 
 def test_a_saved_domain_is_refused(small: Guest) -> None:

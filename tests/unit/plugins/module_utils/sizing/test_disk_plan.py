@@ -141,6 +141,16 @@ def test_a_device_below_must_have_the_room():
         compute(grown(), disk_facts(device_size=GIB))
 
 
+@pytest.mark.parametrize("kind", ["block", "volume"])
+def test_a_raw_disk_becomes_as_large_as_its_device_and_not_less(kind):
+    raw = replace(DISK, chain=(Layer("/dev/vg/lv", "raw", kind),), kind=kind)
+    with pytest.raises(Refused, match="Give size: 3221225472"):
+        compute(grown(), disk_facts(disk=raw, device_size=3 * GIB))
+    assert only(grown(), disk_facts(disk=raw, device_size=2 * GIB)).action.kind == "block"
+    assert only(grown(), disk_facts(device_size=3 * GIB)).action.kind == "block", "a qcow2 image on a device"
+    assert only(grown(), disk_facts(disk=replace(raw, encrypted=True), device_size=3 * GIB)).due
+
+
 def test_space_is_asked_for(tmp_path):
     disk = replace(DISK, chain=(Layer(str(tmp_path / "x"), "qcow2"),))
     with pytest.raises(NoSpace):
