@@ -109,7 +109,7 @@ def _started(connection: Any, handle: Any, pending: Journal) -> str:
     """The domain may have served with its new size for long: what it has written since is never thrown away."""
     operation, plan = pending.operation, pending.operation.plan
     shrinks = plan.get("shrinks", ())
-    problem = None
+    problem, never_ran = None, False
     # A domain that was off, and has run ever since, is somebody's by now.
     in_use = handle.isActive() and not is_recent(operation, time.time())
     if not handle.isActive():
@@ -118,24 +118,27 @@ def _started(connection: Any, handle: Any, pending: Journal) -> str:
             return (
                 f"left off, with its new size: it was switched off since ({domain.state.reason}){_kept_beside(shrinks)}"
             )
+        ran = has_run(operation)
         try:
             handle.create()
         except libvirt.libvirtError as error:
-            problem = message_of(error)
+            if not handle.isActive():
+                problem = message_of(error)
+                never_ran = not ran
     if problem is None and plan["judge"] and plan.get("rollback", True):
         problem = health.wait_until_well(handle, plan["health_command"], plan["health_timeout"])
     if problem is None:
         restart.keep(handle, pending, leave_running=in_use)
         return "found well with its new size" if plan.get("rollback", True) else "left running with its new size"
-    if shrinks:
+    if shrinks and not never_ran:
         raise _not_well(handle, "on its smaller disks", problem, shrinks)
     if not plan.get("rollback", True) and operation.reached("health"):
         return f"left with its new size, but {problem}"
     if not restart.is_as_written(handle, plan):
-        return f"left as it is, since its definition was changed, but {problem}"
+        return f"left as it is, since its definition was changed, but {problem}{_kept_beside(shrinks)}"
     if in_use:
         raise _not_well(handle, "with its new size", problem)
-    return f"taken back: it runs with its old definition{_but(restart.roll_back(connection, pending))}"
+    return _taken_back(plan, restart.roll_back(connection, pending))
 
 
 def _way_back(connection: Any, handle: Any, pending: Journal) -> str:
@@ -154,9 +157,19 @@ def _way_back(connection: Any, handle: Any, pending: Journal) -> str:
             return _started_by_somebody(handle, pending)
     if not handle.isActive() and not restart.is_as_written(handle, plan):
         return f"left off: its definition was changed since{_kept_beside(shrinks)}"
-    problem = restart.roll_back(connection, pending)
+    return _taken_back(plan, restart.roll_back(connection, pending))
+
+
+def _taken_back(plan: Mapping[str, Any], problem: str | None) -> str:
     where = "runs" if plan.get("was_running", True) else "is off"
     return f"taken back: it {where} with its old definition{_but(problem)}"
+
+
+def has_run(operation: Operation) -> bool:
+    """Whether a domain that is off may have run with its new size since the run was about to start it."""
+    start = operation.last("start") or {"at": 0}
+    shrinks = operation.plan.get("shrinks", ())
+    return operation.reached("health") or shrinking.written_since(shrinks, start["at"] + _CLOCK_SECONDS)
 
 
 def starts_again(operation: Operation, reason: str, *, saved: bool = False) -> bool:
