@@ -28,7 +28,7 @@ from .outcome import wait_for
 
 OPERATION = "resize"
 
-#: A guest that was told to shut down just before the kill is still doing so.
+#: A guest that was told to shut down before the kill may still be doing so: it has this long at least, if the task gave it as much.
 _SHUTDOWN_SECONDS = 60.0
 
 #: Times of files and of the journal come from one clock, but not at one instant.
@@ -89,7 +89,7 @@ def _not_started(connection: Any, handle: Any, pending: Journal) -> str:
         return _started_by_somebody(handle, pending)
     shrinking.put_back(shrinks)  # also of a guest that still shuts down: nothing has taken its image's name
     if operation.reached("shutdown"):
-        wait_for(lambda: not handle.isActive(), min(_SHUTDOWN_SECONDS, plan["shutdown_timeout"]))
+        wait_for(lambda: not handle.isActive(), patience(operation, time.time()))
     restart.take_definition_back(connection, handle, plan)
     if not plan.get("was_running", True):
         return "taken back: it is off, with its disks as they were"
@@ -182,6 +182,13 @@ def starts_again(operation: Operation, reason: str, *, saved: bool = False) -> b
     if not operation.plan.get("was_running", True):
         return True
     return reason in power.ENDED_BY_ITSELF and not (operation.reached("health") and reason == "shutdown")
+
+
+def patience(operation: Operation, now: float) -> float:
+    """Seconds for which a guest that the run told to shut down is waited for: as long as the run itself would have waited."""
+    timeout: float = operation.plan["shutdown_timeout"]
+    told = operation.last("shutdown") or {"at": now}
+    return min(timeout, max(told["at"] + timeout - now, _SHUTDOWN_SECONDS))
 
 
 def is_recent(operation: Operation, now: float) -> bool:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 from types import SimpleNamespace
 
-import libvirt
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import VmkeeperError
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.binding import libvirt
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain_model import DomainState
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.journal import Operation
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing import settle, shrinking
@@ -94,3 +94,19 @@ def test_a_smaller_disk_that_the_domain_never_started_on_is_taken_back(monkeypat
     (tmp_path / "path").write_text("a guest has written")
     with pytest.raises(VmkeeperError, match="nothing was taken back"):
         settle._started(None, Refusing(), journal)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "now", "seconds"),
+    [
+        (300.0, 1010.0, 290.0),  # as long as the run itself would have waited
+        (300.0, 1290.0, 60.0),
+        (300.0, 9000.0, 60.0),
+        (300.0, 900.0, 300.0),  # a clock that was set back
+        (2.0, 1001.0, 2.0),
+    ],
+)
+def test_a_guest_that_was_told_to_shut_down_has_the_time_that_its_task_gave_it(timeout, now, seconds):
+    operation = interrupted("define", "shutdown")
+    operation.plan["shutdown_timeout"] = timeout
+    assert settle.patience(operation, now) == seconds
