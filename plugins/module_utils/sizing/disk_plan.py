@@ -25,7 +25,7 @@ from .change import (
     decide,
 )
 from .facts import DiskFacts, Facts
-from .guest_filesystem import Filesystem
+from .guest_filesystem import SLACK, Filesystem
 from .request import DiskRequest, Request
 
 
@@ -54,7 +54,8 @@ def disk_changes(request: Request, wanted: DiskRequest, facts: Facts) -> tuple[l
         if wanted.size > size:
             changes.append(_growth(request, wanted.size, known, size, facts))
         elif wanted.size < size:
-            return [_shrink(request, wanted.size, known, size, facts)], []
+            shrink = _shrink(request, wanted.size, known, size, facts)
+            return [shrink, *(_fill(wanted.target, wanted.size, facts) if wanted.grow_filesystem else ())], []
         elif _is_unnoticed(wanted.target, size, facts):
             return _notice(request, wanted.target, size, facts)
         size = wanted.size
@@ -221,6 +222,17 @@ def _shrink(request: Request, wanted: int, known: DiskFacts, size: int, facts: F
         DiskShrink(disk.target, wanted, os.path.realpath(disk.path), disk.format),
         known.checkpoints,
     )
+
+
+def _fill(target: str, size: int, facts: Facts) -> list[Change]:
+    """The filesystem of a disk that gets smaller, but not as small as its last partition ends: it grows after the start."""
+    found = _found(target, facts)
+    if found is None or found.problem or found.room(size) - found.device_size <= SLACK:
+        return []
+    why = "the disk is still larger than what lies on it"
+    return [
+        Change(f"filesystem {target}", found.size, found.room(size), RESTART, why, FilesystemGrowth(found, size)),
+    ]
 
 
 def _fixed(mounted: Filesystem | None) -> str | None:

@@ -188,6 +188,12 @@ def test_a_partition_gets_smaller_with_its_disk(roomy: Guest) -> None:
     assert sums(roomy, "/disk/vdb") == before
     assert roomy.writer_log("vdb").is_intact
     assert not beside(roomy)
+    # Smaller, and still larger than what lies on it.
+    resize(roomy, disks=[{"target": "vdb", "size": "140M", "grow_filesystem": False}])
+    wanted = {"disks": [{"target": "vdb", "size": "120M"}], **FREELY}
+    assert change(resize(roomy, **wanted), "filesystem vdb")["guest_sees"] > 110 * MIB
+    assert not resize(roomy, **wanted)["changed"]
+    assert sums(roomy, "/disk/vdb") == before
 
 
 @pytest.mark.skipif(not LONG, reason="make test-long")

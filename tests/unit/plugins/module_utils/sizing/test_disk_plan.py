@@ -226,3 +226,14 @@ def test_what_the_running_guest_says_cannot_be_smaller_costs_no_shutdown(mounted
 def test_what_may_be_smaller_by_the_running_guest_is_tried(mounted):
     known = replace(disk_facts(), filesystems=(replace(FILESYSTEM, **mounted),))
     assert compute(shrunk(), known).restart
+
+
+def test_what_lies_on_a_smaller_disk_with_room_left_grows_after_the_start():
+    short = replace(FILESYSTEM, device_size=GIB // 4, size=GIB // 4)
+    known = replace(disk_facts(), filesystems=(short,))
+    planned = compute(shrunk(), known)
+    assert {change.what: change.how for change in planned.due} == {"disk vda": "restart", "filesystem vda": "restart"}
+    assert planned.changes[1].action.disk_size == GIB // 2
+    alone = Request(disks=(DiskRequest("vda", GIB // 2, False),), allow_shrink=True, allow_restart=True)
+    assert ways(alone, known) == {"disk vda": "restart"}
+    assert ways(shrunk(), replace(known, filesystems=(FILESYSTEM,))) == {"disk vda": "restart"}
