@@ -236,6 +236,6 @@ def _return(connection: Any, handle: Any, journal: Journal) -> None:
     _define_old(connection, handle, journal.operation.plan)
     if not journal.operation.plan.get("was_running", True):
         return
-    journal.step("start-old")
+    journal.step("start-old", ended=read_domain(handle).state.reason)
     with explaining(f"Starting domain {handle.name()!r} again", state="It is shut off, with its old definition."):
         handle.create()

@@ -157,6 +157,8 @@ def _way_back(connection: Any, handle: Any, pending: Journal) -> str:
             return _started_by_somebody(handle, pending)
     if not handle.isActive() and not restart.is_as_written(handle, plan):
         return f"left off: its definition was changed since{_kept_beside(shrinks)}"
+    if not handle.isActive() and was_switched_off(operation, read_domain(handle).state.reason):
+        return "left off, with its old size: it was switched off since"
     return _taken_back(plan, restart.roll_back(connection, pending))
 
 
@@ -182,6 +184,15 @@ def starts_again(operation: Operation, reason: str, *, saved: bool = False) -> b
     if not operation.plan.get("was_running", True):
         return True
     return reason in power.ENDED_BY_ITSELF and not (operation.reached("health") and reason == "shutdown")
+
+
+def was_switched_off(operation: Operation, reason: str) -> bool:
+    """Whether a domain that is off, ``reason`` by libvirt, has run with its old size again and was shut down since.
+
+    One that had shut down by itself before the way back, and does it again, cannot be told from one that was not started.
+    """
+    again = operation.last("start-old")
+    return again is not None and reason == "shutdown" and again.get("ended") != "shutdown"
 
 
 def patience(operation: Operation, now: float) -> float:

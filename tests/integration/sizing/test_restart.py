@@ -299,8 +299,22 @@ def test_a_guest_that_somebody_starts_while_its_disk_is_copied_is_not_stopped_an
     small.start_writer("vda")
 
 
-def test_a_stopped_domain_and_its_disk_change_at_once(small: Guest) -> None:
+def test_a_guest_that_was_switched_off_after_the_way_back_stays_off(small: Guest) -> None:
+    """Its run was killed while it waited for the old size."""
+    journal = _begun_shrink(small)
+    journal.operation.plan["shrinks"] = []
+    for step in ("define", "shutdown", "start", "health", "rollback", "put-back"):
+        journal.step(step)
+    journal.step("start-old", ended="destroyed")
     small.shutdown()
+    assert "switched off since" in settle.settle("qemu:///system", journal)["action"]
+    assert not small.is_running()
+    assert not unfinished(small)
+
+
+def test_a_stopped_domain_and_its_disk_change_at_once(small: Guest) -> None:
+    if small.is_running():
+        small.shutdown()
     made = twice(small, vcpus=1, memory="160M", disks=[{"target": "vda", "size": "160M"}])
     assert change(made, "disk vda")["applied"] == "offline"
     assert change(made, "filesystem vda")["applied"] == "none"

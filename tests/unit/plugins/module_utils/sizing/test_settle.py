@@ -110,3 +110,19 @@ def test_a_guest_that_was_told_to_shut_down_has_the_time_that_its_task_gave_it(t
     operation = interrupted("define", "shutdown")
     operation.plan["shutdown_timeout"] = timeout
     assert settle.patience(operation, now) == seconds
+
+
+@pytest.mark.parametrize(
+    ("steps", "ended", "reason", "switched_off"),
+    [
+        (("rollback", "start-old"), "destroyed", "shutdown", True),
+        (("rollback", "start-old"), "destroyed", "destroyed", False),  # by the way back itself
+        (("rollback", "start-old"), "shutdown", "shutdown", False),  # the new size had ended itself
+        (("rollback", "start-old"), "destroyed", "crashed", False),
+        (("rollback", "put-back"), "destroyed", "shutdown", False),
+    ],
+)
+def test_a_guest_that_ran_with_its_old_size_again_and_was_shut_down_since_stays_off(steps, ended, reason, switched_off):
+    operation = interrupted("shutdown", "start", "health", *steps)
+    operation.steps[-1]["ended"] = ended
+    assert settle.was_switched_off(operation, reason) is switched_off
