@@ -118,7 +118,7 @@ def _facts(handle: Any, request: Request) -> Facts:
 
 
 def sizes(facts: Facts) -> dict[str, Any]:
-    """Configured and live sizes, for a diff."""
+    """Configured and live sizes, for a diff; of what changes the result adds the reasons."""
     conf, live = facts.configured, facts.live
     return {
         "vcpus": {
@@ -406,6 +406,8 @@ class _Run:
                 warnings.append(f"{self._facts.name}: {change.what} stays: {change.why}")
             if change.how == NONE and any(one.what == f"disk {change.what.partition(' ')[2]}" for one in self._set.due):
                 warnings.append(f"{self._facts.name}: {change.what} was not grown: {change.why}")
+        if self._set.due:
+            after = {**after, "changes": {one["what"]: f"{one['applied']}: {one['why']}" for one in entries}}
         waiting = [] if restarted else list(self._set.pending)
         return Resized(
             domain=self._facts.name,
