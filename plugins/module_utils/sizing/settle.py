@@ -197,9 +197,9 @@ def was_switched_off(operation: Operation, reason: str) -> bool:
 
 def patience(operation: Operation, now: float) -> float:
     """Seconds for which a guest that the run told to shut down is waited for: as long as the run itself would have waited."""
-    timeout: float = operation.plan["shutdown_timeout"]
-    told = operation.last("shutdown") or {"at": now}
-    return min(timeout, max(told["at"] + timeout - now, _SHUTDOWN_SECONDS))
+    timeout = float(operation.plan["shutdown_timeout"])
+    told = float((operation.last("shutdown") or {"at": now})["at"])
+    return min(timeout, max(told + timeout - now, _SHUTDOWN_SECONDS))
 
 
 def is_recent(operation: Operation, now: float) -> bool:

@@ -218,23 +218,54 @@ def test_a_stopped_domain_is_started_to_prove_it_and_gets_its_disk_back_if_it_is
     assert sums(roomy, "/disk/vda") == kept
 
 
-STEPS = ["begin", "shutdown", "shrink", "swap", "start", "health", "drop"]
+STEPS = ["begin", "checkpoints disk vda", "define", "shutdown", "shrink", "swap", "start", "health", "drop"]
 
 
 @pytest.mark.skipif(not LONG, reason="make test-long")
 @pytest.mark.parametrize("step", STEPS)
 def test_a_kill_at_any_step_of_a_shrink_is_repaired(roomy: Guest, kept: str, tmp_path: Path, step: str) -> None:
-    size = 79 - STEPS.index(step)
-    wanted = {"disks": [{"target": "vda", "size": f"{size}M"}], **FREELY}
+    number = STEPS.index(step) + 1
+    size = (80 << 10) - 768 * number
+    wanted = {"disks": [{"target": "vda", "size": f"{size}K"}], "max_vcpus": 2 + number, **FREELY}
     log = tmp_path / "steps"
+    roomy.domain().checkpointCreateXML(CHECKPOINT)
     # Not told to shut down, it does not: the next run waits no longer than the killed one would have.
     patience = {"shutdown_timeout": "2s"} if step == "shutdown" else {}
     assert start(roomy, kill_at=step, log=log, **wanted, **patience).wait() < 0
     assert log.read_text().splitlines() == [*STEPS[: STEPS.index(step)], f"!{step}"]
     resize(roomy, **wanted)
     roomy.wait_ready()
-    assert roomy.domain().blockInfo("vda")[0] == size * MIB
+    assert roomy.domain().blockInfo("vda")[0] == size << 10
+    assert not roomy.domain().listAllCheckpoints()
     assert not resize(roomy, **wanted)["changed"]
+    assert not beside(roomy)
+    assert sums(roomy, "/disk/vda") == kept
+    assert roomy.writer_log("vda").is_intact
+    assert not unfinished(roomy)
+
+
+@pytest.mark.skipif(not LONG, reason="make test-long")
+@pytest.mark.parametrize("step", ["", "rollback", "put-back", "start-old"])
+def test_disk_and_definition_of_a_running_domain_come_back_together(roomy: Guest, kept: str, step: str) -> None:
+    """By the run itself, or by the next one where it is killed on the way."""
+    inode, before = roomy.images["vda"].stat().st_ino, roomy.xml_text(inactive=True)
+    present = roomy.domain().blockInfo("vda")[0]
+    wanted = {"disks": [{"target": "vda", "size": "73M"}], "max_vcpus": 20, **FREELY}
+    run = start(roomy, kill_at=step, health_command=["false"], health_timeout="2s", **wanted)
+    if step:
+        assert run.wait() < 0
+        settled = resize(roomy, disks=[{"target": "vda", "size": str(present)}])
+        assert not settled["changed"]
+        assert any("taken back: it runs" in warning for warning in settled["warnings"]), settled["warnings"]
+    else:
+        result = run.result()
+        assert result["failed"]
+        assert result["rolled_back"]
+        assert "its old disks are" in result["msg"]
+    roomy.wait_ready()
+    assert roomy.images["vda"].stat().st_ino == inode
+    assert roomy.xml_text(inactive=True) == before
+    assert roomy.domain().blockInfo("vda")[0] == present
     assert not beside(roomy)
     assert sums(roomy, "/disk/vda") == kept
     assert roomy.writer_log("vda").is_intact
