@@ -62,7 +62,7 @@ def restart(connection: Any, handle: Any, journal: Journal, new_xml: str) -> int
     try:
         handle.create()
     except libvirt.libvirtError as error:
-        in_use = handle.isActive()  # somebody was faster, and it is not for us to stop it
+        in_use = handle.isActive()  # somebody was faster; it is judged like one that this run has started
         if not in_use:
             # It has never run with this size, so there is nothing that rollback: false could keep.
             raise _rolled_back(connection, handle, journal, message_of(error), began) from error
