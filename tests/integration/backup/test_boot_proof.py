@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import libvirt
 import pytest
 from lab.ansible import run_module_process
 from lab.guest import DiskSpec, Guest, GuestSpec
@@ -31,9 +32,17 @@ PRIVATE = Path("/var/lib/libvirt/vmkeeper")
 
 @pytest.fixture(scope="module")
 def guest(module_guest_factory) -> Guest:
-    return module_guest_factory(
-        GuestSpec("proved", disks=(DiskSpec("vda", size=96 * MIB, boot=True, writer=False),), memory=160)
+    """It has a disk that it shares with others, as machines of a cluster do, and that no point holds."""
+    guest = module_guest_factory(
+        GuestSpec("proved", disks=(DiskSpec("vda", size=96 * MIB, boot=True, writer=False),), memory=160), start=False
     )
+    quorum = guest.directory / "quorum.img"
+    quorum.write_bytes(bytes(MIB))
+    guest.domain().attachDeviceFlags(
+        f"<disk type='file'><driver name='qemu' type='raw'/><source file='{quorum}'/><target dev='vdb' bus='virtio'/><shareable/></disk>",
+        libvirt.VIR_DOMAIN_AFFECT_CONFIG,
+    )
+    return guest.start()
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +133,7 @@ def test_a_point_that_boots_is_proved_apart_from_everything(
         assert definition.find(f"devices/{tag}") is None
     written = {source.get("file") for source in definition.iterfind("devices/disk/source")}
     assert all(str(path).startswith(str(PRIVATE / "proofs")) for path in written), written
+    assert "vdb" not in {disk.get("dev") for disk in definition.iterfind("devices/disk/target")}, "others may be writing"
     assert files(repository) == before
     assert_nothing_left(guest)
     listed = ok("backup_info", repository=str(repository))["restore_points"]
