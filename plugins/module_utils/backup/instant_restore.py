@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._errors import LibvirtFailed, Refused, VmkeeperError
-from ..hypervisor import block_jobs, definition, image_node, libvirt_secret, qemu_img
+from ..hypervisor import block_jobs, chain, definition, image_node, libvirt_secret, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.block_jobs import TookTooLong
 from ..hypervisor.connection import constant, explaining, find_by_uuid, open_connection
@@ -133,7 +133,7 @@ def _undoable(uri: str, pending: Journal) -> bool:
     if pending.operation.reached("running") or (handle is not None and handle.isActive()):
         return False
     return not any(
-        qemu_img.holds_data(piece["path"]) for piece in _disks(pending.operation.plan) if os.path.lexists(piece["path"])
+        chain.holds_data(piece["path"]) for piece in _disks(pending.operation.plan) if os.path.lexists(piece["path"])
     )
 
 

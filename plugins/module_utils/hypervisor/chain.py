@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from .._errors import Refused, Unsupported, VmkeeperError
+from . import image_header
 from .domain_model import Disk, Layer
 from .image_header import BadHeader, is_qcow2, read_qcow2
 
@@ -43,14 +46,7 @@ def follow(top: Layer) -> tuple[Layer, ...]:
     seen = {os.path.realpath(top.path)} if top.path else set()
     while layers[-1].path is not None and layers[-1].format == "qcow2":
         path = layers[-1].path
-        try:
-            header = read_qcow2(path)
-        except FileNotFoundError as error:
-            raise Refused(
-                f"The image {path} is missing", advice="Restore it from a backup before anything else"
-            ) from error
-        except (BadHeader, OSError) as error:
-            raise Refused(f"The image {path} cannot be read: {error}", advice="Check it with qemu-img check") from error
+        header = _read(path, read_qcow2)
         if header.backing_file is None:
             break
         below = _resolve(path, header.backing_file)
@@ -63,6 +59,23 @@ def follow(top: Layer) -> tuple[Layer, ...]:
         seen.add(real)
         layers.append(Layer(path=below, format=header.backing_format or _probe(below)))
     return tuple(layers)
+
+
+def holds_data(path: str) -> bool:
+    """:func:`.image_header.holds_data`; raises :class:`Refused` where the image cannot be read."""
+    return _read(path, image_header.holds_data)
+
+
+_Found = TypeVar("_Found")
+
+
+def _read(path: str, reader: Callable[[str], _Found]) -> _Found:
+    try:
+        return reader(path)
+    except FileNotFoundError as error:
+        raise Refused(f"The image {path} is missing", advice="Restore it from a backup before anything else") from error
+    except (BadHeader, OSError) as error:
+        raise Refused(f"The image {path} cannot be read: {error}", advice="Check it with qemu-img check") from error
 
 
 def below(layer: Layer) -> Layer | None:

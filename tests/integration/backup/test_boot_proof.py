@@ -133,7 +133,9 @@ def test_a_point_that_boots_is_proved_apart_from_everything(
         assert definition.find(f"devices/{tag}") is None
     written = {source.get("file") for source in definition.iterfind("devices/disk/source")}
     assert all(str(path).startswith(str(PRIVATE / "proofs")) for path in written), written
-    assert "vdb" not in {disk.get("dev") for disk in definition.iterfind("devices/disk/target")}, "others may be writing"
+    assert "vdb" not in {disk.get("dev") for disk in definition.iterfind("devices/disk/target")}, (
+        "others may be writing"
+    )
     assert files(repository) == before
     assert_nothing_left(guest)
     listed = ok("backup_info", repository=str(repository))["restore_points"]

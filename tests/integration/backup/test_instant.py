@@ -337,16 +337,11 @@ def test_what_it_cannot_do_is_refused_before_anything_is_changed(
     lent.assert_untouched()
 
 
-def kernel_of(lent: Lent) -> Path:
-    """What its guest boots from."""
-    definition = (lent.directory / "domain.xml").read_text()
-    return Path(definition.split("<kernel>")[1].split("<")[0])
-
-
 @contextlib.contextmanager
-def without_kernel(lent: Lent) -> Iterator[None]:
-    """The guest can be defined and not started."""
-    kernel = kernel_of(lent)
+def without_kernel(point_directory: Path) -> Iterator[None]:
+    """The guest of a point can be defined and not started."""
+    definition = (point_directory / "domain.xml").read_text()
+    kernel = Path(definition.split("<kernel>")[1].split("<")[0])
     hidden = kernel.with_name("hidden")
     kernel.rename(hidden)
     try:
@@ -377,7 +372,7 @@ def test_a_restore_whose_domain_is_gone_is_never_called_done(
     for path in images:
         path.unlink()
     log.unlink()
-    with without_kernel(lent):
+    with without_kernel(lent.directory):
         killed = run_module_process("restore", env=points.killed_at("undo", log), **arguments(lent, directory))
         assert killed.wait() == -signal.SIGKILL
     # It had come so far.
@@ -392,7 +387,7 @@ def test_a_start_that_fails_takes_everything_back(lent: Lent, restored: Guest, d
     definition = lent.directory / "domain.xml"
     manifest = lent.directory / "manifest.json"
     kept = {path: (path.read_bytes(), path.stat()) for path in (definition, manifest)}
-    with without_kernel(lent):
+    with without_kernel(lent.directory):
         failed = task("restore", **arguments(lent, directory))
     assert failed["failed"]
     assert "Starting the restored domain" in failed["msg"], failed["msg"]

@@ -24,6 +24,7 @@ from lab.waiting import until
 from ansible_collections.vmkeeper.libvirt.tests.docs_examples import examples_in
 from ansible_collections.vmkeeper.libvirt.tests.integration.backup import points
 from ansible_collections.vmkeeper.libvirt.tests.integration.backup.points import directory_of, ok, point, task
+from ansible_collections.vmkeeper.libvirt.tests.integration.backup.test_instant import without_kernel
 
 PASSPHRASE = "eight-Wandering-otters-914"
 OTHER = "another-Passphrase-entirely"
@@ -333,10 +334,18 @@ def test_an_encrypted_disk_is_restored_at_once_and_stays_encrypted(locked: Guest
     points.fill(locked, "vda", MARK, 10, 20)
     expected = points.device_hash(locked, "vda")
     made = ok("backup", domain=locked.name, repository=str(repository))["restore_point"]
-    back = ok(
-        "restore", repository=str(repository), id=made["id"], domain="lab-locked-r", directory=str(place),
-        network="disconnected", mode="instant", passphrase=PASSPHRASE,
-    )  # fmt: skip
+    arguments = {
+        "repository": str(repository), "id": made["id"], "domain": "lab-locked-r", "directory": str(place),
+        "network": "disconnected", "mode": "instant", "passphrase": PASSPHRASE,
+    }  # fmt: skip
+    with without_kernel(directory_of(repository, made)):
+        failed = task("restore", **arguments)
+    assert "Starting the restored domain" in failed["msg"], failed["msg"]
+    assert list(place.iterdir()) == [], "it was never started, and needs no key to say so"
+    assert [one.name() for one in locked.connection().listAllDomains() if "locked" in one.name()] == [locked.name]
+    assert locked.connection().listSecrets() == [SECRET]
+    assert list(points.JOURNALS.glob("*")) == []
+    back = ok("restore", **arguments)
     secret = back["restored"][0]["secret"]
     try:
         assert sorted(locked.connection().listSecrets()) == sorted([SECRET, secret]), "that of the point is gone"
