@@ -309,6 +309,41 @@ def test_libvirtd_or_qemu_killed_at_a_step_the_next_run_finishes_it(
         assert points.content(directory / "lab-lent.vdb.qcow2") == lent.vdb, step
 
 
+def killed_when_defined(lent: Lent, directory: Path, tmp_path: Path) -> None:
+    """Leave what a kill leaves between the definition of the domain and its start."""
+    killed = run_module_process(
+        "restore", env=points.killed_at("start", tmp_path / "steps"), **arguments(lent, directory)
+    )
+    assert killed.wait() == -signal.SIGKILL
+    journal = next(path for path in points.JOURNALS.glob("*") if not path.is_symlink())
+    operation = json.loads(journal.read_text())
+    assert operation["steps"].pop()["name"] == "start"  # a step is named before anything of it is done
+    journal.write_text(json.dumps(operation))
+
+
+def test_a_guest_that_was_started_by_hand_after_a_kill_is_kept(
+    host: TestHost, lent: Lent, restored: Guest, directory: Path, tmp_path: Path
+) -> None:
+    killed_when_defined(lent, directory, tmp_path)
+    restored.domain().create()
+    process = host.qemu_pids()["lab-lent"]
+    ok("restore", **arguments(lent, directory))
+    assert host.qemu_pids()["lab-lent"] == process
+    assert_independent(lent, restored, directory)
+
+    points.forget_domain(restored, "lab-lent")
+    for path in (*directory.iterdir(), tmp_path / "steps"):
+        path.unlink()
+    killed_when_defined(lent, directory, tmp_path)
+    restored.start()
+    write(restored, "mine", 10, 10)
+    restored.destroy()
+    found = ok("recover_domain", domain="lab-lent")["findings"]
+    assert [one["action"] for one in found] == ["finished"], found
+    assert_independent(lent, restored, directory)
+    assert points.content(directory / "lab-lent.vdb.qcow2") == expected_vdb(lent, tmp_path, [("mine", 10, 10)])
+
+
 def unmount_views() -> None:
     """What a reboot does, and a power cut of the lab does not."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
