@@ -360,6 +360,7 @@ def _flatten(loan: Loan, piece: Mapping[str, Any], passphrase: Passphrase | None
             ["rebase", "-q", "--image-opts", "-b", "", image_node.as_options(image_node.node(layers, keys))],
             doing=f"Making {piece['path']} independent of the repository",
             keys=keys,
+            with_caller=True,
         )
 
 

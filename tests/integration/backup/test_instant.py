@@ -344,6 +344,41 @@ def test_a_guest_that_was_started_by_hand_after_a_kill_is_kept(
     assert points.content(directory / "lab-lent.vdb.qcow2") == expected_vdb(lent, tmp_path, [("mine", 10, 10)])
 
 
+@pytest.mark.skipif(points.SCALE == 1, reason="runs in make test-long")
+def test_killed_while_a_stopped_guest_is_made_whole_nothing_writes_on_and_the_next_run_finishes_it(
+    lent: Lent, restored: Guest, directory: Path, tmp_path: Path
+) -> None:
+    held = run_module_process(
+        "restore", env=points.killed_at("flatten", tmp_path / "steps"), **arguments(lent, directory, bandwidth="256K")
+    )
+    until(lambda: list(directory.glob("*.qcow2")) and restored.is_running(), "the guest")
+    restored.wait_ready()
+    write(restored, "mine", 10, 10)
+    restored.shutdown()
+    assert held.wait() == -signal.SIGKILL
+    recovering = run_module_process("recover_domain", domain="lab-lent")
+    children = Path(f"/proc/{recovering.pid}/task/{recovering.pid}/children")
+
+    def copying() -> int | None:
+        for pid in children.read_text().split():
+            with contextlib.suppress(OSError):
+                if b"\0rebase\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(int(pid), signal.SIGSTOP)
+                    return int(pid)
+        return None
+
+    program = until(copying, "qemu-img", interval=0.001)
+    os.kill(recovering.pid, signal.SIGKILL)
+    recovering.wait()
+    until(
+        lambda: not Path(f"/proc/{program}/cmdline").exists() or not Path(f"/proc/{program}/cmdline").read_bytes(),
+        "its end",
+    )
+    assert [one["action"] for one in ok("recover_domain", domain="lab-lent")["findings"]] == ["finished"]
+    assert_independent(lent, restored, directory)
+    assert points.content(directory / "lab-lent.vdb.qcow2") == expected_vdb(lent, tmp_path, [("mine", 10, 10)])
+
+
 def unmount_views() -> None:
     """What a reboot does, and a power cut of the lab does not."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
