@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import libvirt
 import pytest
-from lab.ansible import run_module_process
+from lab.ansible import run_module_process, run_playbook
 from lab.guest import DiskSpec, Guest, GuestSpec
 from lab.secrecy import PLACES, Watch, holding
 from lab.spec import MIB
@@ -143,9 +143,21 @@ def test_a_point_that_boots_is_proved_apart_from_everything(
 
 
 def test_the_users_check_decides(guest: Guest, repository: Path, made: dict[str, Any]) -> None:
-    good = ok("backup_verify", **arguments(repository, made, boot_check=["grep", "-q", "yes", "/disk/vda/present"]))
+    good = run_playbook(
+        "vmkeeper.libvirt.verify",
+        extra_vars={
+            "target": "localhost",
+            "repository": str(repository),
+            "level": "boot",
+            "boot_check": ["grep", "-q", "yes", "/disk/vda/present"],
+        },
+    )
+    assert good.rc == 0, good.stdout + str(good.tasks)
+    outcome = json.loads((directory_of(repository, made) / "verify.json").read_text())
+    assert (outcome["level"], outcome["verified"]) == ("boot", True)
+    assert f"{made['id']:24} {'boot':10} {'proved':10} {outcome['boot_seconds']:.1f} s" in str(good.tasks)
     # Long enough for it to boot also on a machine that has become busier.
-    patience = f"{15 + int(4 * good['boot_seconds'])}s"
+    patience = f"{15 + int(4 * outcome['boot_seconds'])}s"
     failed = task("backup_verify", **arguments(repository, made, boot_check=["false"], boot_timeout=patience))
     assert failed["failed"]
     assert failed["error"]["kind"] == "not_proved"

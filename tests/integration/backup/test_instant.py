@@ -154,6 +154,9 @@ def test_the_guest_answers_at_once_and_what_it_writes_meanwhile_is_kept(
     shown = ok("domain_job", domain="lab-lent")
     assert shown["job"]["state"] == "running", shown
     assert {job["type"] for job in shown["block_jobs"]} == {"pull"}
+    assert all(0 <= job["done"] <= job["total"] for job in shown["block_jobs"]), shown["block_jobs"]
+    (size,) = {job["total"] for job in shown["block_jobs"]}
+    assert size in (48 * MIB, 36 * MIB), "one disk after the other, each as large as it is"
     lent.assert_untouched()
     for point_directory in lent.directory.parent.iterdir():
         assert "domain 'lab-lent'" in readers(restored, point_directory / "vdb.qcow2")
