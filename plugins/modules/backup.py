@@ -84,7 +84,7 @@ options:
         O(type=full) begins a new chain with a new one. Where O(encryption) comes or goes, the disks get a full.
       - With O(state=absent) it is needed where encrypted points that stay must be merged with the one that goes.
       - A disk whose own image is encrypted is always stored encrypted, and not compressed. Without this option its passphrase is that
-        of its libvirt secret, which must not be private.
+        of its libvirt secret, which must not be private. That is taken as it is, with a line break at its end if it has one.
       - Without the passphrase the data is lost. It is kept nowhere.
     type: dict
     suboptions:
@@ -343,7 +343,7 @@ def request_of(call: _module.Call) -> Request:
         protected=params["protected"],
         deadline=deadline,
         compression=None if params["compression"] == "none" else params["compression"],
-        passphrase=image_node.passphrase_option(
+        passphrase=image_node.new_passphrase_option(
             (params["encryption"] or {}).get("passphrase"), "encryption.passphrase"
         ),
         scratch=None if params["scratch"] is None else names.check_directory(params["scratch"], "scratch"),

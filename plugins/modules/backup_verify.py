@@ -14,7 +14,8 @@ description:
   - Reads every stored byte that a restore of the point needs, through its whole chain, and compares it with the digests that
     were written when it was made. A failed proof fails the task.
   - With O(level=boot) a guest of its own is booted from the point, asked whether it is well, and thrown away. It has a fresh name,
-    UUID and firmware variables of its own, no network and no device of the host, and nothing is written to the point's images.
+    UUID and firmware variables of its own, no disk but the point's, no network and no device of the host, and nothing is written to
+    the point's images.
   - The outcome is kept as C(verify.json) beside the manifest, and shown by M(vmkeeper.libvirt.backup_info). Where the repository is
     full or read-only it is only returned, with a warning.
 options:

@@ -260,7 +260,7 @@ job:
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domain
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.image_node import passphrase_option
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.image_node import new_passphrase_option
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.export_plan import Request
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.sealing import OPERATIONS
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.images.workers import export
@@ -290,7 +290,7 @@ def request_of(call: _module.Call) -> Request:
         scratch=names.check_directory(params["scratch"], "scratch") if params["scratch"] else None,
         tags=names.check_tags(params["tags"]) or {},
         deadline=deadline,
-        passphrase=passphrase_option((params["encryption"] or {}).get("passphrase"), "encryption.passphrase"),
+        passphrase=new_passphrase_option((params["encryption"] or {}).get("passphrase"), "encryption.passphrase"),
         seal=tuple(name for name in OPERATIONS if name in params["seal"]),
         bandwidth=names.parse_size(params["bandwidth"], "bandwidth") if params["bandwidth"] else 0,
     )

@@ -75,6 +75,8 @@ options:
       - Name of the restored domain. Its original name when left out.
       - It has its original identity (UUID and MAC addresses) when it keeps its name and the original is not defined on this
         host, else a new one.
+      - With a new one it has no disk that is not in the point, unless that is read-only. One that is shareable may be in use by the
+        original.
     type: str
   disks:
     description: Targets of single disks to restore, with O(in_place) or O(attach_to).

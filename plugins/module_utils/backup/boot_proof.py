@@ -135,7 +135,7 @@ def _plan(connection: Any, repository: Repository, found: Found, uuid: str, pass
         ),
         read_host(connection, definition_then),
     )
-    xml = throw_away(mapped.xml, f"Boot proof of {point.domain} {point.id}")
+    xml = throw_away(mapped.xml, f"Boot proof of {point.domain} {point.id}", loan.chains)
     models = definition.security_models(connection.getCapabilities())
     xml = definition.with_backing(xml, loan.layers(), models, loan.secrets())
     return _Plan(uuid, name, xml, loan, nvram, overlay_secret)

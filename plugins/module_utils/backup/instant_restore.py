@@ -3,9 +3,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """``restore mode: instant``: a guest that runs at once on overlays over its point, and is then pulled local.
 
-Until ``start`` an interruption is undone, for nobody has written anything.  From then on the overlays hold the guest's
-writes: an interruption is only ever finished.  The journal stays open, and the definition names the repository's files,
-until no disk of the guest needs them.
+Until ``start`` an interruption is undone, for nobody has written anything, unless somebody has started the guest by hand.
+From then on the overlays hold the guest's writes: an interruption is only ever finished.  The journal stays open, and the
+definition names the repository's files, until no disk of the guest needs them.
 
 Layers that are encrypted are opened by a libvirt secret that is in libvirtd's memory only.  A guest that stopped after libvirtd
 was restarted, or one that was shut down before all was pulled, needs the passphrase once more: the same restore brings it.
@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._errors import LibvirtFailed, Refused, VmkeeperError
-from ..hypervisor import block_jobs, definition, image_node, libvirt_secret, qemu_img
+from ..hypervisor import block_jobs, chain, definition, image_node, libvirt_secret, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.block_jobs import TookTooLong
 from ..hypervisor.connection import constant, explaining, find_by_uuid, open_connection
@@ -50,21 +50,21 @@ def begin(uuid: str, name: str, plan: dict[str, Any]) -> Journal:
 def unfinished(connection: Any, uuid: str, identity: Mapping[str, Any]) -> Journal | None:
     """The same restore, interrupted when its guest had been started, and still to be finished. Call it under the domain's lock.
 
-    None for one that was being undone, and for one whose domain somebody has undefined since: those are settled.
+    None for one that will be undone, and for one whose domain somebody has undefined since: those are settled.
     """
     pending = journals.unfinished(uuid)
-    if pending is None or pending.operation.kind != KIND or not pending.operation.reached("start"):
+    if pending is None or pending.operation.kind != KIND or find_by_uuid(connection, uuid) is None:
         return None
-    if pending.operation.reached("undo") or find_by_uuid(connection, uuid) is None:
+    if _goes_back(connection, pending.operation):
         return None
     return pending if pending.operation.plan["request"] == identity else None
 
 
 def left_behind(connection: Any, operation: Operation | None) -> list[str]:
     """The images that a settled restore leaves, because its domain was undefined after its guest had been started."""
-    if operation is None or operation.kind != KIND or not operation.reached("start") or operation.reached("undo"):
+    if operation is None or operation.kind != KIND or find_by_uuid(connection, operation.plan["uuid"]) is not None:
         return []
-    if find_by_uuid(connection, operation.plan["uuid"]) is not None:
+    if _goes_back(connection, operation):
         return []
     return [piece["path"] for piece in operation.plan["pieces"] if os.path.lexists(piece["path"])]
 
@@ -117,7 +117,7 @@ def stand_up(uri: str, pending: Journal, passphrase: Passphrase | None = None) -
 
 def _undo_after(error: BaseException, uri: str, pending: Journal) -> None:
     try:
-        if _undoable(uri, pending):
+        if _unwritten(open_connection(uri), pending.operation):
             undo(uri, pending)
     except (VmkeeperError, libvirt.libvirtError, OSError) as trouble:
         if isinstance(error, VmkeeperError):
@@ -125,15 +125,21 @@ def _undo_after(error: BaseException, uri: str, pending: Journal) -> None:
             error.args = (str(error),)
 
 
-def _undoable(uri: str, pending: Journal) -> bool:
-    """Whether nobody has written anything yet."""
-    if not pending.operation.reached("start"):
+def _goes_back(connection: Any, operation: Operation) -> bool:
+    """Whether an interrupted restore is undone, not finished: before its start, unless somebody has started its guest by hand."""
+    started = operation.reached("start") and not operation.reached("undo")
+    return not started and _unwritten(connection, operation)
+
+
+def _unwritten(connection: Any, operation: Operation) -> bool:
+    """Whether nobody has written anything yet: neither our guest nor one that somebody has started by hand."""
+    if not operation.reached("define"):
         return True
-    handle = find_by_uuid(open_connection(uri), pending.operation.plan["uuid"])
-    if pending.operation.reached("running") or (handle is not None and handle.isActive()):
+    handle = find_by_uuid(connection, operation.plan["uuid"])
+    if operation.reached("running") or (handle is not None and handle.isActive()):
         return False
     return not any(
-        qemu_img.holds_data(piece["path"]) for piece in _disks(pending.operation.plan) if os.path.lexists(piece["path"])
+        chain.holds_data(piece["path"]) for piece in _disks(operation.plan) if os.path.lexists(piece["path"])
     )
 
 
@@ -354,6 +360,7 @@ def _flatten(loan: Loan, piece: Mapping[str, Any], passphrase: Passphrase | None
             ["rebase", "-q", "--image-opts", "-b", "", image_node.as_options(image_node.node(layers, keys))],
             doing=f"Making {piece['path']} independent of the repository",
             keys=keys,
+            with_caller=True,
         )
 
 
@@ -406,11 +413,11 @@ def _require_unused(uri: str, plan: Mapping[str, Any]) -> None:
 
 
 def settle_instant(uri: str, pending: Journal) -> dict[str, str]:
-    """Undo one whose guest was never started, finish any other; returns ``{what, action}``."""
+    """Undo one whose guest was started by nobody, finish any other; returns ``{what, action}``."""
     plan = pending.operation.plan
     what = f"an interrupted instant restore of {plan['point']}"
-    # One that was being undone may have lost its domain to that, and only to that; unless somebody has started it since.
-    if not pending.operation.reached("start") or (pending.operation.reached("undo") and _undoable(uri, pending)):
+    # One that was being undone may have lost its domain to that, and only to that.
+    if _goes_back(open_connection(uri), pending.operation):
         undo(uri, pending)
         return {"what": what, "action": "undone"}
     handle = find_by_uuid(open_connection(uri), plan["uuid"])

@@ -184,8 +184,8 @@ def _disks(root: ElementTree.Element, target: Target, host: Host, notes: list[st
                 disk.remove(source)
                 notes.append(f"the medium {path} of {name} is not on this host; the drive is empty")
             continue
-        writable = disk.find("readonly") is None and disk.find("shareable") is None
-        if missing or (target.fresh and writable):
+        # One that is shareable is shared by the domains of a cluster, which a copy of one of them is not.
+        if missing or (target.fresh and disk.find("readonly") is None):
             devices.remove(disk)
             why = "its image is not on this host" if missing else "it is the original's, and not part of the point"
             notes.append(f"disk {name} was left out: {why}")

@@ -8,6 +8,7 @@ What the guest boots from and is booted by stays; what connects it to anything g
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from xml.etree import ElementTree
 
 from ..hypervisor.domain_model import AGENT_CHANNEL
@@ -51,9 +52,16 @@ _NOT_HARMLESS = (
     "nvram",
 )
 
+#: Drives stay, without a medium.
+_DRIVES = ("cdrom", "floppy")
 
-def throw_away(xml: str, title: str) -> str:
-    """The definition for a guest that is started once, looked at and destroyed. Its disks and identity are those of ``xml``."""
+
+def throw_away(xml: str, title: str, disks: Collection[str]) -> str:
+    """The definition for a guest that is started once, looked at and destroyed. Its identity is that of ``xml``.
+
+    ``disks`` are the targets of those that are its own. Any other may be in use, here or on another host, also one that it
+    would only read.
+    """
     root = ElementTree.fromstring(xml)
     for tag in _NOT_NEEDED:
         for element in root.findall(tag):
@@ -71,7 +79,11 @@ def throw_away(xml: str, title: str) -> str:
         _ports(devices)
         _screen(devices)
         for disk in devices.findall("disk"):
-            _disk(disk)
+            target = disk.find("target")
+            if disk.get("device") in _DRIVES or (target is not None and target.get("dev") in disks):
+                _disk(disk)
+            else:
+                devices.remove(disk)
         for watchdog in devices.findall("watchdog"):
             watchdog.set("action", "none")
         for memory in devices.findall("memory"):
@@ -132,7 +144,7 @@ def _disk(disk: ElementTree.Element) -> None:
         for element in disk.findall(tag):
             disk.remove(element)
     driver = disk.find("driver")
-    if disk.get("device") in ("cdrom", "floppy"):
+    if disk.get("device") in _DRIVES:
         disk.set("type", "file")
         for tag in ("source", "backingStore", "mirror"):
             for element in disk.findall(tag):

@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from .._errors import Refused, Unsupported, VmkeeperError
+from . import image_header
 from .domain_model import Disk, Layer
 from .image_header import BadHeader, Qcow2Header, is_qcow2, read_qcow2
 
@@ -46,15 +47,7 @@ def follow(top: Layer) -> tuple[Layer, ...]:
     seen = {os.path.realpath(top.path)} if top.path else set()
     while layers[-1].path is not None and layers[-1].format == "qcow2":
         path = layers[-1].path
-        try:
-            header = read_qcow2(path)
-        except FileNotFoundError as error:
-            raise Refused(
-                f"The image {path} is missing", advice="Restore it from a backup before anything else"
-            ) from error
-        except (BadHeader, OSError) as error:
-            raise Refused(f"The image {path} cannot be read: {error}", advice="Check it with qemu-img check") from error
-        lower = _backing(path, header)
+        lower = _backing(path, _read(path, read_qcow2))
         if lower is None:
             break
         real = os.path.realpath(str(lower.path))
@@ -66,6 +59,23 @@ def follow(top: Layer) -> tuple[Layer, ...]:
         seen.add(real)
         layers.append(lower)
     return tuple(layers)
+
+
+def holds_data(path: str) -> bool:
+    """:func:`.image_header.holds_data`; raises :class:`Refused` where the image cannot be read."""
+    return _read(path, image_header.holds_data)
+
+
+_Found = TypeVar("_Found")
+
+
+def _read(path: str, reader: Callable[[str], _Found]) -> _Found:
+    try:
+        return reader(path)
+    except FileNotFoundError as error:
+        raise Refused(f"The image {path} is missing", advice="Restore it from a backup before anything else") from error
+    except (BadHeader, OSError) as error:
+        raise Refused(f"The image {path} cannot be read: {error}", advice="Check it with qemu-img check") from error
 
 
 def below(layer: Layer) -> Layer | None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 QCOW2_MAGIC = b"QFI\xfb"
 
@@ -20,6 +22,9 @@ _EXTENSION_BITMAPS = 0x23852875
 _EXTENSION_CRYPTO = 0x0537BE77
 _EXTENSION_DATA_FILE = 0x44415441
 _EXTENSIONS_LIMIT = 1 << 20
+
+#: QEMU's own bound of the first table (QCOW_MAX_L1_SIZE), in bytes.
+_L1_LIMIT = 32 << 20
 
 INCOMPATIBLE_DIRTY = 1 << 0
 INCOMPATIBLE_CORRUPT = 1 << 1
@@ -86,15 +91,41 @@ def is_qcow2(path: str) -> bool:
 
 def read_qcow2(path: str) -> Qcow2Header:
     """Parse the header of a qcow2 image; raises :class:`BadHeader` on anything that contradicts itself."""
+    return _reading(path, _parse)
+
+
+def holds_data(path: str) -> bool:
+    """Whether anything was ever written to this qcow2 layer itself, encrypted or not. Nobody may hold it.
+
+    The first write to a part makes the table of that part, also one of zeros.  Raises :class:`BadHeader`.
+    """
+    return _reading(path, _has_tables)
+
+
+_Read = TypeVar("_Read")
+
+
+def _reading(path: str, read: Callable[[int], _Read]) -> _Read:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        return _parse(descriptor)
+        return read(descriptor)
     except struct.error as error:
         raise BadHeader("the header is cut short") from error
     except UnicodeDecodeError as error:
         raise BadHeader("a name in the header is not UTF-8") from error
     finally:
         os.close(descriptor)
+
+
+def _has_tables(descriptor: int) -> bool:
+    _parse(descriptor)
+    entries, offset = struct.unpack(">IQ", os.pread(descriptor, 12, 36))
+    if entries * 8 > _L1_LIMIT or offset >> 56:
+        raise BadHeader("the first table is out of range")
+    table = os.pread(descriptor, entries * 8, offset)
+    if len(table) != entries * 8:
+        raise BadHeader("the first table is cut short")
+    return any(table)
 
 
 def _parse(descriptor: int) -> Qcow2Header:

@@ -40,7 +40,20 @@ SHORTEST_PASSPHRASE = 8
 
 
 def passphrase_option(value: str | None, what: str) -> Passphrase | None:
-    """An option that is a passphrase, checked."""
+    """An option that opens what was encrypted before.
+
+    As it is: what a backup has encrypted with the value of a guest's libvirt secret has whatever that holds, such as the line
+    break of ``echo passphrase | base64``.
+    """
+    if value is None:
+        return None
+    if not value:
+        raise InvalidInput(f"{what} is empty", advice="Give the passphrase, or leave the option out")
+    return Passphrase(value.encode())
+
+
+def new_passphrase_option(value: str | None, what: str) -> Passphrase | None:
+    """An option that something is encrypted with from now on: refused unless somebody can type it and nobody guesses it."""
     if value is None:
         return None
     if len(value) < SHORTEST_PASSPHRASE:

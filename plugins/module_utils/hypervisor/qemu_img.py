@@ -88,14 +88,6 @@ def create(path: str, size: int, owner: tuple[int, int]) -> None:
     os.chmod(path, 0o600)
 
 
-def holds_data(path: str) -> bool:
-    """Whether anything was ever written to this qcow2 layer itself. Its backing file is not opened; nobody may hold it."""
-    image = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": path}}
-    extents = run(["map", "--output=json", f"json:{json.dumps(image)}"], doing=f"Reading the map of {path}")
-    # ``present`` came with QEMU 6.1; before, an untouched layer cannot be told from one full of zeroes.
-    return any(extent.get("present", extent["data"] or extent["zero"]) for extent in json.loads(extents))
-
-
 def create_overlay(path: str, *, backing: str, backing_format: str, size: int | None, owner: tuple[int, int]) -> None:
     """Make a private qcow2 overlay of ``backing`` at ``path``, which must not exist, owned as QEMU needs it.
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._errors import Refused
-from ..hypervisor import apparmor, block_jobs, definition, qemu_img
+from ..hypervisor import apparmor, block_jobs, chain, definition, qemu_img
 from ..hypervisor.domain_model import Domain, read_domain
 from ..safety import places, processes
 from ..safety.host_graph import canonical, read_graph
@@ -96,7 +96,7 @@ def _merge_strays(handle: Any, domain: Domain, strays: Sequence[Mapping[str, Any
                 advice="Shut the guest down from inside and run this again before it is started: what it wrote is then merged"
                 f" into {base}. Started first, it would lose that",
             )
-        if holders or not (resumed or qemu_img.holds_data(path)):
+        if holders or not (resumed or chain.holds_data(path)):
             continue
         if domain.state.active or not (resumed or _younger(path, than=base)):
             raise Refused(

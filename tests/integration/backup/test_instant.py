@@ -154,6 +154,9 @@ def test_the_guest_answers_at_once_and_what_it_writes_meanwhile_is_kept(
     shown = ok("domain_job", domain="lab-lent")
     assert shown["job"]["state"] == "running", shown
     assert {job["type"] for job in shown["block_jobs"]} == {"pull"}
+    assert all(0 <= job["done"] <= job["total"] for job in shown["block_jobs"]), shown["block_jobs"]
+    (size,) = {job["total"] for job in shown["block_jobs"]}
+    assert size in (48 * MIB, 36 * MIB), "one disk after the other, each as large as it is"
     lent.assert_untouched()
     for point_directory in lent.directory.parent.iterdir():
         assert "domain 'lab-lent'" in readers(restored, point_directory / "vdb.qcow2")
@@ -309,6 +312,76 @@ def test_libvirtd_or_qemu_killed_at_a_step_the_next_run_finishes_it(
         assert points.content(directory / "lab-lent.vdb.qcow2") == lent.vdb, step
 
 
+def killed_when_defined(lent: Lent, directory: Path, tmp_path: Path) -> None:
+    """Leave what a kill leaves between the definition of the domain and its start."""
+    killed = run_module_process(
+        "restore", env=points.killed_at("start", tmp_path / "steps"), **arguments(lent, directory)
+    )
+    assert killed.wait() == -signal.SIGKILL
+    journal = next(path for path in points.JOURNALS.glob("*") if not path.is_symlink())
+    operation = json.loads(journal.read_text())
+    assert operation["steps"].pop()["name"] == "start"  # a step is named before anything of it is done
+    journal.write_text(json.dumps(operation))
+
+
+def test_a_guest_that_was_started_by_hand_after_a_kill_is_kept(
+    host: TestHost, lent: Lent, restored: Guest, directory: Path, tmp_path: Path
+) -> None:
+    killed_when_defined(lent, directory, tmp_path)
+    restored.domain().create()
+    process = host.qemu_pids()["lab-lent"]
+    ok("restore", **arguments(lent, directory))
+    assert host.qemu_pids()["lab-lent"] == process
+    assert_independent(lent, restored, directory)
+
+    points.forget_domain(restored, "lab-lent")
+    for path in (*directory.iterdir(), tmp_path / "steps"):
+        path.unlink()
+    killed_when_defined(lent, directory, tmp_path)
+    restored.start()
+    write(restored, "mine", 10, 10)
+    restored.destroy()
+    found = ok("recover_domain", domain="lab-lent")["findings"]
+    assert [one["action"] for one in found] == ["finished"], found
+    assert_independent(lent, restored, directory)
+    assert points.content(directory / "lab-lent.vdb.qcow2") == expected_vdb(lent, tmp_path, [("mine", 10, 10)])
+
+
+@pytest.mark.skipif(points.SCALE == 1, reason="runs in make test-long")
+def test_killed_while_a_stopped_guest_is_made_whole_nothing_writes_on_and_the_next_run_finishes_it(
+    lent: Lent, restored: Guest, directory: Path, tmp_path: Path
+) -> None:
+    held = run_module_process(
+        "restore", env=points.killed_at("flatten", tmp_path / "steps"), **arguments(lent, directory, bandwidth="256K")
+    )
+    until(lambda: list(directory.glob("*.qcow2")) and restored.is_running(), "the guest")
+    restored.wait_ready()
+    write(restored, "mine", 10, 10)
+    restored.shutdown()
+    assert held.wait() == -signal.SIGKILL
+    recovering = run_module_process("recover_domain", domain="lab-lent")
+    children = Path(f"/proc/{recovering.pid}/task/{recovering.pid}/children")
+
+    def copying() -> int | None:
+        for pid in children.read_text().split():
+            with contextlib.suppress(OSError):
+                if b"\0rebase\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(int(pid), signal.SIGSTOP)
+                    return int(pid)
+        return None
+
+    program = until(copying, "qemu-img", interval=0.001)
+    os.kill(recovering.pid, signal.SIGKILL)
+    recovering.wait()
+    until(
+        lambda: not Path(f"/proc/{program}/cmdline").exists() or not Path(f"/proc/{program}/cmdline").read_bytes(),
+        "its end",
+    )
+    assert [one["action"] for one in ok("recover_domain", domain="lab-lent")["findings"]] == ["finished"]
+    assert_independent(lent, restored, directory)
+    assert points.content(directory / "lab-lent.vdb.qcow2") == expected_vdb(lent, tmp_path, [("mine", 10, 10)])
+
+
 def unmount_views() -> None:
     """What a reboot does, and a power cut of the lab does not."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -337,16 +410,11 @@ def test_what_it_cannot_do_is_refused_before_anything_is_changed(
     lent.assert_untouched()
 
 
-def kernel_of(lent: Lent) -> Path:
-    """What its guest boots from."""
-    definition = (lent.directory / "domain.xml").read_text()
-    return Path(definition.split("<kernel>")[1].split("<")[0])
-
-
 @contextlib.contextmanager
-def without_kernel(lent: Lent) -> Iterator[None]:
-    """The guest can be defined and not started."""
-    kernel = kernel_of(lent)
+def without_kernel(point_directory: Path) -> Iterator[None]:
+    """The guest of a point can be defined and not started."""
+    definition = (point_directory / "domain.xml").read_text()
+    kernel = Path(definition.split("<kernel>")[1].split("<")[0])
     hidden = kernel.with_name("hidden")
     kernel.rename(hidden)
     try:
@@ -377,7 +445,7 @@ def test_a_restore_whose_domain_is_gone_is_never_called_done(
     for path in images:
         path.unlink()
     log.unlink()
-    with without_kernel(lent):
+    with without_kernel(lent.directory):
         killed = run_module_process("restore", env=points.killed_at("undo", log), **arguments(lent, directory))
         assert killed.wait() == -signal.SIGKILL
     # It had come so far.
@@ -392,7 +460,7 @@ def test_a_start_that_fails_takes_everything_back(lent: Lent, restored: Guest, d
     definition = lent.directory / "domain.xml"
     manifest = lent.directory / "manifest.json"
     kept = {path: (path.read_bytes(), path.stat()) for path in (definition, manifest)}
-    with without_kernel(lent):
+    with without_kernel(lent.directory):
         failed = task("restore", **arguments(lent, directory))
     assert failed["failed"]
     assert "Starting the restored domain" in failed["msg"], failed["msg"]

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import os
 import random
 import signal
@@ -229,21 +229,33 @@ def test_retention_killed_at_every_step_is_finished_by_the_same_task(
     assert passphrase or seen["replace"] == 2, seen
 
 
-def test_a_removal_waits_for_whoever_reads_the_chain(host, directory: Path) -> None:
+def test_a_removal_waits_for_whoever_reads_the_chain(host, directory: Path, tmp_path: Path) -> None:
     made = Built(directory / "r")
     made.path.mkdir()
     rng = random.Random(12)
     ids = [made.add(rng, {"vda": None})]
     ids.append(made.add(rng, {"vda": ids[0]}))
-    ok("backup_verify", repository=str(made.path), id=ids[1])  # makes the lock
-    lock = Path(f"/run/lock/vmkeeper.libvirt/chain-{made.repository.uuid}-{UUID}")
-    with lock.open("rb") as reader:
-        fcntl.flock(reader, fcntl.LOCK_SH)
-        removing = run_module_process("backup", domain=UUID, repository=str(made.path), state="absent", id=ids[0])
-        until(lambda: str(removing.pid) in (lock.parent / UUID).read_text(), "the removal having the domain's lock")
-        time.sleep(0.5)  # it must stay where it is: nothing to poll for
-        assert removing.running()
-        assert made.ids() == ids
+    log, lock = tmp_path / "steps", Path("/run/lock/vmkeeper.libvirt") / UUID
+    reading = run_module_process(
+        "restore",
+        env=points.killed_at("copy", log, how="stop"),
+        repository=str(made.path),
+        id=ids[1],
+        domain="lab-built-r",
+        directory=str(directory),
+    )
+    until(lambda: log.exists() and "!copy" in log.read_text(), "the restore")
+    removing = run_module_process("backup", domain=UUID, repository=str(made.path), state="absent", id=ids[0])
+    until(lambda: lock.exists() and str(removing.pid) in lock.read_text(), "the removal having the domain's lock")
+    time.sleep(0.5)  # it must stay where it is: nothing to poll for
+    assert removing.running()
+    assert made.ids() == ids
+    os.kill(reading.pid, signal.SIGCONT)
+    assert not reading.result()["failed"], reading.result()["msg"]
+    host.connect().lookupByName("lab-built-r").undefine()
+    assert (
+        points.content(directory / "lab-built-r.vda.qcow2") == hashlib.sha256(made.contents[ids[1]]["vda"]).hexdigest()
+    )
     assert not removing.result()["failed"]
     assert made.ids() == [ids[1]]
     made.assert_exact("after")

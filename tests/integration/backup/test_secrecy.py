@@ -24,6 +24,7 @@ from lab.waiting import until
 from ansible_collections.vmkeeper.libvirt.tests.docs_examples import examples_in
 from ansible_collections.vmkeeper.libvirt.tests.integration.backup import points
 from ansible_collections.vmkeeper.libvirt.tests.integration.backup.points import directory_of, ok, point, task
+from ansible_collections.vmkeeper.libvirt.tests.integration.backup.test_instant import without_kernel
 
 PASSPHRASE = "eight-Wandering-otters-914"
 OTHER = "another-Passphrase-entirely"
@@ -53,21 +54,21 @@ def watching() -> Watch:
 
 
 @contextlib.contextmanager
-def key_file() -> Iterator[Path]:
+def key_file(passphrase: str = PASSPHRASE) -> Iterator[Path]:
     """A passphrase in a file in memory, for programs that are not ours."""
     path = Path(f"/dev/shm/vmk-test-key-{os.getpid()}")
     path.touch(0o600)
-    path.write_text(PASSPHRASE)
+    path.write_text(passphrase)
     try:
         yield path
     finally:
         path.unlink()
 
 
-def decoded(image: Path) -> str:
+def decoded(image: Path, passphrase: str = PASSPHRASE) -> str:
     """SHA-256 of what one encrypted image holds that stands on nothing."""
     raw = image.with_suffix(".raw")
-    with key_file() as key:
+    with key_file(passphrase) as key:
         node = {"driver": "qcow2", "encrypt": {"format": "luks", "key-secret": "key"}}
         name = "json:" + json.dumps({**node, "file": {"driver": "file", "filename": str(image)}})
         points.run("qemu-img", "convert", "--object", f"secret,id=key,file={key}", "-O", "raw", name, raw)
@@ -77,12 +78,12 @@ def decoded(image: Path) -> str:
         raw.unlink()
 
 
-def by_hand(directory: Path, repository: Path, made: dict, name: str) -> Path:
+def by_hand(directory: Path, repository: Path, made: dict, name: str, passphrase: str = PASSPHRASE) -> Path:
     """Copy a point's images as the guide tells people to; the directory with the copies."""
     example = next(
         one for one in examples_in(CHECKOUT / "docs/guides/backup.md") if one.name == "restore-encrypted-by-hand"
     )
-    with key_file() as key:
+    with key_file(passphrase) as key:
         variables = {"POINT": directory_of(repository, made), "DEST": directory, "NAME": name, "KEY": key}
         subprocess.run(
             ["sh", "-euc", example.text],
@@ -255,13 +256,16 @@ def test_killed_with_the_data_on_its_way_nothing_readable_lies_anywhere(
 
 SECRET = "0b7e5f3c-8d21-4c6e-9a51-5ad1d4c0ffee"
 
+#: Its value, as ``echo passphrase | base64`` makes it.
+VALUE = f"{PASSPHRASE}\n"
+
 
 def define_secret(guest: Guest, *, private: bool) -> None:
     connection = guest.connection()
     if SECRET in connection.listSecrets():
         connection.secretLookupByUUIDString(SECRET).undefine()
     xml = f"<secret ephemeral='no' private='{'yes' if private else 'no'}'><uuid>{SECRET}</uuid></secret>"
-    connection.secretDefineXML(xml).setValue(PASSPHRASE.encode())
+    connection.secretDefineXML(xml).setValue(VALUE.encode())
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +277,7 @@ def locked(module_guest_factory) -> Iterator[Guest]:
     )
     define_secret(guest, private=False)
     image = guest.images["vda"]
-    with key_file() as key:
+    with key_file(VALUE) as key:
         options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=50"
         create = ["qemu-img", "create", "-q", "-f", "qcow2", "--object", f"secret,id=key,file={key}", "-o", options]
         until(lambda: subprocess.run([*create, image, str(size)], check=False).returncode == 0, "an accurate CPU usage")
@@ -307,18 +311,18 @@ def test_an_encrypted_disk_stays_encrypted_in_the_repository_and_in_what_is_rest
     assert holding([PASSPHRASE, MARK], repository, "/var/lib/vmkeeper.libvirt") == []
     assert [one["type"] for one, _hash in made] == ["full", "incremental"]
     newest, expected = made[-1]
-    assert points.content(by_hand(directory, repository, newest, "hand") / "hand.vda.qcow2") == expected
+    assert points.content(by_hand(directory, repository, newest, "hand", VALUE) / "hand.vda.qcow2") == expected
     where = {"repository": str(repository), "id": newest["id"]}
-    ok("backup_verify", **where, passphrase=PASSPHRASE)
+    ok("backup_verify", **where, passphrase=VALUE)
 
     arguments = {**where, "domain": "lab-locked-r", "directory": str(directory), "network": "disconnected"}
     assert "no passphrase" in task("restore", **arguments)["msg"]
-    back = ok("restore", **arguments, passphrase=PASSPHRASE, state="running")
+    back = ok("restore", **arguments, passphrase=VALUE, state="running")
     secret = back["restored"][0]["secret"]
     try:
         assert locked.connection().lookupByName("lab-locked-r").isActive(), "QEMU opened it with the new secret"
         locked.connection().lookupByName("lab-locked-r").destroy()
-        assert decoded(directory / "lab-locked-r.vda.qcow2") == expected
+        assert decoded(directory / "lab-locked-r.vda.qcow2", VALUE) == expected
         assert sorted(locked.connection().listSecrets()) == sorted([SECRET, secret])
         assert holding([MARK], directory / "lab-locked-r.vda.qcow2") == []
     finally:
@@ -333,17 +337,25 @@ def test_an_encrypted_disk_is_restored_at_once_and_stays_encrypted(locked: Guest
     points.fill(locked, "vda", MARK, 10, 20)
     expected = points.device_hash(locked, "vda")
     made = ok("backup", domain=locked.name, repository=str(repository))["restore_point"]
-    back = ok(
-        "restore", repository=str(repository), id=made["id"], domain="lab-locked-r", directory=str(place),
-        network="disconnected", mode="instant", passphrase=PASSPHRASE,
-    )  # fmt: skip
+    arguments = {
+        "repository": str(repository), "id": made["id"], "domain": "lab-locked-r", "directory": str(place),
+        "network": "disconnected", "mode": "instant", "passphrase": VALUE,
+    }  # fmt: skip
+    with without_kernel(directory_of(repository, made)):
+        failed = task("restore", **arguments)
+    assert "Starting the restored domain" in failed["msg"], failed["msg"]
+    assert list(place.iterdir()) == [], "it was never started, and needs no key to say so"
+    assert [one.name() for one in locked.connection().listAllDomains() if "locked" in one.name()] == [locked.name]
+    assert locked.connection().listSecrets() == [SECRET]
+    assert list(points.JOURNALS.glob("*")) == []
+    back = ok("restore", **arguments)
     secret = back["restored"][0]["secret"]
     try:
         assert sorted(locked.connection().listSecrets()) == sorted([SECRET, secret]), "that of the point is gone"
         domain = locked.connection().lookupByName("lab-locked-r")
         domain.destroy()
         assert secret in domain.XMLDesc()
-        assert decoded(place / "lab-locked-r.vda.qcow2") == expected
+        assert decoded(place / "lab-locked-r.vda.qcow2", VALUE) == expected
         assert holding([MARK], place) == []
         domain.create()
         domain.destroy()
@@ -371,13 +383,13 @@ def test_an_encrypted_disk_of_a_stopped_domain_is_copied_and_put_back(locked: Gu
     expected = points.device_hash(locked, "vda")
     locked.shutdown()
     made = ok("backup", domain=locked.name, repository=str(directory))["restore_point"]
-    assert decoded(directory_of(directory, made) / "vda.qcow2") == expected
+    assert decoded(directory_of(directory, made) / "vda.qcow2", VALUE) == expected
     image = locked.images["vda"]
     broken = image.read_bytes()
     image.write_bytes(b"gone" + broken[4:])
     arguments = {"repository": str(directory), "id": made["id"], "in_place": True, "confirm": locked.name}
-    ok("restore", **arguments, passphrase=PASSPHRASE)
-    assert decoded(image) == expected
+    ok("restore", **arguments, passphrase=VALUE)
+    assert decoded(image, VALUE) == expected
     locked.start()
     assert points.device_hash(locked, "vda") == expected
 
@@ -389,8 +401,8 @@ def test_an_encrypted_restore_killed_at_every_step_keeps_the_keys_that_are_used_
         locked.shutdown()
     made = ok("backup", domain=locked.name, repository=str(directory))["restore_point"]
     image, log = locked.images["vda"], tmp_path / "steps"
-    expected = decoded(image)
-    where = {"repository": str(directory), "id": made["id"], "passphrase": PASSPHRASE}
+    expected = decoded(image, VALUE)
+    where = {"repository": str(directory), "id": made["id"], "passphrase": VALUE}
     in_place = {**where, "in_place": True, "confirm": locked.name}
     listed = run_module_process("restore", env=points.killed_at("", log), **in_place).result()
     assert not listed["failed"], listed["msg"]
@@ -403,10 +415,10 @@ def test_an_encrypted_restore_killed_at_every_step_keeps_the_keys_that_are_used_
         if number % 2:
             ok("recover_domain", domain=locked.name)
             assert secret_of(locked) in locked.connection().listSecrets(), step
-            assert decoded(image) == expected, step
+            assert decoded(image, VALUE) == expected, step
         ok("restore", **in_place)
         assert secret_of(locked) in locked.connection().listSecrets(), step
-        assert decoded(image) == expected, step
+        assert decoded(image, VALUE) == expected, step
         assert [path.name for path in image.parent.glob("vda.qcow2*")] == [image.name], step
     known = sorted(locked.connection().listSecrets())
     (directory / "new").mkdir()

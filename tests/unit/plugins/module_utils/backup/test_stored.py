@@ -26,14 +26,32 @@ def point(encryption: dict | None) -> Point:
 
 def test_a_passphrase_is_taken_as_it_is() -> None:
     assert image_node.passphrase_option(None, "passphrase") is None
-    assert image_node.passphrase_option(" pässword ", "passphrase") == Passphrase(" pässword ".encode())
+    assert image_node.new_passphrase_option(None, "passphrase") is None
+    assert image_node.new_passphrase_option(" pässword ", "passphrase") == Passphrase(" pässword ".encode())
+
+
+@pytest.mark.parametrize("value", ["pw", "pw\n", " pässword ", "two\r\nlines"])
+def test_what_a_libvirt_secret_holds_opens_what_it_has_encrypted(value: str) -> None:
+    assert image_node.passphrase_option(value, "passphrase") == Passphrase(value.encode())
 
 
 @pytest.mark.parametrize("value", ["", "1234567", "12345678\n", "12345678\r", "1234\x005678"])
 def test_a_passphrase_that_would_not_be_typed_again_is_refused_without_telling_it(value: str) -> None:
     with pytest.raises(InvalidInput) as refused:
-        image_node.passphrase_option(value, "encryption.passphrase")
+        image_node.new_passphrase_option(value, "encryption.passphrase")
     assert not value or value not in str(refused.value)
+    with pytest.raises(InvalidInput, match="empty"):
+        image_node.passphrase_option("", "passphrase")
+
+
+def test_a_line_break_that_does_not_belong_to_a_passphrase_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored.qemu_img, "opens", lambda _image: False)
+    for value, said in (
+        (b"correct\n", "ends with a line break, does not open"),
+        (b"correct", "passphrase does not open"),
+    ):
+        with pytest.raises(InvalidInput, match=said):
+            stored.require_opening(REPOSITORY, point(dict(LUKS)), ["vda"], Passphrase(value), advice="")
 
 
 def test_only_encrypted_layers_get_the_passphrase() -> None:

@@ -22,6 +22,9 @@ DEFINITION = """
   <devices>
     <disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='none' io='native'/>
       <source file='/p/vda.qcow2'/><target dev='vda'/><shareable/><transient/><iotune/></disk>
+    <disk type='block' device='disk'><source dev='/dev/vg/quorum'/><target dev='vdb'/><shareable/></disk>
+    <disk type='network' device='lun'><source protocol='iscsi' name='iqn'/><target dev='sdb'/><shareable/></disk>
+    <disk type='file'><source file='/p/read.img'/><target dev='vdd'/><readonly/></disk>
     <disk type='network' device='cdrom'><source protocol='http' name='x'/><target dev='sda'/></disk>
     <interface type='network'><source network='default'/></interface>
     <hostdev mode='subsystem' type='pci'/>
@@ -44,7 +47,7 @@ DEFINITION = """
 
 def devices() -> ElementTree.Element:
     """The devices that are left."""
-    found = ElementTree.fromstring(throw_away(DEFINITION, "a title")).find("devices")
+    found = ElementTree.fromstring(throw_away(DEFINITION, "a title", ["vda"])).find("devices")
     assert found is not None
     return found
 
@@ -54,8 +57,21 @@ def test_nothing_that_leads_out_of_the_guest_is_left() -> None:
     assert kinds == {"disk", "serial", "console", "channel", "video", "watchdog", "input", "rng"}
     assert [device.get("type") for device in devices().findall("input")] == ["keyboard"]
     assert [device.find("backend").get("model") for device in devices().findall("rng")] == ["random"]  # type: ignore[union-attr]
-    text = throw_away(DEFINITION, "a title")
-    for word in ("10.0.0.1", "/run/", "netdev", "/nv", "http:", "hugepages", "vcpupin", "memAccess", "seclabel"):
+    text = throw_away(DEFINITION, "a title", ["vda"])
+    assert "read.img" not in text
+    for word in (
+        "/dev/",
+        "iscsi",
+        "10.0.0.1",
+        "/run/",
+        "netdev",
+        "/nv",
+        "http:",
+        "hugepages",
+        "vcpupin",
+        "memAccess",
+        "seclabel",
+    ):
         assert word not in text.replace("http://libvirt.org", ""), word
 
 
@@ -77,7 +93,7 @@ def test_disks_are_nobodys_and_drives_are_empty() -> None:
 
 
 def test_there_is_a_screen_and_a_crash_ends_it() -> None:
-    root = ElementTree.fromstring(throw_away(DEFINITION, "a title"))
+    root = ElementTree.fromstring(throw_away(DEFINITION, "a title", ["vda"]))
     assert [model.get("type") for model in root.iterfind("devices/video/model")] == ["vga"]
     assert (root.findtext("on_crash"), root.findtext("title")) == ("destroy", "a title")
     assert root.find("devices/watchdog").get("action") == "none"  # type: ignore[union-attr]

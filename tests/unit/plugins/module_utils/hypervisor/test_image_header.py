@@ -14,6 +14,7 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.image_header import (
     BadHeader,
     Bitmap,
+    holds_data,
     is_qcow2,
     read_qcow2,
 )
@@ -133,6 +134,33 @@ def test_counts_internal_snapshots_and_sees_encryption(tmp_path):
     )
     assert made.returncode == 0, made.stderr
     assert read_qcow2(str(locked)).encrypted
+    assert not holds_data(str(locked)), "which needs no key"
+    opened = ["--object", f"secret,id=s,file={secret}", "--image-opts"]
+    opened += [f"driver=qcow2,file.driver=file,file.filename={locked},encrypt.format=aes,encrypt.key-secret=s"]
+    subprocess.run(["qemu-io", *opened, "-c", "write -P 1 0 512"], check=True, capture_output=True)
+    assert holds_data(str(locked))
+
+
+@needs_qemu_img
+@pytest.mark.parametrize("write", ["write -P 0x55 65536 512", "write -z 0 65536", "write -P 1 2047M 512"])
+def test_a_layer_holds_data_as_soon_as_anything_was_written_to_it(tmp_path, write):
+    base, overlay = tmp_path / "base.raw", tmp_path / "top.qcow2"
+    with base.open("wb") as stream:
+        stream.truncate(2 << 30)
+    qemu_img("create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, overlay)
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "read 0 512", overlay], check=True, capture_output=True)
+    assert not holds_data(str(overlay))
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", write, overlay], check=True, capture_output=True)
+    base.unlink()  # not needed for the answer
+    assert holds_data(str(overlay))
+
+
+@pytest.mark.parametrize(("entries", "offset"), [((32 << 20) // 8 + 1, 4096), (2, 1 << 56), (2, 1 << 40)])
+def test_a_first_table_that_is_not_there_is_no_answer(tmp_path, entries, offset):
+    raw = header()
+    struct.pack_into(">IQ", raw, 36, entries, offset)
+    with pytest.raises(BadHeader, match="first table"):
+        holds_data(written(tmp_path, raw))
 
 
 def test_a_raw_image_is_not_qcow2(tmp_path):
