@@ -195,11 +195,12 @@ def on_devices(top: Layer) -> tuple[Layer, ...]:
         below = follow(top)[1:]
     except VmkeeperError:
         return ()
-    found = tuple(replace(layer, kind="block" if _is_device(layer.path) else "file") for layer in below)
+    found = tuple(replace(layer, kind="block" if is_device(layer.path) else "file") for layer in below)
     return found if any(layer.kind == "block" for layer in found) else ()
 
 
-def _is_device(path: str | None) -> bool:
+def is_device(path: str | None) -> bool:
+    """Whether a path names a block device here, whatever a definition calls it (``type='volume'`` says nothing of it)."""
     try:
         return path is not None and stat.S_ISBLK(os.stat(path).st_mode)
     except OSError:

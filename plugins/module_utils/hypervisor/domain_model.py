@@ -249,6 +249,7 @@ class Domain:
     checkpoints: tuple[str, ...] = ()
     memory_limit: int | None = None  #: <maxMemory> in bytes: how far memory can be plugged
     memory_slots: int = 0
+    hard_limit: int | None = None  #: <memtune>: bytes at which the kernel ends its QEMU
     memory_devices: tuple[MemoryDevice, ...] = ()
     numa_cells: tuple[NumaCell, ...] = ()
     topology: CpuTopology | None = None
@@ -457,6 +458,7 @@ def _sizing(root: ElementTree.Element) -> dict[str, Any]:
     balloon = root.find("devices/memballoon")
     return {
         "memory_limit": read_bytes(root, "maxMemory") or None,
+        "hard_limit": read_bytes(root, "memtune/hard_limit") or None,
         "memory_slots": int(limit.get("slots", "0")) if limit is not None else 0,
         "memory_devices": tuple(_memory_device(element) for element in root.iterfind("devices/memory")),
         "numa_cells": tuple(

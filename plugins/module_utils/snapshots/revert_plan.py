@@ -115,6 +115,7 @@ def plan_revert(request: Request, ground: Ground, exists: Callable[[str], bool] 
     if snapshot.mode == "internal":
         return _plan_internal(request, ground, snapshot)
     _check_external(ground, snapshot)
+    _check_resumed(ground, snapshot, exists)
     start = _choose_start(request, ground, snapshot)
     kept, ended = _checkpoints(ground, snapshot)
     overlays = tuple(_overlay(ground, snapshot, disk, kept, exists) for disk in snapshot.captured)
@@ -191,6 +192,31 @@ def _check_external(ground: Ground, snapshot: Snapshot) -> None:
             f"The UEFI variables of snapshot {snapshot.name!r} of domain {name!r} are missing: {snapshot.nvram}",
             advice="Restore them from a backup first, or put a copy of the domain's present ones there",
         )
+
+
+def _check_resumed(ground: Ground, snapshot: Snapshot, exists: Callable[[str], bool]) -> None:
+    """What the resumed guest opens besides must be there, and what is no disk of today's domain must be nobody else's."""
+    domain = ground.domain
+    me = Reader("domain", domain.name, domain.uuid)
+    for disk in ground.resumed:
+        path = str(disk.path)
+        whose = f"The memory of snapshot {snapshot.name!r} of domain {domain.name!r} is of a guest with disk {disk.target!r} on {path}"
+        if not exists(path):
+            raise Refused(
+                f"{whose}, which is missing",
+                advice="Restore that image, or attach a disk with that target, which it will have in its place",
+            )
+        today = domain.disk(disk.target)
+        if disk.readonly or (today is not None and today.path is not None and canonical(today.path) == canonical(path)):
+            continue
+        stands_on_it = ground.graph.children(path)
+        others = [str(reader) for reader in ground.graph.readers(path) if stands_on_it or reader != me]
+        others += [str(reader) for reader in ground.opened.get(canonical(path), ())]
+        if others:
+            raise Refused(
+                f"{whose}, which {', '.join(others)} reads by now, and the guest would write to it",
+                advice="End that, or attach a disk with that target, which it will have in its place",
+            )
 
 
 def _choose_start(request: Request, ground: Ground, snapshot: Snapshot) -> str:

@@ -225,7 +225,8 @@ def test_retention_killed_at_every_step_is_finished_by_the_same_task(
         made.assert_exact(step)
         assert made.findings() == [], step
         assert list(points.JOURNALS.glob("*")) == []
-    assert {"hide": 1, "merge": 4, "replace": 2, "describe": 2, "discard": 3}.items() <= seen.items(), seen
+    assert {"hide": 1, "merge": 4, "describe": 2, "discard": 3}.items() <= seen.items(), seen
+    assert passphrase or seen["replace"] == 2, seen
 
 
 def test_a_removal_waits_for_whoever_reads_the_chain(host, directory: Path) -> None:

@@ -138,3 +138,9 @@ def test_qemus_owner_is_read_from_the_baselabel_and_never_guessed():
     )
     assert qemu_owner(xml) == (64055, 108)
     assert qemu_owner("<capabilities><host/></capabilities>")[0] >= 0
+
+
+def test_the_limit_at_which_the_kernel_ends_qemu_is_read_in_bytes():
+    xml = XML.replace("<devices>", "<memtune><hard_limit unit='MiB'>3000</hard_limit></memtune><devices>", 1)
+    assert parse_domain(xml, DomainState("running")).hard_limit == 3000 << 20
+    assert parse_domain(XML, DomainState("running")).hard_limit is None
