@@ -203,26 +203,24 @@ class _Collector:
         key = (str(top.path), top.format)
         if key not in self._unlinked:
             layers = follow_names(top)
-            self.links(layers)
+            paths = self.links(layers)
             # A relative name means another file where the image is opened by way of a link that lies elsewhere.
-            others = [
-                lower
-                for upper, lower in zip(layers, layers[1:])
-                if self.below[canonical(str(upper.path))] != canonical(str(lower.path))
-            ]
+            others = [one for upper, lower, one in zip(paths, paths[1:], layers[1:]) if self.below[upper] != lower]
             self._unlinked[key] = (*others, *chain.mentioned(layers[-1]))
         for layer in self._unlinked[key]:
             if layer.path is not None and reader not in self.named.get(canonical(layer.path), ()):
                 self.name(layer.path, reader)
                 self.image(layer, reader)
 
-    def links(self, layers: Sequence[Layer]) -> None:
+    def links(self, layers: Sequence[Layer]) -> list[str]:
+        """Note what stands on what; returns the canonical paths."""
         paths = [canonical(layer.path) for layer in layers if layer.path]
         for path in paths:
             self._know(path)
         for upper, lower in zip(paths, paths[1:]):
             self.below.setdefault(upper, lower)
         self.directories.update(os.path.dirname(path) for path in paths if not path.startswith("/dev/"))
+        return paths
 
     def scan(self, directory: str) -> None:
         """Links of every qcow2 image in a directory, also of those that no definition names."""
