@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import LibvirtFailed
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain_model import Domain, DomainState
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import worker
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.journal import Journal
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots import layer_merge, merging
@@ -45,6 +46,8 @@ def merged(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     def commit(_handle: Any, merge: Merge, *, bandwidth: int, **_how: Any) -> None:
         found.append((merge.target, bandwidth))
 
+    off = Domain("web", "u", DomainState("shutoff", "shutdown"), True, ())
+    monkeypatch.setattr(merging, "read_domain", lambda _handle: off)
     monkeypatch.setattr(layer_merge, "commit", commit)
     monkeypatch.setattr(layer_merge, "relink", lambda *_arguments: None)
     monkeypatch.setattr(layer_merge, "verify", lambda *_arguments: None)
