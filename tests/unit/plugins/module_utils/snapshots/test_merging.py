@@ -69,12 +69,15 @@ def test_a_run_that_loses_libvirt_says_what_was_begun_and_leaves_it_to_the_next(
     monkeypatch.setattr(worker, "limit_for", lambda _uuid, begun_with: begun_with)
     monkeypatch.setattr(layer_merge, "commit", lost)
     monkeypatch.setattr(layer_merge, "is_merged", lost)
+    started: list[bool] = []
+    monkeypatch.setattr(merging, "_start_again", lambda *_arguments: started.append(True))
     with pytest.raises(LibvirtFailed) as failed:
         merging.run(Handle(), TWO, journal)
     assert "Nothing was changed" not in str(failed.value)
     assert "a job that runs goes on" in failed.value.state
     assert "Run this again" in failed.value.advice
     assert list(tmp_path.iterdir()), "the journal"
+    assert started, "the guest, had it been shut down for it"
 
 
 def test_a_failure_that_knows_its_state_keeps_it(
