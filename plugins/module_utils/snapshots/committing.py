@@ -15,7 +15,7 @@ from ..safety.journal import Journal
 from ..safety.long_operation import Answer, Operation, Waiting
 from . import merging
 from .commit_plan import CommitPlan, Request, plan_commit
-from .ground import Ground, read_ground
+from .ground import Ground, after, read_ground
 from .merging import COMMIT
 from .remains import Merged
 from .settlers import SETTLERS, within
@@ -43,9 +43,13 @@ def commit(
     with settlement.hold(named, "blockcommit"):
         settled = settlement.settle_before_change(uri, handles, within(seconds))
         resumed = {finding["domain"] for finding in settled}
-        pairs = list(zip(handles, map(read_ground, handles)))
-        plans = [plan_commit(request, ground) for _handle, ground in pairs]
-        done = [_run(handle, ground, plan, seconds) for (handle, ground), plan in zip(pairs, plans)]
+        for ground in map(read_ground, handles):
+            plan_commit(request, ground)
+        done: list[Committed] = []
+        for handle in handles:
+            with after([one.domain for one in done]):
+                ground = read_ground(handle)  # once more: those before may have taken hours
+                done.append(_run(handle, ground, plan_commit(request, ground), seconds))
     for one in done:
         if one.domain in resumed:
             one.changed = True

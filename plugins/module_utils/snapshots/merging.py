@@ -21,6 +21,7 @@ from ..safety import processes, settlement, worker
 from ..safety.journal import Journal
 from ..safety.space import allocated_in_all
 from . import layer_merge, records
+from .ground import refuse_saved
 from .merge_plan import Merge, Work
 from .remains import Merged, remove_unneeded
 
@@ -138,6 +139,7 @@ def settle(uri: str, pending: Journal, *, seconds: float | None = None) -> dict[
     what = f"an interrupted {pending.operation.kind}"
     if handle is None:
         return settlement.given_up(pending, what)
+    refuse_saved(read_domain(handle), state=f"There is {what} on it; all its layers were kept as they are.")
     if work.restart:
         _wait_for_late(handle, pending)
     if work.restart and handle.isActive() and not pending.operation.reached("commit"):
@@ -161,6 +163,10 @@ def merge_all(handle: Any, work: Work, journal: Journal, *, seconds: float | Non
         _shut_down(handle, journal)
     _begin_together(handle, work, journal)
     for merge in work.merges:
+        # Between the disks it may have been saved: a live commit keeps that off, and nothing else does.
+        refuse_saved(
+            read_domain(handle), state="Its layers are whole; those of its disks that were merged before stay so."
+        )
         moved = allocated_in_all((*merge.merged[1:], merge.base) if merge.pull else merge.merged)
         done.committed_bytes[merge.target] = done.committed_bytes.get(merge.target, 0) + moved
         journal.step("commit", disk=merge.target, base=merge.base)

@@ -14,7 +14,7 @@ from ..safety import long_operation, settlement
 from ..safety.journal import Journal
 from ..safety.long_operation import Answer, Operation, Waiting
 from . import merging
-from .ground import Ground, read_ground
+from .ground import Ground, after, read_ground
 from .merging import REMOVAL
 from .remains import Merged
 from .removal_plan import RemovalPlan, plan_removal
@@ -53,9 +53,13 @@ def remove(
         return [_result(ground, _plan(request, ground), None) for ground in map(read_ground, handles)]
     with settlement.hold(named, f"removal of snapshot {request.name!r}"):
         settled = {one["domain"] for one in settlement.settle_before_change(uri, handles, within(seconds))}
-        grounds = [read_ground(handle) for handle in handles]
-        plans = [_plan(request, ground) for ground in grounds]
-        removed = [_run(handle, ground, plan, seconds) for handle, ground, plan in zip(handles, grounds, plans)]
+        for ground in map(read_ground, handles):
+            _plan(request, ground)
+        removed: list[Removed] = []
+        for handle in handles:
+            with after([one.domain for one in removed]):
+                ground = read_ground(handle)  # once more: those before may have taken hours
+                removed.append(_run(handle, ground, _plan(request, ground), seconds))
     for one in removed:
         one.changed = one.changed or one.domain in settled
     return removed

@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
+import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -440,6 +444,66 @@ def test_a_base_that_another_domain_stands_on_is_never_written(guest: Guest) -> 
     assert ways.content_of(guest, "one") == {"one"}
 
 
+@contextlib.contextmanager
+def users_by_any_name(guest: Guest, base: Path) -> Iterator[set[str]]:
+    """Domains that are only defined, and that use ``base`` by all the names that QEMU or libvirt understand."""
+    away = guest.directory / "away"
+    away.mkdir()
+    mounted, link = away / "mounted", away / "link.qcow2"
+
+    def overlay(name: str, backing: str, directory: Path = away) -> str:
+        path = directory / f"{name}.qcow2"
+        command = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", backing, str(path), "40M"]
+        subprocess.run(command, check=True)
+        return f"type='file'><driver type='qcow2'/><source file='{path}'/>"
+
+    nested = json.dumps({"driver": "qcow2", "file": {"driver": "file", "filename": str(base)}})
+    disks = {
+        "by-file": overlay("file", f"file:{base}"),
+        "by-json": overlay("json", f"json:{nested}"),
+        "by-driver": overlay("driver", f"blkdebug::{base}"),
+        "by-hard-link": overlay("hard", str(away / "hard-link")),
+        "by-mount": overlay("mount", str(mounted / base.name)),
+        "by-volume": f"type='volume'><driver type='qcow2'/><source pool='stopped' volume='{base.name}'/>",
+    }
+    real = away / "deeper"
+    real.mkdir()
+    overlay("real", f"../{base.name}", real)
+    link.symlink_to(real / "real.qcow2")
+    disks["by-link"] = f"type='file'><driver type='qcow2'/><source file='{link}'/>"
+    os.link(base, away / "hard-link")
+    mounted.mkdir()
+    subprocess.run(["mount", "--bind", str(base.parent), str(mounted)], check=True)
+    connection = guest.connection()
+    made = [
+        connection.storagePoolDefineXML(
+            f"<pool type='dir'><name>stopped</name><target><path>{base.parent}</path></target></pool>"
+        )
+    ]
+    try:
+        for name, disk in disks.items():
+            xml = (
+                f"<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><os><type arch='x86_64'>hvm</type>"
+                f"</os><devices><disk device='disk' {disk}<target dev='vda' bus='virtio'/></disk></devices></domain>"
+            )
+            made.append(connection.defineXML(xml))
+        yield set(disks)
+    finally:
+        for one in made:
+            one.undefine()
+        subprocess.run(["umount", str(mounted)], check=True)
+        shutil.rmtree(away)
+
+
+def test_a_base_is_not_written_by_whatever_name_a_defined_domain_uses_it(guest: Guest) -> None:
+    history(guest, "one")
+    with users_by_any_name(guest, guest.images["vda"]) as users:
+        for refused in refusals(guest, "one"):
+            assert refused.failed
+            assert {reader["name"] for reader in refused["needed_by"]} == users
+    assert ways.content_of(guest, "one") == {"one"}
+
+
 def test_a_layer_that_a_foreign_process_has_open_is_never_written(guest: Guest) -> None:
     history(guest, "one")
     socket = guest.directory / "nbd"
@@ -475,3 +539,46 @@ def test_a_managed_save_is_refused(guest: Guest) -> None:
         assert "managed-save" in refused.message
     guest.start()
     assert ways.read(guest) == {"end"}
+
+
+def test_a_commit_does_not_go_on_over_a_saved_state_that_came_meanwhile(stopped: Guest, tmp_path: Path) -> None:
+    tasks.ok("snapshot", domain=stopped.name, name="one")
+    ways.write_stopped(stopped, "end")
+    before = stopped.active_paths()
+    assert tasks.finish(tasks.killed_at("commit", "blockcommit", tmp_path / "steps", domain=stopped.name)).killed
+    stopped.start(wait=False)
+    stopped.domain().managedSave(0)
+    refused = tasks.run("blockcommit", domain=stopped.name)
+    assert refused.failed
+    assert "managed-save" in refused.message
+    assert stopped.active_paths() == before
+    assert [len(ways.chain(path)) for path in before.values()] == [2, 2]
+    stopped.start(wait=False)
+    stopped.destroy()
+    tasks.ok("blockcommit", domain=stopped.name)
+    assert ways.read_stopped(stopped.active_paths().values()) == {"end"}
+    ways.assert_whole(stopped)
+
+
+def test_a_domain_that_is_saved_while_another_of_the_task_is_committed_is_left_alone(
+    make_guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    disks = (DiskSpec("vda", size=8 * MIB, fs=None, writer=False),)
+    pair = [make_guest(GuestSpec(name, disks=disks), start="no") for name in ("first", "second")]
+    names = [one.name for one in pair]
+    tasks.ok("snapshot", domains=names, name="one")
+    pair[1].start(wait=False)
+    before = pair[1].active_paths()
+    process = tasks.killed_at("commit", "blockcommit", tmp_path / "steps", how="stop", domains=names)
+    until(lambda: "!commit" in tasks.steps_in(tmp_path / "steps"), "the first commit")
+    pair[1].domain().managedSave(0)
+    os.kill(process.pid, signal.SIGCONT)
+    refused = tasks.finish(process)
+    assert "managed-save" in refused.message
+    assert f"what was done on {names[0]} before stays" in refused.message
+    assert ways.files(pair[0]) == {"vda.qcow2"}
+    assert pair[1].active_paths() == before
+    assert ways.snapshots(pair[1]) == {"one": None}
+    tasks.ok("snapshot_info", domain=names[1], name="one")
+    for one in pair:
+        one.cleanup()

@@ -19,7 +19,7 @@ import libvirt
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import ways
-from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots.proof import alive, unwritable
+from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots.proof import alive, in_test_long, unwritable
 from ansible_collections.vmkeeper.libvirt.tests.lab import tasks
 from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
 from ansible_collections.vmkeeper.libvirt.tests.lab.spec import MIB
@@ -284,6 +284,7 @@ def test_a_guest_that_goes_down_late_for_a_commit_is_waited_for_and_the_commit_f
     ways.assert_whole(guest)
 
 
+@in_test_long
 def test_a_guest_that_was_shut_down_for_a_commit_runs_again_also_where_nothing_can_be_written_any_more(
     guest: Guest, profile: Profile, tmp_path: Path
 ) -> None:

@@ -212,6 +212,29 @@ def test_a_snapshot_that_is_being_removed_is_no_way_back() -> None:
         revert_plan.plan_revert(revert_plan.Request("other"), going)
 
 
+OF_THE_MOMENT = Disk("vdb", "disk", "file", "virtio", (Layer("/data", "qcow2"),))
+
+
+def test_a_disk_that_the_memory_alone_still_has_must_be_there_and_be_nobody_elses() -> None:
+    def back(
+        opened: dict[str, tuple[Reader, ...]], named: dict[str, tuple[Reader, ...]], *, there: bool = True
+    ) -> None:
+        graph = HostGraph(
+            {**found.graph.named, **named}, {**found.graph.below, "/clone": "/data"} if named else found.graph.below
+        )
+        facts = replace(found, graph=graph, opened=opened, resumed=(OF_THE_MOMENT,))
+        revert_plan._check_resumed(facts, found.snapshots[0], lambda _path: there)
+
+    found = ground("/b", "/a", snapshots=(snapshot("one", "/a", "/b"),))
+    back({}, {})
+    with pytest.raises(Refused, match=r"/data, which is missing"):
+        back({}, {}, there=False)
+    with pytest.raises(Refused, match=r"domain 'clone' reads"):
+        back({}, {"/clone": (Reader("domain", "clone", "c"),)})
+    with pytest.raises(Refused, match=r"process qemu-nbd"):
+        back({"/data": (Reader("process", "qemu-nbd (7)"),)}, {})
+
+
 def confined(of: Ground, *denied: str, free: int = 1 << 40) -> Ground:
     """The same, with a profile that denies these layers to be written."""
     images = {path: replace(image, allocated=1 << 20, free=free) for path, image in of.images.items()}
