@@ -45,6 +45,8 @@ def merged(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     def commit(_handle: Any, merge: Merge, *, bandwidth: int, **_how: Any) -> None:
         found.append((merge.target, bandwidth))
 
+    monkeypatch.setattr(merging, "read_domain", lambda _handle: None)
+    monkeypatch.setattr(merging, "refuse_saved", lambda _domain, **_how: None)
     monkeypatch.setattr(layer_merge, "commit", commit)
     monkeypatch.setattr(layer_merge, "relink", lambda *_arguments: None)
     monkeypatch.setattr(layer_merge, "verify", lambda *_arguments: None)
