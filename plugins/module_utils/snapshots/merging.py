@@ -44,9 +44,11 @@ def run(handle: Any, work: Work, journal: Journal, *, seconds: float | None = No
             raise
         except (VmkeeperError, OSError) as error:
             before = journal.operation.steps[-1]["name"] in _BEFORE_A_COMMIT_IS_DONE
-            if before:
-                _settle_disks(handle, work, journal, refused=isinstance(error, block_jobs.NotBegun))
-            _start_again(handle, journal)
+            try:
+                if before:
+                    _settle_disks(handle, work, journal, refused=isinstance(error, block_jobs.NotBegun))
+            finally:
+                _start_again(handle, journal)
             if before:
                 with contextlib.suppress(OSError):  # then the next run finds that nothing is left to do
                     journal.finish()
