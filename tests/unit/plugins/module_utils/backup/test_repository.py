@@ -185,6 +185,43 @@ def test_a_half_done_removal_is_read_as_the_headers_say_and_no_further(
     assert found.disks[0].metadata is None
 
 
+@pytest.mark.parametrize(
+    ("links", "parents"),
+    [
+        ({3: 2, 4: 3}, {3: 2, 4: 3}),
+        ({3: 1, 4: 3}, {3: 1, 4: 3}),
+        ({3: 1, 4: 1}, {3: 1, 4: 1}),
+        ({3: 2, 4: 1}, {3: 2, 4: 1}),
+        # Several runs of points that went, merged onto one that stayed then and goes now.
+        ({3: None, 4: 3, 5: 3}, {3: None, 4: 3, 5: 3}),
+    ],
+)
+def test_a_point_that_goes_before_its_manifest_was_corrected_is_read_as_it_lies_too(
+    opened, monkeypatch, links: dict[int, int | None], parents: dict[int, int | None]
+) -> None:
+    """A removal was killed between a merge and its description, and the next one takes in what was merged."""
+    chain = [point(1), *(point(number, point(number - 1).id) for number in range(2, 6))]
+    for one in chain:
+        store(opened, one)
+    going = {2, 3} if 5 not in links else {1, 2, 3, 4}
+    for number in going:
+        hide(opened, chain[number - 1])
+    links = {2: 1, 5: 4, **links}
+
+    def read(path: str) -> image_header.Qcow2Header:
+        below = links.get(int(Path(path).parent.name[13:15]))
+        backing = f"../{point(below).id}/vda.qcow2" if below else None
+        return image_header.Qcow2Header(3, 1 << 20, 1 << 16, backing, "qcow2", None, False, 0, 0, ())
+
+    monkeypatch.setattr(repository, "read_qcow2", read)
+    history = opened.history(UUID)
+    for number, below in parents.items():
+        found = history.holder(point(number).id)
+        assert found is not None
+        assert found.parent == (point(below).id if below else None), number
+        assert found.type == ("incremental" if below else "full")
+
+
 def test_points_that_cannot_be_read_are_found_to_stand_on_others(opened, monkeypatch) -> None:
     path = store(opened, point(2))
     (path / repository.MANIFEST).write_text("{")
