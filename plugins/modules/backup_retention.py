@@ -27,6 +27,7 @@ options:
   domains:
     description:
       - Names or UUIDs of the domains, which need not exist any more. All domains of the repository when left out.
+      - A name that a domain here has means that domain. The points of an earlier one of that name are found by its UUID.
     type: list
     elements: str
     aliases: [domain]
@@ -76,6 +77,8 @@ notes:
   - With the newest point goes its checkpoint. The next backup is then a full.
   - Each point of several domains that were backed up together is kept or removed by itself.
   - After an interruption, the same task finishes the removal.
+  - The locks are those of this host. Where several hosts use one repository, as over NFS, each names its own domains in O(domains), and no
+    domain's points are removed from two hosts at the same time.
 seealso:
   - module: vmkeeper.libvirt.backup
   - module: vmkeeper.libvirt.backup_info

@@ -92,10 +92,7 @@ def _disk(repository: Repository, written: Written, disk: DiskPlan) -> StoredDis
     reservation.release(path)
     pushed = written.pushed is not None
     layers = [written.pushed_images[disk.target] if pushed else Image(path, "qcow2", disk.passphrase)]
-    parent = written.history.point(disk.parent) if disk.parent is not None else None
-    if parent is not None:
-        lineage = written.history.lineage(parent, disk.target)
-        layers += stored.images_of(repository, lineage, disk.target, disk.passphrase)
+    layers += stored.images_below(repository, written.history, disk.parent, disk.target, disk.passphrase)
     extents = digests.extents_of(layers)
     own = [extent for extent in extents if extent.depth == 0]
     grown_from = disk.parent_size if disk.parent_size is not None and disk.parent_size < disk.facts.size else None

@@ -135,16 +135,22 @@ class _Merging:
         for identifier in (*reversed(self._merge.through[:-1]), self._merge.point):
             compression = self._stored(identifier).compression
             layer = self._image(identifier)
+            own_size = read_qcow2(layer.path).virtual_size
+            held = qemu_img.held_ranges(layer) if compression is not None else []
+            if qemu_img.writes_last_cluster(own_size, compression) and not (
+                own_size == size and any(start + length == size for start, length in held)
+            ):
+                # Compressed, that cluster would be zeros over what lies below, or could not be written in the middle of the ground.
+                compression = None
             if compression is not None:
-                qemu_img.discard(ground.path, qemu_img.held_ranges(layer), doing=self._doing)
+                qemu_img.discard(ground.path, held, doing=self._doing)
             qemu_img.copy_layer(
                 layer,
                 ground,
                 size,
                 backing=str(self._disk.link(self._merge.ground)),
                 compression=compression,
-                # By what may lie there, not by manifests: an image that others were poured into is of several kinds.
-                over_compressed=compression is None and ground.passphrase is None,
+                over=True,
                 doing=self._doing,
             )
 

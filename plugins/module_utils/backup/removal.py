@@ -44,7 +44,7 @@ def remove_by_id(
 ) -> dict[str, Any] | None:
     """``state: absent``: remove the point, of a domain that may be gone; returns it, or None when it was not there."""
     repository = open_repository(path)
-    subject = find_subject(connection, repository, domain)
+    subject = find_subject(connection, repository, domain, identifier)
     if subject is None:
         return None
     with alone(uri, repository, subject, f"removing restore point {identifier}", check=check) as finished:
@@ -166,25 +166,35 @@ def _require_writable(repository: Repository) -> None:
         raise Refused(f"The repository {repository.path} is mounted read-only", advice="Mount it writable")
 
 
-def find_subject(connection: Any, repository: Repository, domain: str) -> Subject | None:
-    """The domain by name or UUID: as it is defined here, else as it was backed up; None when it has no points."""
-    try:
+def find_subject(connection: Any, repository: Repository, domain: str, identifier: str | None = None) -> Subject | None:
+    """The domain by name or UUID: as it is defined here, else as it was backed up; None when it has no points.
+
+    With the ``identifier`` of a point it is the one that has it: a domain that was made again has a new UUID, and the points of
+    the one that had its name before are still there.
+    """
+
+    def has_it(uuid: str) -> bool:
+        return identifier is not None and os.path.isdir(repository.point_directory(uuid, identifier))
+
+    here = None
+    with contextlib.suppress(NotFound):
         handle = find_domain(connection, domain)
-        return Subject(handle.UUIDString(), handle.name(), handle)
-    except NotFound:
-        pass
+        here = Subject(handle.UUIDString(), handle.name(), handle)
+        if identifier is None or has_it(here.uuid):
+            return here
     found = [
         uuid
         for uuid in repository.domain_uuids()
         if domain == uuid or any(point.domain == domain for point in _all_points(repository.history(uuid)))
     ]
+    found = [uuid for uuid in found if has_it(uuid)] or ([] if here is not None else found)
     if len(found) > 1:
         raise Conflict(
             f"Several domains called {domain!r} were backed up there: {', '.join(found)}",
             advice="Give the UUID of one of them",
             existing=found,
         )
-    return subject_of(connection, repository, found[0]) if found else None
+    return subject_of(connection, repository, found[0]) if found else here
 
 
 def subject_of(connection: Any, repository: Repository, domain_uuid: str) -> Subject:

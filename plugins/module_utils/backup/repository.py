@@ -196,46 +196,51 @@ def _read_point(where: str, name: str, domain_uuid: str) -> Point:
 def _as_it_lies(directory: str, history: History) -> History:
     """A removal that was interrupted: what the manifests say of merged images is older than the images' headers.
 
-    So every point is read right at each step of a removal, also where nobody may write to finish it.
+    So every point is read right at each step of a removal, also where nobody may write to finish it, and where the next
+    removal takes in points that the first had not yet described.
     """
     going = {point.id: point for point in history.going}
-    points, lagging = [], set()
-    for point in history.points:
-        if not point.parents & going.keys():
-            points.append(point)
-            continue
-        lagging.add(point.id)
-        points.append(point.with_disks(_disk_as_it_lies(directory, point, disk, going) for disk in point.disks))
-    leaving = (point.with_disks(_grown(directory, point, disk) for disk in point.disks) for point in history.going)
-    return History(tuple(points), history.broken, tuple(leaving), frozenset(lagging))
+    lagging = frozenset(point.id for point in history.points if point.parents & going.keys())
+
+    def as_it_lies(point: Point) -> Point:
+        return point.with_disks(_disk_as_it_lies(directory, point, disk, going) for disk in point.disks)
+
+    points = (as_it_lies(point) if point.id in lagging else point for point in history.points)
+    leaving = (
+        point.with_disks(_grown(directory, point, disk) for disk in point.disks)
+        for point in map(as_it_lies, history.going)
+    )
+    return History(tuple(points), history.broken, tuple(leaving), lagging)
 
 
 def _disk_as_it_lies(directory: str, point: Point, disk: StoredDisk, going: Mapping[str, Point]) -> StoredDisk:
+    """``going`` as their manifests say it, which together name all that the image ever stood on."""
     if disk.parent not in going:
         return disk
-    ground: str | None = disk.parent
-    seen: set[str] = set()
-    while ground is not None and ground in going and ground not in seen:
-        seen.add(ground)
-        below = going[ground].disk(disk.target)
-        ground = below.parent if below is not None else None
     try:
         header = read_qcow2(os.path.join(directory, point.id, disk.file))
     except (OSError, BadHeader):
         return disk
-    if header.backing_file == disk.link(ground):
-        layers = (disk, *(one for identifier in seen if (one := going[identifier].disk(disk.target)) is not None))
-        compressed = any(layer.compression is not None for layer in layers)
-        return replace(
-            disk,
-            type="incremental" if ground else "full",
-            reason=MERGED,
-            parent=ground,
-            metadata=None,
-            # An image has one way of compressing; that of the file which took this one's place holds.
-            compression=header.compression if compressed else None,
-        )
-    return replace(disk, metadata=None)  # its tables may have been written to
+    layers, ground = [disk], disk.parent
+    while header.backing_file != disk.link(ground):
+        below = going[ground].disk(disk.target) if ground is not None and ground in going else None
+        if below is None or below in layers:
+            ground = disk.parent  # a link to anywhere else is left for the checks to find
+            break
+        layers.append(below)
+        ground = below.parent
+    if ground == disk.parent:
+        return replace(disk, metadata=None)  # its tables may have been written to
+    compressed = any(layer.compression is not None for layer in layers)
+    return replace(
+        disk,
+        type="incremental" if ground else "full",
+        reason=MERGED,
+        parent=ground,
+        metadata=None,
+        # An image has one way of compressing; that of the file which took this one's place holds.
+        compression=header.compression if compressed else None,
+    )
 
 
 def _grown(directory: str, point: Point, disk: StoredDisk) -> StoredDisk:

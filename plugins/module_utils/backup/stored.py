@@ -12,7 +12,7 @@ from .._errors import InvalidInput
 from ..hypervisor import qemu_img
 from ..hypervisor.image_node import Image, Passphrase
 from .manifest import Point
-from .repository import Repository
+from .repository import History, Repository
 
 
 def image_path(repository: Repository, point: Point, target: str) -> str:
@@ -36,6 +36,14 @@ def images_of(
 ) -> list[Image]:
     """All layers of a disk, from ``lineage[0]`` down to its full."""
     return [image_of(repository, point, target, passphrase) for point in lineage]
+
+
+def images_below(
+    repository: Repository, history: History, parent: str | None, target: str, passphrase: Passphrase | None
+) -> list[Image]:
+    """All layers that an image of the disk stands on whose point's parent is ``parent``; none below a full."""
+    point = history.point(parent) if parent is not None else None
+    return [] if point is None else images_of(repository, history.lineage(point, target), target, passphrase)
 
 
 def require_opening(

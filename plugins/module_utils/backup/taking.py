@@ -20,7 +20,7 @@ from ..hypervisor.domain_model import qemu_owner, read_domain
 from ..hypervisor.image_node import Image
 from ..safety import consistency, instant, processes, settlement
 from ..safety.journal import Journal
-from . import describing, job, listing, manifest, preflight, reservation, settle, settlers, stillness
+from . import describing, job, listing, manifest, preflight, reservation, settle, settlers, stillness, stored
 from . import facts as reading
 from .manifest import Point
 from .plan import (
@@ -285,11 +285,13 @@ class _Taking:
                     bandwidth=self._request.bandwidth,
                 )
             else:
+                history = self._facts[plan.domain.uuid].history
                 qemu_img.copy_layer(
                     pushed,
                     stored_as,
                     disk.facts.size,
                     backing=f"../{disk.parent}/{disk.file}",
+                    below=stored.images_below(self._repository, history, disk.parent, disk.target, disk.passphrase),
                     compression=disk.compression,
                     doing=doing,
                     bandwidth=self._request.bandwidth,

@@ -192,39 +192,43 @@ def copy_layer(
     size: int,
     *,
     backing: str,
+    below: Sequence[Image] = (),
     compression: str | None = None,
-    over_compressed: bool = False,
+    over: bool = False,
     doing: str,
     bandwidth: int = 0,
 ) -> None:
-    """Copy what one layer itself holds, zeros that it states included, into another, which may hold something already.
+    """Copy what one layer itself holds, zeros that it states included, into another.
 
-    Compressed clusters do not overwrite anything: :func:`discard` them first.  ``over_compressed``: the target may hold such
-    clusters, and what is written is not compressed; one request at a time then, since QEMU (seen with 7.2) damages a compressed
-    cluster of which two requests write a part each at the same time.  Neither backing file is opened.  Never copy
+    ``over``: the target holds something already. Compressed clusters do not overwrite anything: :func:`discard` them first. What
+    is not compressed is written one request at a time then, since QEMU (seen with 7.2) damages a compressed cluster of which two
+    requests write a part each at the same time.
+
+    ``below`` are the layers that ``source`` stands on, topmost first. They are opened only where it is compressed and the last
+    cluster is not a whole one, which QEMU then writes also where the layer does not hold it: with what is seen there through
+    ``below``, so without them as zeros (see :func:`writes_last_cluster`).  Neither backing file is opened otherwise.  Never copy
     more than one layer with ``-B``: the lower ones are lost without a word.  ``bandwidth`` as for :func:`copy_chain`; it
     dies with this process, too.
     """
+    layers = [source, *(below if writes_last_cluster(size, compression) else ())]
     blank = image_node.blank_descriptor(size)
     try:
         with Keys() as keys:
-            below = image_node.blank_node(blank)
+            ground = image_node.blank_node(blank)
             run(
                 [
+                    *("convert", "-n", "-B", backing, "-F", "qcow2", "-q"),
                     *(
-                        "convert",
-                        "-n",
-                        "-B",
-                        backing,
-                        "-F",
-                        "qcow2",
-                        "-q",
-                        *(("-m", "1") if over_compressed else _writing(compression)),
-                        *limiting(bandwidth),
+                        ("-m", "1")
+                        if over and compression is None and target.passphrase is None
+                        else _writing(compression)
                     ),
+                    # Else, by default, nothing is flushed, and a host that goes down leaves tables that contradict each other.
+                    *(("-t", "writeback") if over else ()),
+                    *limiting(bandwidth),
                     "--target-image-opts",
-                    image_node.as_name(image_node.node([source], keys, below=below)),
-                    image_node.as_options(image_node.node([target], keys, below=below)),
+                    image_node.as_name(image_node.node(layers, keys, below=ground if len(layers) == 1 else None)),
+                    image_node.as_options(image_node.node([target], keys, below=ground)),
                 ],
                 doing=doing,
                 pass_fds=(blank,),
@@ -233,6 +237,19 @@ def copy_layer(
             )
     finally:
         os.close(blank)
+
+
+#: Of qcow2, as everywhere here.
+_CLUSTER = 65536
+
+
+def writes_last_cluster(size: int, compression: str | None) -> bool:
+    """Whether :func:`copy_layer` writes the last cluster of a layer of ``size`` bytes also where the layer does not hold it.
+
+    QEMU compresses whole clusters, and takes an unallocated area that is shorter than one for data (qemu-img.c,
+    ``convert_iteration_sectors``).
+    """
+    return compression is not None and size % _CLUSTER != 0
 
 
 def held_ranges(image: Image) -> list[tuple[int, int]]:

@@ -35,6 +35,8 @@ class Built:
     contents: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)
     points: list[Point] = dataclasses.field(default_factory=list)
     passphrase: Passphrase | None = None
+    #: Bytes of every disk beyond its last whole cluster; the fulls hold data there.
+    tail: int = 0
 
     @property
     def repository(self) -> Repository:
@@ -105,13 +107,16 @@ class Built:
         coded = compression is not None or self.passphrase is not None
         if coded:
             path = path.with_suffix(".plain")
-        before = self.contents[parent][target] if parent else bytes(64 * BLOCK)
+        before = self.contents[parent][target] if parent else bytes(64 * BLOCK + self.tail)
         content = bytearray(before + bytes(grow * BLOCK))
         run = ["qemu-img", "create", "-q", "-f", "qcow2"]
         if parent and not self.passphrase:
             run += ["-u", "-F", "qcow2", "-b", f"../{parent}/{target}.qcow2"]
         subprocess.run([*run, path, str(len(content))], check=True)
         commands = []
+        if self.tail and not parent:
+            commands += ["-c", f"write -P 7 {len(content) - self.tail} {self.tail}"]
+            content[-self.tail :] = bytes([7]) * self.tail
         for number in range(blocks if parent else 3 * blocks):
             length = rng.randint(1, 4) * BLOCK
             # Nothing is taken over from an encrypted parent, which qemu-io could not open here.
@@ -145,24 +150,28 @@ class Built:
         link = f"../{parent}/{plain.stem}.qcow2" if parent else None
         qemu_img.create_layer(target, size, backing=link, compression=compression, milliseconds=10)
         if link:
-            qemu_img.copy_layer(source, target, size, backing=link, compression=compression, doing="coding")
+            below = self._layers(parent, plain.stem)
+            qemu_img.copy_layer(
+                source, target, size, backing=link, below=below, compression=compression, doing="coding"
+            )
         else:
             qemu_img.copy_chain([source], target, compression=compression, doing="coding")
+
+    def _layers(self, identifier: str | None, target: str) -> list[image_node.Image]:
+        """The images of a disk from that point down."""
+        layers = []
+        while identifier:
+            layers.append(image_node.Image(str(self.image(identifier, target)), "qcow2", self.passphrase))
+            holder = next(point for point in self.points if point.id == identifier).disk(target)
+            identifier = holder.parent if holder else None
+        return layers
 
     def _described(
         self, identifier: str, target: str, parent: str | None, size: int, compression: str | None
     ) -> StoredDisk:
         path = self.image(identifier, target)
-        files = [path]
-        below = parent
-        grown_from = None
-        while below:
-            if grown_from is None:
-                grown_from = len(self.contents[below][target])
-            files.append(self.image(below, target))
-            holder = next(point for point in self.points if point.id == below).disk(target)
-            below = holder.parent if holder else None
-        layers = [image_node.Image(str(one), "qcow2", self.passphrase) for one in files]
+        grown_from = len(self.contents[parent][target]) if parent else None
+        layers = [image_node.Image(str(path), "qcow2", self.passphrase), *self._layers(parent, target)]
         extents = digests.extents_of(layers)
         if grown_from == size:
             grown_from = None
@@ -189,7 +198,7 @@ class Built:
         """The same repository elsewhere."""
         shutil.rmtree(where, ignore_errors=True)
         subprocess.run(["cp", "-a", "--sparse=always", self.path, where], check=True)
-        return Built(where, self.contents, self.points, self.passphrase)
+        return dataclasses.replace(self, path=where)
 
     # --- what is there, never through the product -------------------------------------------------
 

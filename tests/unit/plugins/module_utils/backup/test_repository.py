@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import (
+    Conflict,
     InvalidInput,
     NotFound,
     Refused,
     Unsupported,
 )
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import listing, manifest, repository
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import listing, manifest, removal, repository
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.manifest import Point, StoredDisk
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import image_header
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import places
@@ -185,6 +186,43 @@ def test_a_half_done_removal_is_read_as_the_headers_say_and_no_further(
     assert found.disks[0].metadata is None
 
 
+@pytest.mark.parametrize(
+    ("links", "parents"),
+    [
+        ({3: 2, 4: 3}, {3: 2, 4: 3}),
+        ({3: 1, 4: 3}, {3: 1, 4: 3}),
+        ({3: 1, 4: 1}, {3: 1, 4: 1}),
+        ({3: 2, 4: 1}, {3: 2, 4: 1}),
+        # Several runs of points that went, merged onto one that stayed then and goes now.
+        ({3: None, 4: 3, 5: 3}, {3: None, 4: 3, 5: 3}),
+    ],
+)
+def test_a_point_that_goes_before_its_manifest_was_corrected_is_read_as_it_lies_too(
+    opened, monkeypatch, links: dict[int, int | None], parents: dict[int, int | None]
+) -> None:
+    """A removal was killed between a merge and its description, and the next one takes in what was merged."""
+    chain = [point(1), *(point(number, point(number - 1).id) for number in range(2, 6))]
+    for one in chain:
+        store(opened, one)
+    going = {2, 3} if 5 not in links else {1, 2, 3, 4}
+    for number in going:
+        hide(opened, chain[number - 1])
+    links = {2: 1, 5: 4, **links}
+
+    def read(path: str) -> image_header.Qcow2Header:
+        below = links.get(int(Path(path).parent.name[13:15]))
+        backing = f"../{point(below).id}/vda.qcow2" if below else None
+        return image_header.Qcow2Header(3, 1 << 20, 1 << 16, backing, "qcow2", None, False, 0, 0, ())
+
+    monkeypatch.setattr(repository, "read_qcow2", read)
+    history = opened.history(UUID)
+    for number, below in parents.items():
+        found = history.holder(point(number).id)
+        assert found is not None
+        assert found.parent == (point(below).id if below else None), number
+        assert found.type == ("incremental" if below else "full")
+
+
 def test_points_that_cannot_be_read_are_found_to_stand_on_others(opened, monkeypatch) -> None:
     path = store(opened, point(2))
     (path / repository.MANIFEST).write_text("{")
@@ -231,3 +269,51 @@ def test_a_gib_for_thirty_days_is_one_gib_month() -> None:
     created = manifest.parse_time("2026-01-01T00:00:00Z")
     assert listing.gib_months(1 << 30, created, manifest.parse_time("2026-01-31T00:00:00Z")) == 1.0
     assert listing.gib_months(1 << 30, created, manifest.parse_time("2025-01-31T00:00:00Z")) == 0.0
+
+
+class Domain:
+    """A defined domain, as far as it is asked who it is."""
+
+    def __init__(self, uuid: str) -> None:
+        self._uuid = uuid
+
+    def UUIDString(self) -> str:
+        return self._uuid
+
+    def name(self) -> str:
+        return "web"
+
+
+def test_a_point_of_a_domain_that_was_made_again_is_found_by_the_old_name(opened, monkeypatch) -> None:
+    new, other = UUID[:-1] + "2", UUID[:-1] + "3"
+    store(opened, point(1))
+    store(opened, point(2, domain_uuid=new))
+    monkeypatch.setattr(removal, "find_domain", lambda _connection, _domain: Domain(new))
+    monkeypatch.setattr(removal, "find_by_uuid", lambda _connection, uuid: Domain(uuid) if uuid == new else None)
+
+    def found(identifier: str | None) -> tuple[str, bool] | None:
+        subject = removal.find_subject(None, opened, "web", identifier)
+        return subject and (subject.uuid, subject.handle is not None)
+
+    assert found(None) == found(point(2).id) == found("20000101T000000Z-0000") == (new, True)
+    assert found(point(1).id) == (UUID, False)
+    store(opened, point(1, domain_uuid=other))
+    with pytest.raises(Conflict, match="UUID"):
+        found(point(1).id)
+
+
+def test_of_several_domains_that_are_gone_the_one_that_has_the_point_is_meant(opened, monkeypatch) -> None:
+    def gone(_connection: object, domain: str) -> None:
+        raise NotFound(domain)
+
+    other = UUID[:-1] + "2"
+    store(opened, point(1))
+    store(opened, point(2, domain_uuid=other))
+    monkeypatch.setattr(removal, "find_domain", gone)
+    monkeypatch.setattr(removal, "find_by_uuid", lambda _connection, _uuid: None)
+    for number, uuid in ((1, UUID), (2, other)):
+        subject = removal.find_subject(None, opened, "web", point(number).id)
+        assert subject is not None
+        assert subject.uuid == uuid
+    with pytest.raises(Conflict):
+        removal.find_subject(None, opened, "web")

@@ -97,6 +97,38 @@ def test_a_copied_layer_holds_what_was_pushed_and_no_more(chain) -> None:
 
 
 @needs_qemu
+@pytest.mark.parametrize("compression", ["zstd", "zlib", None])
+@pytest.mark.parametrize("tail", [512, 32768])
+def test_a_copied_layer_of_a_disk_that_ends_within_a_cluster_keeps_the_end_of_the_one_below(
+    tmp_path: Path, compression: str | None, tail: int
+) -> None:
+    size = SIZE + tail
+    full, pushed, layer = (Image(str(tmp_path / name)) for name in ("full", "pushed", "layer"))
+    qemu_img.create_layer(full, size, compression=compression)
+    qemu_img.create_layer(pushed, size)
+    for image, command in ((full, f"write -P 7 {SIZE} {tail}"), (pushed, "write -P 3 0 64k")):
+        subprocess.run(["qemu-io", "-f", "qcow2", "-c", command, image.path], check=True, capture_output=True)
+    qemu_img.create_layer(layer, size, backing="full", compression=compression)
+    qemu_img.copy_layer(pushed, layer, size, backing="full", below=[full], compression=compression, doing="x")
+    raw = tmp_path / "raw"
+    subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", layer.path, raw], check=True)
+    content = raw.read_bytes()
+    assert content[:65536] == b"\3" * 65536
+    assert content[SIZE:] == b"\7" * tail
+
+
+def test_what_is_copied_over_something_is_flushed_in_the_order_that_a_power_cut_needs(monkeypatch) -> None:
+    """qemu-img's convert flushes nothing by default."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(qemu_img, "run", lambda arguments, **_options: asked.append(arguments))
+    for over in (True, False):
+        qemu_img.copy_layer(Image("/a"), Image("/b"), SIZE, backing="c", over=over, doing="x")
+    into, fresh = asked
+    assert into[into.index("-t") + 1] == "writeback"
+    assert "-t" not in fresh
+
+
+@needs_qemu
 def test_a_wrong_passphrase_is_told_from_a_right_one(tmp_path: Path) -> None:
     image = Image(str(tmp_path / "i"), "qcow2", KEY)
     qemu_img.create_layer(image, SIZE, milliseconds=10)
