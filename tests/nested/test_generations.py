@@ -121,7 +121,7 @@ def test_a_layer_that_the_guest_was_started_on_takes_a_commit_on_libvirt_12_only
     assert newer.chain() == [overlay]
 
 
-def test_a_snapshot_is_taken_and_gone_back_to_and_the_guest_flattened(newer: Newer) -> None:
+def test_snapshots_are_taken_and_gone_back_to_and_the_guest_flattened(newer: Newer) -> None:
     newer.guest.virsh("resume")
     newer.wait()
     newer.write("one")
@@ -129,17 +129,21 @@ def test_a_snapshot_is_taken_and_gone_back_to_and_the_guest_flattened(newer: New
     assert taken["consistency"] == "filesystem", taken
     assert newer.untouched()
     newer.write("two")
-    assert newer.task("snapshot", name="one", state="reverted")["snapshot"]["guest"] == "booted"
-    newer.wait()
-    assert newer.read() == "one"
+    newer.task("snapshot", name="two", memory=True)
     newer.write("three")
-    active, base = newer.chain()
-    assert newer.guest.denied() == ([base] if newer.denies else [])
+    # With its memory, since a boot takes minutes here. The profile is that of a start all the same.
+    newer.task("snapshot", name="two", state="reverted")
+    newer.wait()
+    assert newer.read() == "two"
+    newer.write("four")
+    active, *lower = newer.chain()
+    assert len(lower) == 2
+    assert set(newer.guest.denied()) == (set(lower) if newer.denies else set())
     (disk,) = newer.task("blockcommit")["disks"]
     assert disk["method"] == ("pull" if newer.denies else "live"), disk
     assert ("AppArmor" in (disk["why"] or "")) == newer.denies
-    assert newer.chain() == [active if newer.denies else base]
-    assert newer.read() == "three"
+    assert newer.chain() == [active if newer.denies else lower[-1]]
+    assert newer.read() == "four"
     assert newer.untouched()
 
 
