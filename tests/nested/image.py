@@ -53,6 +53,9 @@ PACKAGES = (
     "apparmor",
 )
 
+# sid's archive is declared valid for a week only, and a mirror may stand still; signatures are checked all the same.
+_FROZEN = {"sid": ('--aptopt=Acquire::Check-Valid-Until "false"',)}
+
 
 class BuildError(RuntimeError):
     """The image could not be built; the message says why."""
@@ -148,6 +151,7 @@ def _build(recipe: Recipe, public_key: str, directory: Path) -> None:
             *("unshare", "--mount"),
             *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", "--format=directory"),
             *("--components=main", f"--include={','.join(recipe.packages)}", *left_out),
+            *_FROZEN.get(recipe.suite, ()),
             f'--customize-hook={shlex.quote(str(PROVISION))} "$1"',
             *(recipe.suite, str(root)),
             environment={"VMK_AUTHORIZED_KEY": public_key},

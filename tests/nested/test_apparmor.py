@@ -4,50 +4,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from lab.spec import DiskSpec, GuestSpec
 
 from nested import guest, task
+from nested.confined import Confined
 from nested.machine import Machine, MachineError
-
-
-class Confined:
-    """A guest, and what is done to it by virsh."""
-
-    def __init__(self, hypervisor: Machine, name: str) -> None:
-        self.hypervisor = hypervisor
-        self.directory = f"{guest.IMAGES}/{name}"
-        self.base = f"{self.directory}/vda.qcow2"
-        self.name = guest.place(hypervisor, GuestSpec(name))
-
-    def virsh(self, command: str, *arguments: str) -> str:
-        return self.hypervisor.run(f"virsh --quiet {command} {self.name} {' '.join(arguments)}").strip()
-
-    def snapshot(self, overlay: str) -> str:
-        self.virsh("snapshot-create-as", "--disk-only --atomic --no-metadata", f"--diskspec vda,file={overlay}")
-        return overlay
-
-    def restart(self) -> None:
-        self.virsh("destroy")
-        self.virsh("start")
-
-    def is_running(self) -> bool:
-        return self.virsh("domstate") == "running"
-
-    def task(self, module: str, **arguments: object) -> dict[str, Any]:
-        return task.run(self.hypervisor, module, domain=self.name, **arguments)
-
-    def active(self) -> str:
-        return self.virsh("domblklist").split()[-1]
-
-    def denied(self) -> list[str]:
-        """The images that the profile forbids to write."""
-        uuid = self.virsh("domuuid")
-        lines = self.hypervisor.run(f"cat /etc/apparmor.d/libvirt/libvirt-{uuid}.files").splitlines()
-        words = [line.split('"') for line in lines if line.strip().startswith("deny")]
-        return [word[1] for word in words if word[1].endswith((".qcow2", ".s1", ".s2"))]
 
 
 @pytest.fixture
