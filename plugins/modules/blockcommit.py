@@ -64,6 +64,8 @@ options:
     description:
       - With V(false) the task is checked and answers at once with RV(job), while a worker on the hypervisor does the work.
         M(vmkeeper.libvirt.domain_job) shows it, waits for it, limits or cancels it.
+      - Where nothing is to be done there is no worker, and the task answers as one that waits. The same task again, while its worker is
+        at work, answers with that worker.
     type: bool
     default: true
   wait_timeout:
@@ -79,7 +81,8 @@ extends_documentation_fragment:
 notes:
   - It refuses, before anything is changed, a layer that others read or have open, a snapshot that is protected, a managed-save
     image, a broken chain, a layer smaller than the one below it, internal snapshots in a layer that would go, an encrypted disk
-    of a stopped domain, another job on the domain or the disk, and a layer that is not a local file or block device.
+    of a stopped domain, another job on the domain or the disk, a layer that is not a local file or block device, and a restart
+    (O(allow_restart)) at which a disk would be another one.
   - A commit of a stopped domain keeps what its dirty bitmaps have recorded, where the lower layer is qcow2.
   - Before libvirt 12.1 AppArmor lets a running guest write only to layers that were made since it was started, since its last backup and
     since its last commit below the active layer. Its profile is read before anything is changed. Where it denies a layer of a run
@@ -156,7 +159,7 @@ snapshots_ended:
   elements: dict
 job:
   description: The worker, with its C(id), C(operation), C(domains), C(state) (V(pending)) and C(started).
-  returned: O(wait=false)
+  returned: O(wait=false), where there is something to do
   type: dict
 """
 
@@ -188,8 +191,9 @@ def handle(call: _module.Call) -> _module.Answer:
     seconds = names.parse_duration(limit, "wait_timeout") if limit else None
     handles = find_domains(call.connection, call.params["domains"])
     if not call.params["wait"] and not call.check:
-        job = start(call.uri, handles, request)
-        return _module.Answer(changed=True, result={"job": {**job.as_result(), "state": "pending"}})
+        begun = start(call.uri, handles, request)
+        if "job" in begun:
+            return _module.Answer(changed=True, result={"job": begun["job"]})
     done = commit(call.uri, handles, request, check=call.check, seconds=seconds)
     answer = as_result(done)
     return _module.Answer(

@@ -21,7 +21,8 @@ options:
   state:
     description:
       - V(finished) waits until the operation is over, and fails if it failed. Its result is in RV(job.result).
-      - V(absent) cancels it. What can be left as it is at once is left so, with every chain whole; what cannot is finished.
+      - V(absent) cancels it, on all its domains. What can be left as it is at once is left so, with every chain whole; what cannot is
+        finished.
       - Of a backup, restore, export or import that is cancelled nothing is left, unless everything was copied and checked already.
         Then it is finished.
       - Left out, nothing is waited for or cancelled.
@@ -29,7 +30,8 @@ options:
     choices: [finished, absent]
   bandwidth:
     description:
-      - Limit the running block jobs to this many bytes per second, such as V(100M). V(0) takes a limit away.
+      - Limit the running block jobs, and those that a worker has yet to begin, to this many bytes per second, such as V(100M). V(0) takes
+        a limit away.
       - A backup of a running guest is one, but not while it is moved on from a scratch directory. The copy that an export makes of a
         running guest is one, but not what is made of that copy. A restore or an import is none.
       - What an instant restore has yet to pull is limited too.

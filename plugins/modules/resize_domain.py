@@ -80,7 +80,9 @@ options:
       - Make disks smaller. It needs O(allow_restart) and O(rollback), since the domain is shut down for it, or started for a moment
         if it is off, and C(guestfish) on the hypervisor.
       - The last filesystem of the disk has to be an ext2, ext3 or ext4, on the whole disk or on its last partition, primary or GPT.
-        It says itself whether it fits. If not, nothing is changed and the domain runs on. XFS cannot be made smaller.
+        It says itself whether it fits. If not, nothing is changed. A guest whose agent allows C(guest-exec) tells it while it runs.
+        Of others it is known only once they are shut down; they are started again then, and checkpoints of this collection have ended.
+        XFS cannot be made smaller.
       - A copy is shrunk inside libguestfs, checked, and put in the image's place. The image itself stays beside it, as
         C(<image>.vmk-<id>.original), until the domain was well with the copy, and comes back if it was not.
       - A disk with overlays, snapshots, foreign checkpoints, or images that stand on it, is refused. Checkpoints of this collection

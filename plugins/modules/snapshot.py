@@ -110,6 +110,8 @@ options:
     description:
       - With O(state=absent), V(false) has the task checked and answered at once with RV(job), while a worker on the hypervisor does the
         work. M(vmkeeper.libvirt.domain_job) shows it, waits for it, limits or cancels it.
+      - Where nothing is to be done there is no worker, and the task answers as one that waits. The same task again, while its worker is
+        at work, answers with that worker.
     type: bool
     default: true
   wait_timeout:
@@ -136,8 +138,8 @@ notes:
   - A revert ends the checkpoints that were made after the snapshot, so the next incremental backup is a full one.
   - V(absent) refuses, before anything is changed, a protected snapshot, a layer that another domain, an unknown image or a
     foreign process uses together with this domain, a managed-save image, a broken chain, a layer smaller than the one below it,
-    internal snapshots in a layer that would go or below external ones, an encrypted disk of a stopped domain, and another job
-    on the domain or the disk.
+    internal snapshots in a layer that would go or below external ones, an encrypted disk of a stopped domain, another job
+    on the domain or the disk, and a restart (O(allow_restart)) at which a disk would be another one.
   - V(reverted) refuses, before anything is changed, a running guest with O(allow_restart=false) and without memory, a snapshot that is
     being removed, missing images, a disk that the domain no longer has, a managed-save image, a transient domain, a running
     job, an internal snapshot under external layers that stand on it, and an internal one under dirty bitmaps, which would kill
@@ -299,7 +301,7 @@ snapshot:
       type: str
 job:
   description: The worker, with its C(id), C(operation), C(domains), C(state) (V(pending)) and C(started).
-  returned: O(wait=false)
+  returned: O(wait=false), where there is something to do
   type: dict
 """
 
@@ -385,8 +387,9 @@ def absent(call: _module.Call) -> _module.Answer:
     seconds = names.parse_duration(params["wait_timeout"], "wait_timeout") if params["wait_timeout"] else None
     handles = find_domains(call.connection, params["domains"])
     if not params["wait"] and not call.check:
-        job = removing.start(call.uri, handles, request)
-        return _module.Answer(changed=True, result={"job": {**job.as_result(), "state": "pending"}})
+        begun = removing.start(call.uri, handles, request)
+        if "job" in begun:
+            return _module.Answer(changed=True, result={"job": begun["job"]})
     removed = removing.remove(call.uri, handles, request, check=call.check, seconds=seconds)
     gone = [one.snapshot for one in removed if one.snapshot is not None]
     return _module.Answer(

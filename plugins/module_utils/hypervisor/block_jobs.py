@@ -48,7 +48,7 @@ def commit_active(
     if disk.job is None and disk.path != base:
         _start_commit(domain, target, base, None, bandwidth, state)
     elif disk.job is not None and not _is_commit_into(disk, base):
-        raise _foreign_job(domain, target, disk.job.job)
+        raise _foreign_job(domain, target, disk.job.job, state)
     waiting = _Waiting(seconds, patience)
     while True:
         disk = live_disk(domain, target)
@@ -77,15 +77,15 @@ def begin_intermediate(domain: Any, target: str, base: str, top: str, *, bandwid
     job = job_of(domain, target)
     if not _in_chain(domain, target, top):
         return
+    state = f"The guest runs; disk {target!r} still has the layer {top}."
     if job is None:
-        state = f"The guest runs; disk {target!r} still has the layer {top}."
         try:
             _start_commit(domain, target, base, top, bandwidth, state)
         except NotBegun:
             if _in_chain(domain, target, top):
                 raise
     elif job["type"] != "commit":
-        raise _foreign_job(domain, target, job["type"])
+        raise _foreign_job(domain, target, job["type"], state)
     elif bandwidth != HELD:
         release(domain, target, bandwidth)
 
@@ -131,7 +131,7 @@ def pull(
                 libvirt=message_of(error),
             ) from error
     elif job["type"] != "pull":
-        raise _foreign_job(domain, target, job["type"])
+        raise _foreign_job(domain, target, job["type"], state)
     _wait_until_left(domain, target, lowest, state, seconds, "pull")
 
 
@@ -178,7 +178,13 @@ class _Waiting:
 
 
 class NotBegun(LibvirtFailed):
-    """libvirt or QEMU refused the job: no byte was written."""
+    """The job was not begun: no byte was written."""
+
+
+class AnotherJob(NotBegun):
+    """A job that is not ours has the disk."""
+
+    kind = "busy"
 
 
 class TookTooLong(LibvirtFailed):
@@ -214,9 +220,10 @@ def _is_commit_into(disk: Disk, base: str) -> bool:
     return disk.job is not None and disk.job.job == "active-commit" and disk.job.destination == base
 
 
-def _foreign_job(domain: Any, target: str, kind: str) -> Busy:
-    return Busy(
+def _foreign_job(domain: Any, target: str, kind: str, state: str) -> AnotherJob:
+    return AnotherJob(
         f"Disk {target!r} of domain {domain.name()!r} has another block job running ({kind})",
+        state=state,
         advice="Wait for it (domain_job shows it), then run this again",
     )
 

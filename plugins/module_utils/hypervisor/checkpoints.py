@@ -16,10 +16,10 @@ OURS = "vmk-"
 
 
 def end(handle: Any, names: Collection[str], *, state: str) -> None:
-    """Remove checkpoints of a running domain with their bitmaps, children before their parents.
+    """Remove checkpoints with their bitmaps, children before their parents.
 
     Those that do not exist are passed over; ``state`` says how things stand when it fails.  A bitmap in a layer that QEMU may
-    not write stays, unused, and what libvirt remembers of it goes.
+    not write, or of a domain that does not run, stays, unused, and what libvirt remembers of it goes.
     """
     if not names:
         return

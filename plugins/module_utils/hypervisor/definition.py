@@ -48,6 +48,18 @@ def with_layers(root: ElementTree.Element, layers: Mapping[str, Layer]) -> None:
         _record(disk, chain.on_devices(layer))
 
 
+def without_media(xml: str, targets: Collection[str]) -> str:
+    """The definition with these removable drives (by target) empty."""
+    root = ElementTree.fromstring(xml)
+    for disk in root.iterfind("devices/disk"):
+        target = disk.find("target")
+        if target is not None and target.get("dev") in targets:
+            for medium in (*disk.findall("source"), *disk.findall("backingStore")):
+                disk.remove(medium)
+            disk.set("type", "file")
+    return ElementTree.tostring(root, encoding="unicode")
+
+
 def _record(disk: ElementTree.Element, below: Sequence[Layer]) -> None:
     above = disk
     for layer in below:

@@ -105,23 +105,29 @@ def wait_for(job: Job, *, seconds: float | None = None) -> Job:
 
 
 def cancel(uri: str, subject: Subject, cancellers: Mapping[str, Settler], *, check: bool = False) -> bool:
-    """End the domain's worker and its block jobs; True when there was something to end."""
+    """End the domain's worker and its block jobs; True when there was something to end.
+
+    What the worker had begun on its other domains ends, too.
+    """
     job = newest(subject.uuid)
     working = job is not None and not job.over
     running = block_jobs_of(subject.handle)
+    domains = {subject.uuid: subject.name}
     if check or not (working or running):
         return bool(working or running)
     if working and job is not None:
         worker.stop(job.id)
+        domains.update(job.domains)
     elif locks.holder(subject.uuid) is not None:
         # A task waits for the job: it sees it end, and leaves everything in order itself.
         _end_all(subject.handle, running)
         return True
-    with settlement.hold([(subject.uuid, subject.name)], "cancelling a job"):
-        release.release_orphans(subject.uuid)  # it may have been ended while the guest was frozen
-        pending = journal.unfinished(subject.uuid)
-        if pending is not None and pending.operation.kind in cancellers:
-            cancellers[pending.operation.kind](uri, pending)
+    with settlement.hold(list(domains.items()), "cancelling a job"):
+        for uuid in domains:
+            release.release_orphans(uuid)  # it may have been ended while the guest was frozen
+            pending = journal.unfinished(uuid)
+            if pending is not None and pending.operation.kind in cancellers:
+                cancellers[pending.operation.kind](uri, pending)
         _end_all(subject.handle, block_jobs_of(subject.handle))
     if working and job is not None:
         worker.mark_cancelled(job.id)

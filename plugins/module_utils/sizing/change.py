@@ -46,7 +46,7 @@ class MemoryAction:
 
 @dataclass(frozen=True)
 class DiskGrowth:
-    """A disk's virtual size, from and to, in bytes; ``path`` and ``format`` of its top image when it is off."""
+    """A disk's virtual size, from and to, in bytes; ``path``, ``format`` and ``kind`` (file, block) of its top image when it is off."""
 
     target: str
     size: int

@@ -18,7 +18,7 @@ from .definition import Wish, resized
 from .disk_plan import disk_changes
 from .facts import Facts
 from .memory_plan import memory_changes
-from .preconditions import check_condition, check_host, check_restart
+from .preconditions import check_condition, check_host, check_limit, check_restart
 from .request import Request
 from .vcpu_plan import vcpu_changes
 
@@ -37,6 +37,7 @@ def compute(request: Request, facts: Facts) -> ChangeSet:
         pending += waits
     if any(change.how == RESTART for change in changes):
         changes = [_carried_by_restart(change) for change in changes]
+    check_limit(facts, changes)
     check_host(request, [(facts, changes)])
     wish = Wish(request.vcpus, request.max_vcpus, request.memory, request.max_memory)
     definition = resized(facts.definition, wish) if facts.definition is not None else None

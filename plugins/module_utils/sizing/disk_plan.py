@@ -11,6 +11,7 @@ from .._errors import Busy, NotFound, Refused, Unsupported
 from ..hypervisor import checkpoints
 from ..hypervisor.capture import REASONS
 from ..safety.space import human
+from . import shrinking
 from .change import (
     LIVE,
     NEXT_BOOT,
@@ -24,7 +25,7 @@ from .change import (
     decide,
 )
 from .facts import DiskFacts, Facts
-from .guest_filesystem import Filesystem
+from .guest_filesystem import SLACK, Filesystem
 from .request import DiskRequest, Request
 
 
@@ -53,7 +54,8 @@ def disk_changes(request: Request, wanted: DiskRequest, facts: Facts) -> tuple[l
         if wanted.size > size:
             changes.append(_growth(request, wanted.size, known, size, facts))
         elif wanted.size < size:
-            return [_shrink(request, wanted.size, known, size, facts)], []
+            shrink = _shrink(request, wanted.size, known, size, facts)
+            return [shrink, *(_fill(wanted.target, wanted.size, facts) if wanted.grow_filesystem else ())], []
         elif _is_unnoticed(wanted.target, size, facts):
             return _notice(request, wanted.target, size, facts)
         size = wanted.size
@@ -146,7 +148,8 @@ def _ended_checkpoints(known: DiskFacts, facts: Facts) -> tuple[str, ...]:
 def _growth(request: Request, wanted: int, known: DiskFacts, size: int, facts: Facts) -> Change:
     disk = known.disk
     _check_device(wanted, known, facts)
-    action = DiskGrowth(disk.target, wanted, disk.path, disk.format, disk.kind)
+    kind = "file" if known.device_size is None else "block"
+    action = DiskGrowth(disk.target, wanted, disk.path, disk.format, kind)
     what = f"disk {disk.target}"
     if facts.live is not None:
         if request.apply == NEXT_BOOT:
@@ -201,6 +204,8 @@ def _shrink(request: Request, wanted: int, known: DiskFacts, size: int, facts: F
         reason = "its image holds internal snapshots; remove them first"
     elif known.checkpoints and facts.live is None:
         reason = f"checkpoints {', '.join(known.checkpoints)} can be ended only while the domain runs; start it first"
+    else:
+        reason = _fixed(_found(disk.target, facts))
     foreign = [name for name in known.checkpoints if not name.startswith(checkpoints.OURS)]
     if foreign and reason is None:
         reason = (
@@ -219,11 +224,46 @@ def _shrink(request: Request, wanted: int, known: DiskFacts, size: int, facts: F
     )
 
 
+def _fill(target: str, size: int, facts: Facts) -> list[Change]:
+    """The filesystem of a disk that gets smaller, but not as small as its last partition ends: it grows after the start."""
+    found = _found(target, facts)
+    if found is None or found.problem or found.room(size) - found.device_size <= SLACK:
+        return []
+    why = "the disk is still larger than what lies on it"
+    return [
+        Change(f"filesystem {target}", found.size, found.room(size), RESTART, why, FilesystemGrowth(found, size)),
+    ]
+
+
+def _fixed(mounted: Filesystem | None) -> str | None:
+    """Why what lies last on a disk cannot be made smaller, as far as the running guest tells; None where it can, or nobody knows.
+
+    libguestfs has the last word, and only once the guest is off.
+    """
+    if mounted is None:
+        return None
+    if mounted.covered:
+        return (
+            f"{mounted.mountpoint[:100]}: {mounted.problem}. What lies last is looked at before anything is changed if the domain is"
+            " shut down first; an ext2, ext3 or ext4 can be made smaller"
+        )
+    if mounted.type == "xfs":
+        return "XFS cannot be made smaller"
+    return None if mounted.type in shrinking.EXT else f"{mounted.type[:32]} cannot be made smaller"
+
+
 def _check_device(wanted: int, known: DiskFacts, facts: Facts) -> None:
-    if known.device_size is not None and known.device_size < wanted:
+    device = known.device_size
+    if device is None:
+        return
+    lies = f"Disk {known.disk.target!r} of domain {facts.name!r} lies on {known.disk.path}, which has {human(device)}"
+    if device < wanted:
+        raise Refused(lies, advice="Extend the device first (lvextend, rbd resize, ...), then run this again")
+    # QEMU gives a guest all of a device, whatever is asked for. Of an encrypted one, less its header.
+    if device > wanted and known.disk.format == "raw" and not known.disk.encrypted:
         raise Refused(
-            f"Disk {known.disk.target!r} of domain {facts.name!r} lies on {known.disk.path}, which has {human(known.device_size)}",
-            advice="Extend the device first (lvextend, rbd resize, ...), then run this again",
+            f"{lies}, and would grow to all of it: a raw disk is as large as its device",
+            advice=f"Give size: {device} (bytes), or make the device {human(wanted)} large",
         )
 
 

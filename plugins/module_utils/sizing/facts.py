@@ -75,6 +75,10 @@ class Host:
     default_hugepage: int = 0
     most_vcpus: int | None = None  #: that its QEMU gives to one domain of this machine type
 
+    def page_of(self, domain: Domain) -> int | None:
+        """Size of the hugepages that hold the domain's memory; None for ordinary memory."""
+        return None if domain.hugepages is None else domain.hugepages or self.default_hugepage
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -281,7 +285,7 @@ def _disk(
         else:
             size = chain.virtual_size(disk.active)
     device_size = None
-    if disk.active is not None and disk.active.kind == "block" and disk.path:
+    if disk.path and chain.is_device(disk.path):
         device_size = chain.virtual_size(Layer(disk.path, "raw", "block"))
     return DiskFacts(
         disk,

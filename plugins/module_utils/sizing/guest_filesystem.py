@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .._errors import AgentSilent, VmkeeperError
@@ -51,6 +51,7 @@ class Filesystem:
     device_size: int = 0
     size: int | None = None
     problem: str | None = None
+    covered: bool = False  #: something else (LVM, RAID, another partition) lies between it and the end of the disk
 
     def room(self, disk_size: int) -> int:
         """Bytes from the beginning of its partition to the end of a disk of that size."""
@@ -91,7 +92,8 @@ def read_filesystems(handle: Any, targets: Sequence[str]) -> tuple[Filesystem, .
 def _measure(handle: Any, target: str, device: str, mountpoint: str, kind: str) -> Filesystem:
     bare = Filesystem(target, device, mountpoint, kind)
     if not _DEVICE.fullmatch(device) or len(mountpoint) > 1024:
-        return _unfit(bare, f"{device[:64]!r} is not a disk or a partition (LVM, RAID or encryption lies between)")
+        problem = f"{device[:64]!r} is not a disk or a partition (LVM, RAID or encryption lies between)"
+        return replace(bare, problem=problem, covered=True)
     block = f"/sys/class/block/{device}"
     own = _run(handle, ["cat", f"{block}/uevent", f"{block}/size"]).output
     sectors = _last_number(own)
@@ -110,17 +112,18 @@ def _measure(handle: Any, target: str, device: str, mountpoint: str, kind: str) 
         start, disk_size = int(tail[-2]) * SECTOR, int(tail[-1]) * SECTOR
     starts = _partition_starts(handle, disk_device)
     if starts is None:
-        return _unfit(bare, f"{disk_device} is not a disk of the machine (RAID or the like lies between)")
+        problem = f"{disk_device} is not a disk of the machine (RAID or the like lies between)"
+        return replace(bare, problem=problem, covered=True)
     measured = Filesystem(target, device, mountpoint, kind, disk_device, disk_size, partition, start, sectors * SECTOR)
     if any(other > start for other in starts):
-        return _unfit(measured, f"another partition lies behind {device}")
+        return replace(measured, problem=f"another partition lies behind {device}", covered=True)
     if kind not in GROWABLE:
         return _unfit(measured, f"filesystems of type {kind[:32]} are not grown")
     try:
         size = _filesystem_size(handle, measured)
     except VmkeeperError as error:
         return _unfit(measured, error.problem)
-    return Filesystem(**{**measured.__dict__, "size": size})
+    return replace(measured, size=size)
 
 
 def _partition_starts(handle: Any, disk: str) -> list[int] | None:
@@ -134,7 +137,7 @@ def _partition_starts(handle: Any, disk: str) -> list[int] | None:
 
 
 def _unfit(filesystem: Filesystem, problem: str) -> Filesystem:
-    return Filesystem(**{**filesystem.__dict__, "problem": problem})
+    return replace(filesystem, problem=problem)
 
 
 def _last_number(text: str) -> int | None:
@@ -167,13 +170,29 @@ def _filesystem_size(handle: Any, filesystem: Filesystem) -> int:
         match = re.search(r"^data\s+=\s+bsize=(\d+)\s+blocks=(\d+)", text, re.MULTILINE)
         pair = match.groups() if match else None
     else:
-        text = _must(handle, ["dumpe2fs", "-h", f"/dev/{filesystem.device}"], seconds=_LOOK_SECONDS)
-        count = re.search(r"^Block count:\s+(\d+)$", text, re.MULTILINE)
-        size = re.search(r"^Block size:\s+(\d+)$", text, re.MULTILINE)
-        pair = (size.group(1), count.group(1)) if size and count else None
+        pair = _ext_blocks(handle, filesystem)
     if pair is None:
         raise VmkeeperError(f"the guest does not say how large the filesystem of {filesystem.device} is")
     return int(pair[0]) * int(pair[1])
+
+
+def _ext_blocks(handle: Any, filesystem: Filesystem) -> tuple[str, str] | None:
+    """Size and number of an ext filesystem's blocks."""
+    text = _must(handle, ["dumpe2fs", "-h", f"/dev/{filesystem.device}"], seconds=_LOOK_SECONDS)
+    count = re.search(r"^Block count:\s+(\d+)$", text, re.MULTILINE)
+    size = re.search(r"^Block size:\s+(\d+)$", text, re.MULTILINE)
+    return (size.group(1), count.group(1)) if size and count else None
+
+
+def least_size(handle: Any, filesystem: Filesystem) -> int | None:
+    """Bytes that a mounted ext filesystem needs at least, by resize2fs' own estimate; None where the guest does not tell."""
+    try:
+        blocks = _ext_blocks(handle, filesystem)
+        text = _must(handle, ["resize2fs", "-P", f"/dev/{filesystem.device}"], seconds=_GROW_SECONDS)
+    except VmkeeperError:
+        return None
+    least = re.search(r"size of the filesystem: (\d+)$", text, re.MULTILINE)
+    return int(least.group(1)) * int(blocks[0]) if least and blocks else None
 
 
 def take_room(handle: Any, filesystem: Filesystem, disk_size: int) -> Outcome:

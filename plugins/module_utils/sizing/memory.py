@@ -9,7 +9,7 @@ import contextlib
 from typing import Any
 from xml.etree import ElementTree
 
-from .._errors import AgentSilent
+from .._errors import AgentSilent, LibvirtFailed
 from ..hypervisor import agent
 from ..hypervisor.agent import AgentInfo
 from ..hypervisor.binding import libvirt
@@ -30,9 +30,32 @@ _STATE = "The guest runs; its memory is between the old and the new size."
 
 def apply(handle: Any, action: MemoryAction, info: AgentInfo | None, wanted: int) -> Outcome:
     """Do it; ``wanted`` is the guest's memory in bytes then. Taken when QEMU and the guest agree that it is so."""
-    notes = []
+    notes: list[str] = []
     moves = True
     before = live(handle), guest_memory(handle, info).offline_blocks
+    try:
+        moves = _carry_out(handle, action, info, wanted, notes)
+    except LibvirtFailed as error:
+        if not handle.isActive():
+            raise
+        notes.append(error.problem)
+    have = live(handle)
+    guest = guest_memory(handle, info)
+    taken = have == wanted and not guest.offline_blocks
+    if have != wanted:
+        notes.append(f"the guest has {human(have)} of the {human(wanted)} that were asked")
+    if guest.offline_blocks:
+        notes.append(f"the guest left {len(guest.offline_blocks)} blocks of its memory offline")
+    if not moves:
+        notes.append("its balloon does not move: the guest may have no driver for it")
+    if guest.total is None:
+        notes.append("the guest agent does not tell what the guest sees; its drivers have confirmed the size")
+    return Outcome(guest.total, taken, "; ".join(notes), taken or (have, guest.offline_blocks) != before)
+
+
+def _carry_out(handle: Any, action: MemoryAction, info: AgentInfo | None, wanted: int, notes: list[str]) -> bool:
+    """The steps in their order; whether the balloon moves. ``notes`` get what the guest keeps."""
+    moves = True
     if action.dimm and action.balloon is not None:
         moves = _set_balloon(handle, action.balloon)  # before the DIMM: libvirt's balloon target counts it
     for alias, size in action.virtio_mem:
@@ -54,18 +77,7 @@ def apply(handle: Any, action: MemoryAction, info: AgentInfo | None, wanted: int
         _set_balloon(handle, balloon(handle, read_domain(handle)) - surplus)
     if action.online:
         _bring_online(handle, info, expected=bool(action.dimm))
-    have = live(handle)
-    guest = guest_memory(handle, info)
-    taken = have == wanted and not guest.offline_blocks
-    if have != wanted:
-        notes.append(f"the guest has {human(have)} of the {human(wanted)} that were asked")
-    if guest.offline_blocks:
-        notes.append(f"the guest left {len(guest.offline_blocks)} blocks of its memory offline")
-    if not moves:
-        notes.append("its balloon does not move: the guest may have no driver for it")
-    if guest.total is None:
-        notes.append("the guest agent does not tell what the guest sees; its drivers have confirmed the size")
-    return Outcome(guest.total, taken, "; ".join(notes), taken or (have, guest.offline_blocks) != before)
+    return moves
 
 
 def live(handle: Any) -> int:

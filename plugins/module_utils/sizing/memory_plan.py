@@ -128,6 +128,9 @@ def _dimm_obstacle(size: int, facts: Facts, live: Domain) -> str | None:
         return f"its {live.memory_slots} memory slots are taken"
     if size % block:
         return f"the guest takes memory in blocks of {human(block)}, and {human(size)} is not a multiple"
+    page = facts.host.page_of(live)
+    if page and size % page:
+        return f"its memory comes in hugepages of {human(page)}, and {human(size)} is not a multiple"
     return None
 
 

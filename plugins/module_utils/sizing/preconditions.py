@@ -13,7 +13,7 @@ from .._errors import AgentSilent, Busy, Refused
 from ..safety import space
 from ..safety.space import human
 from . import shrinking
-from .change import NEXT_BOOT, Change, DiskGrowth, DiskShrink
+from .change import LIVE, NEXT_BOOT, Change, DiskGrowth, DiskShrink
 from .facts import Facts
 from .request import Request
 
@@ -43,6 +43,24 @@ def check_condition(request: Request, facts: Facts) -> None:
         )
 
 
+def check_limit(facts: Facts, changes: Iterable[Change]) -> None:
+    """Raise where the kernel would end QEMU as soon as its guest uses the memory that it gets; hugepages are not counted there."""
+    for change in changes:
+        if change.what != "memory" or not change.due or facts.configured.hugepages is not None:
+            continue
+        # Live memory is in the definition of the next start, too.
+        bounded = [facts.configured, *([facts.live] if facts.live is not None and change.how == LIVE else [])]
+        limit = min((domain.hard_limit for domain in bounded if domain.hard_limit is not None), default=None)
+        before, after = change.before or 0, change.after or 0
+        if limit is not None and before < after >= limit:
+            raise Refused(
+                f"Domain {facts.name!r} would have {human(after)} of memory, and its QEMU may use {human(limit)}"
+                " (hard_limit of its memtune), its own needs included",
+                advice=f"Raise the limit first (virsh memtune {facts.name} --hard-limit ... --config"
+                f"{' --live' if facts.live is not None else ''}), or give less",
+            )
+
+
 def check_host(request: Request, planned: Iterable[tuple[Facts, Iterable[Change]]]) -> None:
     """Raise where the host has less than all these domains together would take, unless the task over-commits."""
     if request.overcommit:
@@ -66,9 +84,7 @@ def check_host(request: Request, planned: Iterable[tuple[Facts, Iterable[Change]
                     advice="Give fewer, or overcommit: true",
                 )
             if change.what == "memory":
-                page = (
-                    None if facts.configured.hugepages is None else facts.configured.hugepages or host.default_hugepage
-                )
+                page = host.page_of(facts.configured)
                 memory[page] = memory.get(page, 0) + change.after - change.before
     if host is None:
         return

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -57,18 +58,22 @@ def restart(connection: Any, handle: Any, journal: Journal, new_xml: str) -> int
         raise
     _shrink(connection, handle, journal)
     journal.step("start")
+    in_use = False
     try:
         handle.create()
     except libvirt.libvirtError as error:
-        # It has never run with this size, so there is nothing that rollback: false could keep.
-        raise _rolled_back(connection, handle, journal, message_of(error), began) from error
+        in_use = handle.isActive()  # somebody was faster; it is judged like one that this run has started
+        if not in_use:
+            # It has never run with this size, so there is nothing that rollback: false could keep.
+            raise _rolled_back(connection, handle, journal, message_of(error), began) from error
+        _check_disks(handle, journal)
     journal.step("health")
     if not plan["judge"]:
         return _milliseconds_since(began)
     problem = health.wait_until_well(handle, plan["health_command"], plan["health_timeout"])
     if problem is None:
         downtime = _milliseconds_since(began)
-        keep(handle, journal)
+        keep(handle, journal, leave_running=in_use)
         return downtime
     if not plan["rollback"]:
         raise VmkeeperError(
@@ -110,20 +115,34 @@ def _milliseconds_since(began: float) -> int:
 
 def _shrink(connection: Any, handle: Any, journal: Journal) -> None:
     """Smaller copies of disks in the originals' places; the domain is off. Where it cannot be, the domain runs as before."""
-    shrinks = journal.operation.plan.get("shrinks", ())
+    plan = journal.operation.plan
+    shrinks = plan.get("shrinks", ())
+    copied = []
     try:
         for shrink in shrinks:
             journal.step("shrink", target=shrink["target"])
-            shrinking.make_copy(shrink, doing=shrink["doing"])
+            copied.append((shrink, shrinking.make_copy(shrink, doing=shrink["doing"])))
+        # Copying has taken minutes, in which nothing kept anybody from starting the domain.
+        for shrink, written in copied:
+            if handle.isActive() or os.stat(shrink["path"]).st_mtime_ns != written:
+                raise Refused(
+                    f"{shrink['doing']}: somebody has started the domain while it was copied",
+                    advice="See that nothing else starts it (a cluster manager, a watchdog), then run this again",
+                )
         for shrink in shrinks:
             journal.step("swap", target=shrink["target"])
             shrinking.swap(shrink)
     except (VmkeeperError, OSError) as error:
         shrinking.put_back(shrinks)
-        _define_old(connection, handle, journal.operation.plan)
+        _define_old(connection, handle, plan)
         state = "It is off, with its disks as they were."
-        if journal.operation.plan["was_running"]:
-            handle.create()
+        if handle.isActive():
+            state = "It runs, with its disks as they were."
+        elif plan["was_running"]:
+            with explaining(
+                f"Starting domain {handle.name()!r} again", state="It is off, with its disks as they were."
+            ):
+                handle.create()
             state = "It was started again, with its disks as they were."
         journal.finish()
         if isinstance(error, VmkeeperError):
@@ -132,11 +151,27 @@ def _shrink(connection: Any, handle: Any, journal: Journal) -> None:
         raise
 
 
+def _check_disks(handle: Any, journal: Journal) -> None:
+    """Raise where the domain runs on an original, which somebody started it on: it keeps its place then."""
+    shrinks = journal.operation.plan.get("shrinks", ())
+    used = shrinking.return_used(shrinks) if handle.isActive() else []
+    if not used:
+        return
+    if not any(shrinking.swapped(shrink) for shrink in shrinks):
+        journal.finish()  # nothing is left to be settled
+    raise Refused(
+        f"Domain {handle.name()!r} was started by somebody before its smaller disks had their place",
+        state=f"It runs with its new definition; {', '.join(used)} {'has its' if len(used) == 1 else 'have their'} old size.",
+        advice="See that nothing else starts it (a cluster manager, a watchdog), then run this again",
+    )
+
+
 def keep(handle: Any, journal: Journal, *, leave_running: bool = False) -> None:
     """The domain is well: what was kept for the way back goes, and one that was off is shut down again, unless somebody uses it."""
     plan = journal.operation.plan
     if not plan.get("shrinks"):
         return
+    _check_disks(handle, journal)
     journal.step("drop")
     shrinking.drop_originals(plan["shrinks"])
     if not plan["was_running"] and not leave_running:
@@ -201,6 +236,6 @@ def _return(connection: Any, handle: Any, journal: Journal) -> None:
     _define_old(connection, handle, journal.operation.plan)
     if not journal.operation.plan.get("was_running", True):
         return
-    journal.step("start-old")
+    journal.step("start-old", ended=read_domain(handle).state.reason)
     with explaining(f"Starting domain {handle.name()!r} again", state="It is shut off, with its old definition."):
         handle.create()

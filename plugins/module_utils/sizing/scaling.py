@@ -80,8 +80,8 @@ def resize(
                 appliance.require("Making a disk smaller")
             planned.append((handle, facts, change_set))
         check_host(request, [(facts, change_set.changes) for _handle, facts, change_set in planned])
-        for _handle, facts, change_set in planned:
-            _check_shrinks(facts, change_set)
+        for handle, facts, change_set in planned:
+            _check_shrinks(handle, facts, change_set)
         results = []
         for handle, facts, change_set in planned:
             run = _Run(connection, handle, request, facts, change_set)
@@ -93,10 +93,15 @@ def resize(
         return results
 
 
-def _check_shrinks(facts: Facts, change_set: ChangeSet) -> None:
-    """Of a domain that is off, the filesystems can say now whether they fit; of others when they are."""
-    for shrink in change_set.shrinks if facts.live is None else ():
-        shrinking.check_fits(shrink.path, shrink.format, shrink.size, doing=_shrinking(facts.name, shrink.target))
+def _check_shrinks(handle: Any, facts: Facts, change_set: ChangeSet) -> None:
+    """Refuse now what does not fit: libguestfs tells it of a domain that is off, the guest of its own. Both are asked again then."""
+    for shrink in change_set.shrinks:
+        doing = _shrinking(facts.name, shrink.target)
+        if facts.live is None:
+            shrinking.check_fits(shrink.path, shrink.format, shrink.size, doing=doing)
+        for mounted in facts.filesystems:
+            if mounted.target == shrink.target and (least := guest_filesystem.least_size(handle, mounted)) is not None:
+                shrinking.check_room(least, mounted.room(shrink.size), mounted.start, doing=doing)
 
 
 def _shrinking(domain: str, target: str) -> str:
@@ -113,7 +118,7 @@ def _facts(handle: Any, request: Request) -> Facts:
 
 
 def sizes(facts: Facts) -> dict[str, Any]:
-    """Configured and live sizes, for a diff."""
+    """Configured and live sizes, for a diff; of what changes the result adds the reasons."""
     conf, live = facts.configured, facts.live
     return {
         "vcpus": {
@@ -145,6 +150,7 @@ class _Run:
         self._downtime: int | None = None
         self._altered = False
         self._refused: VmkeeperError | None = None
+        self._ended: list[str] = []
 
     # --- check mode ---
 
@@ -183,9 +189,11 @@ class _Run:
                 )
         except BaseException as error:
             self._give_up(error)
+            self._tell_ended(error)
             raise
         self._journal.finish()
         if self._refused is not None:
+            self._tell_ended(self._refused)
             raise self._refused
         after = sizes(_facts(self._handle, self._request))
         return self._resized(before, after, changed=self._altered, restarted=self._set.restart)
@@ -252,6 +260,13 @@ class _Run:
                 change.ends_checkpoints,
                 state="The disk has its old size; the next backup may have to be a full one.",
             )
+            self._ended += change.ends_checkpoints
+
+    def _tell_ended(self, error: BaseException) -> None:
+        """A failed task shows no warnings."""
+        if self._ended and isinstance(error, VmkeeperError):
+            error.state += f" Checkpoints {', '.join(self._ended)} have ended, so the next backup is a full one."
+            error.args = (str(error),)
 
     def _note(self, change: Change, outcome: Outcome) -> None:
         self._outcomes[change.what] = outcome
@@ -391,6 +406,8 @@ class _Run:
                 warnings.append(f"{self._facts.name}: {change.what} stays: {change.why}")
             if change.how == NONE and any(one.what == f"disk {change.what.partition(' ')[2]}" for one in self._set.due):
                 warnings.append(f"{self._facts.name}: {change.what} was not grown: {change.why}")
+        if self._set.due:
+            after = {**after, "changes": {one["what"]: f"{one['applied']}: {one['why']}" for one in entries}}
         waiting = [] if restarted else list(self._set.pending)
         return Resized(
             domain=self._facts.name,

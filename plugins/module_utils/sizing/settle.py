@@ -28,7 +28,7 @@ from .outcome import wait_for
 
 OPERATION = "resize"
 
-#: A guest that was told to shut down just before the kill is still doing so.
+#: A guest that was told to shut down before the kill may still be doing so: it has this long at least, if the task gave it as much.
 _SHUTDOWN_SECONDS = 60.0
 
 #: Times of files and of the journal come from one clock, but not at one instant.
@@ -49,7 +49,11 @@ def settle(uri: str, pending: Journal) -> dict[str, str]:
             kept = [shrink["kept"] for shrink in operation.plan.get("shrinks", ()) if os.path.lexists(shrink["kept"])]
             also = f" and its disks as they were before ({', '.join(kept)})" if kept else ""
             return settlement.given_up(pending, what, where=f"its files{also}")
+        shrinks = operation.plan.get("shrinks", ())
+        used = shrinking.return_used(shrinks) if handle.isActive() else []
         action = _settle(connection, handle, pending)
+        if used:
+            action += f"; it was started on {', '.join(used)} of the old size, whose smaller copy was removed"
     finally:
         connection.close()
     pending.finish()
@@ -85,7 +89,7 @@ def _not_started(connection: Any, handle: Any, pending: Journal) -> str:
         return _started_by_somebody(handle, pending)
     shrinking.put_back(shrinks)  # also of a guest that still shuts down: nothing has taken its image's name
     if operation.reached("shutdown"):
-        wait_for(lambda: not handle.isActive(), min(_SHUTDOWN_SECONDS, plan["shutdown_timeout"]))
+        wait_for(lambda: not handle.isActive(), patience(operation, time.time()))
     restart.take_definition_back(connection, handle, plan)
     if not plan.get("was_running", True):
         return "taken back: it is off, with its disks as they were"
@@ -105,7 +109,7 @@ def _started(connection: Any, handle: Any, pending: Journal) -> str:
     """The domain may have served with its new size for long: what it has written since is never thrown away."""
     operation, plan = pending.operation, pending.operation.plan
     shrinks = plan.get("shrinks", ())
-    problem = None
+    problem, never_ran = None, False
     # A domain that was off, and has run ever since, is somebody's by now.
     in_use = handle.isActive() and not is_recent(operation, time.time())
     if not handle.isActive():
@@ -114,24 +118,27 @@ def _started(connection: Any, handle: Any, pending: Journal) -> str:
             return (
                 f"left off, with its new size: it was switched off since ({domain.state.reason}){_kept_beside(shrinks)}"
             )
+        ran = has_run(operation)
         try:
             handle.create()
         except libvirt.libvirtError as error:
-            problem = message_of(error)
+            if not handle.isActive():
+                problem = message_of(error)
+                never_ran = not ran
     if problem is None and plan["judge"] and plan.get("rollback", True):
         problem = health.wait_until_well(handle, plan["health_command"], plan["health_timeout"])
     if problem is None:
         restart.keep(handle, pending, leave_running=in_use)
         return "found well with its new size" if plan.get("rollback", True) else "left running with its new size"
-    if shrinks:
+    if shrinks and not never_ran:
         raise _not_well(handle, "on its smaller disks", problem, shrinks)
     if not plan.get("rollback", True) and operation.reached("health"):
         return f"left with its new size, but {problem}"
     if not restart.is_as_written(handle, plan):
-        return f"left as it is, since its definition was changed, but {problem}"
+        return f"left as it is, since its definition was changed, but {problem}{_kept_beside(shrinks)}"
     if in_use:
         raise _not_well(handle, "with its new size", problem)
-    return f"taken back: it runs with its old definition{_but(restart.roll_back(connection, pending))}"
+    return _taken_back(plan, restart.roll_back(connection, pending))
 
 
 def _way_back(connection: Any, handle: Any, pending: Journal) -> str:
@@ -150,9 +157,21 @@ def _way_back(connection: Any, handle: Any, pending: Journal) -> str:
             return _started_by_somebody(handle, pending)
     if not handle.isActive() and not restart.is_as_written(handle, plan):
         return f"left off: its definition was changed since{_kept_beside(shrinks)}"
-    problem = restart.roll_back(connection, pending)
+    if not handle.isActive() and was_switched_off(operation, read_domain(handle).state.reason):
+        return "left off, with its old size: it was switched off since"
+    return _taken_back(plan, restart.roll_back(connection, pending))
+
+
+def _taken_back(plan: Mapping[str, Any], problem: str | None) -> str:
     where = "runs" if plan.get("was_running", True) else "is off"
     return f"taken back: it {where} with its old definition{_but(problem)}"
+
+
+def has_run(operation: Operation) -> bool:
+    """Whether a domain that is off may have run with its new size since the run was about to start it."""
+    start = operation.last("start") or {"at": 0}
+    shrinks = operation.plan.get("shrinks", ())
+    return operation.reached("health") or shrinking.written_since(shrinks, start["at"] + _CLOCK_SECONDS)
 
 
 def starts_again(operation: Operation, reason: str, *, saved: bool = False) -> bool:
@@ -165,6 +184,22 @@ def starts_again(operation: Operation, reason: str, *, saved: bool = False) -> b
     if not operation.plan.get("was_running", True):
         return True
     return reason in power.ENDED_BY_ITSELF and not (operation.reached("health") and reason == "shutdown")
+
+
+def was_switched_off(operation: Operation, reason: str) -> bool:
+    """Whether a domain that is off, ``reason`` by libvirt, has run with its old size again and was shut down since.
+
+    One that had shut down by itself before the way back, and does it again, cannot be told from one that was not started.
+    """
+    again = operation.last("start-old")
+    return again is not None and reason == "shutdown" and again.get("ended") != "shutdown"
+
+
+def patience(operation: Operation, now: float) -> float:
+    """Seconds for which a guest that the run told to shut down is waited for: as long as the run itself would have waited."""
+    timeout = float(operation.plan["shutdown_timeout"])
+    told = float((operation.last("shutdown") or {"at": now})["at"])
+    return min(timeout, max(told + timeout - now, _SHUTDOWN_SECONDS))
 
 
 def is_recent(operation: Operation, now: float) -> bool:

@@ -19,14 +19,15 @@ from typing import Any
 from .._errors import Refused, Unsupported, VmkeeperError
 from ..hypervisor import qemu_img
 from ..hypervisor.appliance import Appliance
-from ..safety import places, space
+from ..safety import places, processes, space
 from ..safety.space import human
 from . import partition_table
 from .partition_table import SECTOR, Partition
 
 MIB = 1 << 20
 
-_EXT = ("ext2", "ext3", "ext4")
+#: What can be made smaller.
+EXT = ("ext2", "ext3", "ext4")
 _FIELD = re.compile(r"^\s*(part_num|part_start|part_end): (\d+)$")
 
 #: An appliance knows the one disk by this name.
@@ -98,7 +99,7 @@ class _Look:
             table = "".join(do("part-get-parttype", _DISK)).strip()
             layout = choose_layout(table, parse_partitions(do("part-list", _DISK)))
         kind = "".join(do("vfs-type", layout.device)).strip()
-        if kind not in _EXT:
+        if kind not in EXT:
             raise Unsupported(
                 "XFS cannot be made smaller"
                 if kind == "xfs"
@@ -131,8 +132,12 @@ def check_fits(path: str, image_format: str, size: int, *, doing: str) -> None:
         layout = look.layout()
         look.repair(layout)  # of an overlay that is thrown away
         least, room = look.least(layout), layout.room(size)
+    check_room(least, room, layout.partition.start if layout.partition else 0, doing=doing)
+
+
+def check_room(least: int, room: int, offset: int, *, doing: str) -> None:
+    """Raise where a filesystem that begins ``offset`` bytes into its disk and needs ``least`` bytes would have ``room``. Pure."""
     if room < least:
-        offset = layout.partition.start if layout.partition else 0
         raise Refused(
             f"{doing}: its filesystem needs at least {human(least)}, and would have {human(max(room, 0))}",
             advice=f"Give at least {human(offset + least + 2 * MIB)}, and some room for what is still to come",
@@ -146,16 +151,18 @@ def room_for_copy(path: str, image_format: str) -> tuple[str, int]:
     return os.path.dirname(path), content * (2 if image_format != "raw" else 1) + (64 << 20)
 
 
-def make_copy(shrink: Mapping[str, Any], *, doing: str) -> None:
+def make_copy(shrink: Mapping[str, Any], *, doing: str) -> int:
     """A smaller, checked copy of an image at ``shrink['copy']``; raises and leaves the original alone.
 
-    ``shrink`` is an entry of the journal: ``{target, path, format, size, copy, work, kept}``.
+    ``shrink`` is an entry of the journal: ``{target, path, format, size, copy, work, kept}``.  Returns when what was copied had
+    last been written (nanoseconds, by the image's filesystem).
     """
     path, image_format, size = shrink["path"], shrink["format"], int(shrink["size"])
     work = shrink["work"]
     space.require([room_for_copy(path, image_format)], doing)
     check_fits(path, image_format, size, doing=doing)
     places.unlink_quietly(work)
+    written = os.stat(path).st_mtime_ns
     os.close(os.open(work, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
     qemu_img.run(["convert", "-q", "-f", image_format, "-O", "raw", path, work], doing=doing, with_caller=True)
     with _explained(doing), Appliance([(work, "raw")], doing=doing) as appliance:
@@ -177,6 +184,7 @@ def make_copy(shrink: Mapping[str, Any], *, doing: str) -> None:
         if look.files(after) != files or after != shorter:
             raise VmkeeperError(f"{doing}: the smaller copy does not hold as many files", advice="Look at the disk")
     _finish(work, shrink, doing)
+    return written
 
 
 def _finish(work: str, shrink: Mapping[str, Any], doing: str) -> None:
@@ -226,6 +234,20 @@ def swapped(shrink: Mapping[str, Any]) -> bool:
 def written_since(shrinks: Sequence[Mapping[str, Any]], when: float) -> bool:
     """Whether a copy that stands for its disk now was written later than ``when`` (seconds of the epoch): a guest has run on it."""
     return any(swapped(shrink) and os.stat(shrink["path"]).st_mtime > when for shrink in shrinks)
+
+
+def return_used(shrinks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The targets whose running domain was started on the original before this gave its name away; it has the name again.
+
+    Only of a domain that runs: it has one of the two open. What stands beside the other, a program that reads it, says nothing.
+    """
+    used = [
+        shrink
+        for shrink in shrinks
+        if swapped(shrink) and processes.holders_of(shrink["kept"]) and not processes.holders_of(shrink["path"])
+    ]
+    put_back(used)
+    return [shrink["target"] for shrink in used]
 
 
 def put_back(shrinks: Sequence[Mapping[str, Any]]) -> None:

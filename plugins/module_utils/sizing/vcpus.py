@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from .._errors import AgentSilent
+from .._errors import AgentSilent, LibvirtFailed
 from ..hypervisor import agent
 from ..hypervisor.agent import AgentInfo
 from ..hypervisor.binding import libvirt
@@ -23,11 +23,17 @@ def apply(handle: Any, action: VcpuAction, info: AgentInfo | None) -> Outcome:
     """Do it; what the guest sees decides whether it was taken."""
     before = _count(handle, info)
     if action.plug_to is not None:
-        _plug(handle, action.plug_to)
+        problem = "the guest did not let go"
+        try:
+            _plug(handle, action.plug_to)
+        except LibvirtFailed as error:
+            if not handle.isActive():
+                raise
+            problem = error.problem
         live = read_domain(handle).vcpus_current
         if live != action.plug_to:
             now = _count(handle, info)
-            return Outcome(now[1], False, f"the guest did not let go: {live} vCPUs are left", now != before)
+            return Outcome(now[1], False, f"{problem}: it has {live} vCPUs", now != before)
     if info is None or not {"guest-get-vcpus", "guest-set-vcpus"} <= info.commands:
         return Outcome(None, True, "the guest agent does not tell; QEMU has plugged them")
     # Each poll sees new vCPUs that ACPI has announced meanwhile, and asks for what is still missing.

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .._errors import Busy, InvalidInput, NotFound, Refused
+from .._errors import InvalidInput, NotFound, Refused
 from ..hypervisor.domain_model import Layer
 from ..safety.host_graph import Reader, canonical
 from .ground import Ground, refuse_unsettled
-from .merge_plan import Merge, Work, follow_snapshots, losing, plan_merge, refuse_protected, shared
+from .merge_plan import Work, follow_snapshots, losing, plan_merge, refuse_protected, shared
 from .merge_way import choose_way, left_behind
 
 
@@ -64,8 +64,6 @@ def plan_commit(request: Request, ground: Ground) -> CommitPlan:
     refuse_protected(ground, ended, "Shortening the chains of")
     names = [snapshot.name for snapshot in ended]
     merges = [plan_merge(ground, target, run[-1], run[:-1], names) for target, run in runs]
-    for merge in merges:
-        _check_job(ground, merge)
     way = choose_way(ground, merges, allow_restart=request.allow_restart)
     left = [path for merge in way.merges for path in left_behind(ground, merge)]
     files = [path for merge in way.merges for path in merge.gone if path not in left] if request.remove else []
@@ -178,15 +176,3 @@ def _holds_own_snapshot(ground: Ground, layer: Layer) -> bool:
     return layer.path is not None and any(
         reader.kind == "snapshot" and reader.uuid == ground.domain.uuid for reader in ground.graph.named_by(layer.path)
     )
-
-
-def _check_job(ground: Ground, merge: Merge) -> None:
-    disk = ground.domain.disk(merge.target)
-    if disk is None or disk.job is None:
-        return
-    same = disk.job.destination is not None and canonical(disk.job.destination) == canonical(merge.base)
-    if disk.job.job != "active-commit" or not same or canonical(disk.path or "") != canonical(merge.top):
-        raise Busy(
-            f"Disk {merge.target!r} of domain {ground.domain.name!r} has another block job running ({disk.job.job})",
-            advice="Wait for it (domain_job shows it), then run this again",
-        )

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..hypervisor.connection import open_connection
-from ..safety import settlement, worker
+from ..safety import long_operation, settlement
 from ..safety.journal import Journal
+from ..safety.long_operation import Answer, Operation, Waiting
 from . import merging
 from .commit_plan import CommitPlan, Request, plan_commit
-from .ground import Ground, read_ground
+from .ground import Ground, after, read_ground
 from .merging import COMMIT
 from .remains import Merged
 from .settlers import SETTLERS, within
@@ -42,9 +43,13 @@ def commit(
     with settlement.hold(named, "blockcommit"):
         settled = settlement.settle_before_change(uri, handles, within(seconds))
         resumed = {finding["domain"] for finding in settled}
-        pairs = list(zip(handles, map(read_ground, handles)))
-        plans = [plan_commit(request, ground) for _handle, ground in pairs]
-        done = [_run(handle, ground, plan, seconds) for (handle, ground), plan in zip(pairs, plans)]
+        for ground in map(read_ground, handles):
+            plan_commit(request, ground)
+        done: list[Committed] = []
+        for handle in handles:
+            with after([one.domain for one in done]):
+                ground = read_ground(handle)  # once more: those before may have taken hours
+                done.append(_run(handle, ground, plan_commit(request, ground), seconds))
     for one in done:
         if one.domain in resumed:
             one.changed = True
@@ -88,14 +93,18 @@ def _result(plan: CommitPlan, ground: Ground, merged: Merged | None) -> Committe
     )
 
 
-def start(uri: str, handles: list[Any], request: Request) -> worker.Job:
-    """Let a worker do it; what can be refused is refused now."""
-    commit(uri, handles, request, check=True)
+def start(uri: str, handles: list[Any], request: Request) -> Answer:
+    """Let a worker do it; what can be refused is refused now. The answer has a ``job`` unless there is nothing to do."""
+
+    def here(check: bool) -> Answer:
+        return as_result(commit(uri, handles, request, check=check))
+
     domains = [(handle.UUIDString(), handle.name()) for handle in handles]
-    return worker.start(COMMIT, uri, domains, "snapshots.committing", {"domains": domains, "request": asdict(request)})
+    operation = Operation(COMMIT, "snapshots.committing", {"domains": domains, "request": asdict(request)})
+    return long_operation.run(operation, uri, lambda: domains, here, Waiting(wait=False))
 
 
-def work(uri: str, request: Mapping[str, Any]) -> dict[str, Any]:
+def work(uri: str, request: Mapping[str, Any]) -> Answer:
     """What the worker does."""
     connection = open_connection(uri)
     handles = [connection.lookupByUUIDString(uuid) for uuid, _name in request["domains"]]
@@ -104,7 +113,7 @@ def work(uri: str, request: Mapping[str, Any]) -> dict[str, Any]:
     return as_result(commit(uri, handles, Request(**options)))
 
 
-def as_result(done: Sequence[Committed]) -> dict[str, Any]:
+def as_result(done: Sequence[Committed]) -> Answer:
     """What the task answers."""
     return {
         "changed": any(one.changed for one in done),

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .._errors import Busy, Refused, VmkeeperError
+from .._errors import UNCHANGED, Busy, Refused, VmkeeperError
 from ..hypervisor import apparmor, chain
 from ..hypervisor.block_jobs import running_job
-from ..hypervisor.domain_model import Domain, Layer, read_domain
+from ..hypervisor.domain_model import Disk, Domain, Layer, read_domain
 from ..hypervisor.image_header import BadHeader, read_qcow2
+from ..safety.domain_jobs import block_jobs_of
 from ..safety.host_graph import HostGraph, Reader, canonical, openers, read_graph
 from ..safety.space import allocated, free_bytes
 from .model import Snapshot, read_snapshots
@@ -43,7 +44,9 @@ class Ground:
 
     ``chains``: target -> layers of the present state, from the active one down.  ``broken``: target -> why its chain
     cannot be followed.  ``opened``: path -> foreign processes that have it open.  ``denied``: canonical paths that the
-    security profile of the running guest forbids to write.
+    security profile of the running guest forbids to write.  ``job`` is the domain-wide job; ``jobs``: target -> type of the
+    disk's block job.  ``next_start``: the definition of a running domain's next start, where it has one.  ``resumed``: what
+    the memory that one goes back to has besides the disks of its snapshot, on the images that it would open.
     """
 
     domain: Domain
@@ -55,6 +58,9 @@ class Ground:
     opened: Mapping[str, tuple[Reader, ...]] = field(default_factory=dict)
     denied: frozenset[str] = frozenset()
     job: str | None = None
+    resumed: tuple[Disk, ...] = ()
+    jobs: Mapping[str, str] = field(default_factory=dict)
+    next_start: Domain | None = None
 
     def image(self, path: str) -> Image:
         """The image at ``path``; one that was never seen does not exist."""
@@ -67,6 +73,8 @@ class Ground:
 
 def read_ground(handle: Any) -> Ground:
     """Read the facts of one domain. Reads every definition of the host, since any of them may use its images."""
+    # First: a job that ends in between has changed the chain before it went.
+    jobs = {job["disk"]: job["type"] for job in block_jobs_of(handle)}
     domain = read_domain(handle)
     snapshots = read_snapshots(handle)
     graph = read_graph(handle.connect())
@@ -99,6 +107,8 @@ def read_ground(handle: Any) -> Ground:
         opened=openers(formats, besides=domain.uuid),
         denied=apparmor.read_denied(handle) if domain.state.active else frozenset(),
         job=running_job(handle),
+        jobs=jobs,
+        next_start=read_domain(handle, inactive=True) if domain.state.active and domain.persistent else None,
     )
 
 
@@ -126,14 +136,31 @@ def _image(path: str, image_format: str | None) -> Image:
     )
 
 
-def refuse_unsettled(ground: Ground) -> None:
-    """Raise where a domain's images may not be moved now, whatever was asked."""
-    domain = ground.domain
+@contextlib.contextmanager
+def after(domains: Sequence[str]) -> Iterator[None]:
+    """Say of a failure before the first change of a domain that others of the same task were worked on before it."""
+    try:
+        yield
+    except VmkeeperError as error:
+        if domains and error.state == UNCHANGED:
+            error.state = f"Nothing was changed on it; what was done on {', '.join(domains)} before stays."
+        raise
+
+
+def refuse_saved(domain: Domain, *, state: str = UNCHANGED) -> None:
+    """Raise where the domain has a saved state; ``state`` is what was done so far. Looked at again before each step that matters."""
     if domain.managed_save:
         raise Refused(
             f"Domain {domain.name!r} has a managed-save image: its RAM would resume on disks that have moved on",
+            state=state,
             advice=f"Start it, or drop the saved state (virsh managedsave-remove {domain.name}), then run this again",
         )
+
+
+def refuse_unsettled(ground: Ground) -> None:
+    """Raise where a domain's images may not be moved now, whatever was asked."""
+    domain = ground.domain
+    refuse_saved(domain)
     if ground.job:
         raise Busy(
             f"Domain {domain.name!r} is busy: {ground.job}",

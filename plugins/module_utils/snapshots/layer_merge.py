@@ -15,12 +15,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from .._errors import LibvirtFailed, VmkeeperError
+from .._errors import LibvirtFailed, Refused, VmkeeperError
 from ..hypervisor import block_jobs, chain, qemu_img
-from ..hypervisor.domain_model import Disk, Layer, read_domain
+from ..hypervisor.domain_model import Domain, Layer, read_domain
 from ..hypervisor.image_header import BadHeader, read_qcow2
 from ..safety.host_graph import canonical, openers
-from .merge_plan import Merge, Work
+from .merge_plan import Merge
 from .model import read_snapshots
 from .remains import put_definition_on
 
@@ -46,30 +46,40 @@ def live_run(handle: Any, merge: Merge) -> LiveRun | None:
     return LiveRun(top, base, canonical(disk.path or "") == canonical(merge.top))
 
 
-def commit(handle: Any, merge: Merge, work: Work, seconds: float | None) -> None:
-    """Merge the run, in whatever way is right now; ``seconds`` limits the wait for a live job, which goes on all the same."""
+def commit(handle: Any, merge: Merge, *, bandwidth: int = 0, seconds: float | None = None, done: bool = False) -> None:
+    """Merge the run, in whatever way is right now; ``seconds`` limits the wait for a live job, which goes on all the same.
+
+    ``bandwidth`` in bytes per second, 0 for no limit.  ``done``: it is known to have been merged before.
+
+    Raises :class:`Refused` where nobody stands on the run any more, and not on what it would have become either: then it is
+    not known to be merged, and its files may be the only copy.
+    """
     if merge.pull:
-        _pull(handle, merge, work, seconds)
+        _pull(handle, merge, bandwidth, seconds)
         return
     found = live_run(handle, merge)
     if found is not None and found.active:
-        block_jobs.commit_active(handle, merge.target, found.base, bandwidth=work.bandwidth, seconds=seconds)
+        block_jobs.commit_active(handle, merge.target, found.base, bandwidth=bandwidth, seconds=seconds)
         return
     if found is not None:
         block_jobs.commit_intermediate(
-            handle, merge.target, found.base, found.top, bandwidth=work.bandwidth, seconds=seconds
+            handle, merge.target, found.base, found.top, bandwidth=bandwidth, seconds=seconds
         )
         return
-    disk = read_domain(handle).disk(merge.target)
-    live = [] if disk is None or not handle.isActive() else [layer.path for layer in disk.chain if layer.path]
-    if canonical(merge.base) in map(canonical, live):
-        return  # the top has left the chain: QEMU has done it
-    if not _still_refers(handle, disk, merge):
-        return
-    _commit_offline(merge, work)
+    if is_merged(handle, merge):
+        return  # by QEMU, or by a run that was interrupted
+    if _still_refers(handle, merge):
+        _commit_offline(merge, bandwidth)
+    elif not done:
+        raise Refused(
+            f"Disk {merge.target!r} of domain {handle.name()!r} stands neither on {merge.top}, which is to be committed, nor on"
+            f" {merge.base} below it",
+            state=f"{merge.top} was not committed, and all files of this disk are kept.",
+            advice="If the disk was detached or given another image, run this again, which leaves that file alone",
+        )
 
 
-def _pull(handle: Any, merge: Merge, work: Work, seconds: float | None) -> None:
+def _pull(handle: Any, merge: Merge, bandwidth: int, seconds: float | None) -> None:
     """Copy what the run holds into its top, which then stands on what its base stood on."""
     if handle.isActive():
         below = None
@@ -77,7 +87,7 @@ def _pull(handle: Any, merge: Merge, work: Work, seconds: float | None) -> None:
             disk = read_domain(handle).disk(merge.target)
             paths = [layer.path for layer in disk.chain if layer.path] if disk is not None else []
             below = next((path for path in paths if canonical(path) == canonical(merge.below)), merge.below)
-        block_jobs.pull(handle, merge.target, merge.base, below, bandwidth=work.bandwidth, seconds=seconds)
+        block_jobs.pull(handle, merge.target, merge.base, below, bandwidth=bandwidth, seconds=seconds)
         return
     # The guest ended meanwhile. The same offline: content seen through the top is equal at every instant.
     if _backing_of(merge.top) == (canonical(merge.below) if merge.below else None):
@@ -87,12 +97,13 @@ def _pull(handle: Any, merge: Merge, work: Work, seconds: float | None) -> None:
     qemu_img.run(["rebase", "-q", "-f", "qcow2", *onto, merge.top], doing=f"Copying {merge.base} into {merge.top}")
 
 
-def _still_refers(handle: Any, disk: Disk | None, merge: Merge) -> bool:
-    """Whether anybody still reads the run through its top; when nobody does, it was committed before."""
+def _still_refers(handle: Any, merge: Merge) -> bool:
+    """Whether anybody still reads the run through its top."""
     top = canonical(merge.top)
     if not os.path.exists(top):
         return False
-    named = disk is not None and disk.path is not None and canonical(disk.path) == top
+    disks = [model.disk(merge.target) for model in _definitions(handle)]
+    named = any(disk is not None and disk.path is not None and canonical(disk.path) == top for disk in disks)
     linked = any(_backing_of(path) == top for path in merge.above)
     held = any(
         part.base is not None and canonical(part.base) == top
@@ -110,7 +121,7 @@ def _backing_of(path: str) -> str | None:
     return canonical(layers[1].path) if len(layers) > 1 and layers[1].path else None
 
 
-def _commit_offline(merge: Merge, work: Work) -> None:
+def _commit_offline(merge: Merge, bandwidth: int) -> None:
     doing = f"Committing {merge.top} into {merge.base}"
     for path in (*merge.merged, merge.base):
         _wait_for_qemu_img(path)
@@ -118,8 +129,8 @@ def _commit_offline(merge: Merge, work: Work) -> None:
     # aside, and what the overlay's had recorded is added to them.
     kept = _merge_bitmaps(merge) if merge.base_format == "qcow2" else {}
     arguments = ["commit", "-q", "-f", "qcow2", "-d"]
-    if work.bandwidth:
-        arguments += ["-r", str(work.bandwidth)]
+    if bandwidth:
+        arguments += ["-r", str(bandwidth)]
     qemu_img.run([*arguments, "-b", merge.base, merge.top], doing=doing)
     for name, sources in kept.items():
         for source in sources:
@@ -205,10 +216,7 @@ def _redefine(handle: Any, merge: Merge) -> None:
 def verify(handle: Any, merge: Merge) -> None:
     """Neither the running guest, nor its next start, nor any header may name what is about to go."""
     gone = {canonical(path) for path in merge.gone}
-    models = [read_domain(handle)]
-    if models[0].persistent:
-        models.append(read_domain(handle, inactive=True))
-    for model in models:
+    for model in _definitions(handle):
         disk = model.disk(merge.target)
         layers = [] if disk is None else [*disk.chain, *(chain.follow(disk.active) if disk.active else ())]
         left = [layer.path for layer in layers if layer.path and canonical(layer.path) in gone]
@@ -220,16 +228,27 @@ def verify(handle: Any, merge: Merge) -> None:
             )
 
 
+def _definitions(handle: Any) -> list[Domain]:
+    """The domain as it is, and as it will start next."""
+    model = read_domain(handle)
+    return [model, read_domain(handle, inactive=True)] if model.persistent else [model]
+
+
 def commits_below(handle: Any, merge: Merge) -> bool:
     """Whether a commit below the active layer is under way on the disk."""
     job = block_jobs.job_of(handle, merge.target)
     return job is not None and job["type"] == "commit"
 
 
-def has_left_the_guest(handle: Any, merge: Merge) -> bool:
-    """Whether the running guest stands on what the run became, and no longer on what goes."""
-    disk = read_domain(handle).disk(merge.target)
-    if disk is None or not handle.isActive():
+def is_merged(handle: Any, merge: Merge) -> bool:
+    """Whether the disk stands on what the run became, and no longer on what goes: the live chain says so, or the headers."""
+    model = read_domain(handle)
+    disk = model.disk(merge.target)
+    if disk is None or disk.active is None:
         return False
-    used = {canonical(layer.path) for layer in disk.chain if layer.path}
+    try:
+        layers = disk.chain if model.state.active else chain.follow(disk.active)
+    except VmkeeperError:
+        return False  # a chain that cannot be followed proves nothing
+    used = {canonical(layer.path) for layer in layers if layer.path}
     return canonical(str(merge.remains.path)) in used and not used & {canonical(path) for path in merge.gone}

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .._errors import Refused
+from .._errors import Busy, Refused
 from ..hypervisor import checkpoints
 from ..hypervisor.domain_model import Layer
 from ..safety.host_graph import canonical
@@ -21,9 +21,12 @@ from ..safety.names import file_stem
 from ..safety.space import human
 from .ground import Ground
 from .merge_plan import Merge
-from .plan import LEAST_RESERVE
+from .plan import LEAST_RESERVE, refuse_other_disks
 
 LIVE, PULL, OFFLINE = "live", "pull", "offline"
+
+#: Types of block jobs, as :func:`..hypervisor.block_jobs.job_of` tells them.
+_COMMITS = ("commit", "active-commit")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,13 @@ class Way:
 
 def choose_way(ground: Ground, merges: Sequence[Merge], *, allow_restart: bool) -> Way:
     """Decide, or raise before anything is changed. Pure."""
+    way = _choose(ground, merges, allow_restart=allow_restart)
+    for merge in way.merges:
+        _check_job(ground, merge, way)
+    return way
+
+
+def _choose(ground: Ground, merges: Sequence[Merge], *, allow_restart: bool) -> Way:
     denied = {merge.target: path for merge in merges if (path := _denied(ground, merge)) is not None}
     if not denied:
         return Way(tuple(sorted(merges, key=lambda merge: _order(ground, merge))))
@@ -72,6 +82,9 @@ def choose_way(ground: Ground, merges: Sequence[Merge], *, allow_restart: bool) 
     target, path = next(iter(denied.items()))
     reason = f"AppArmor lets the running guest only read {path}, and {obstacle}"
     if allow_restart and ground.domain.persistent:
+        if ground.next_start is not None:
+            live = [merge.target for merge in merges if _live_layers(ground, merge) is not None]
+            refuse_other_disks(ground.domain, ground.next_start, live)
         why = f"{reason}; the guest was shut down for it and started again"
         return Way(tuple(replace(merge, why=why) for merge in merges), restart=True)
     raise Refused(
@@ -116,8 +129,7 @@ def _order(ground: Ground, merge: Merge) -> int:
 
 def _denied(ground: Ground, merge: Merge) -> str | None:
     """The layer that QEMU would have to write and may not."""
-    disk = ground.domain.disk(merge.target)
-    if _live_layers(ground, merge) is None or (disk is not None and disk.job is not None):
+    if _live_layers(ground, merge) is None or ground.jobs.get(merge.target) in _COMMITS:
         return None  # a job that runs has its files open already
     written = [merge.base]
     if not _is_active(ground, merge):
@@ -125,6 +137,26 @@ def _denied(ground: Ground, merge: Merge) -> str | None:
         used = ground.in_use(merge.target)
         written += [path for path in merge.above if path in used[1:]]
     return next((path for path in written if canonical(path) in ground.denied), None)
+
+
+def _check_job(ground: Ground, merge: Merge, way: Way) -> None:
+    """Refuse a disk that a job runs on already, unless it is the very one that this merge would begin: that is taken up."""
+    running = ground.jobs.get(merge.target)
+    if running is None:
+        return
+    expected = None
+    if way.method(ground, merge) == PULL:
+        expected = "pull"
+    elif way.method(ground, merge) == LIVE:
+        expected = "active-commit" if _is_active(ground, merge) else "commit"
+    disk = ground.domain.disk(merge.target)
+    mirror = disk.job if disk is not None else None
+    into = canonical(mirror.destination) if mirror is not None and mirror.destination else None
+    if running != expected or (running == "active-commit" and into != canonical(merge.base)):
+        raise Busy(
+            f"Disk {merge.target!r} of domain {ground.domain.name!r} has another block job running ({running})",
+            advice="Wait for it (domain_job shows it), then run this again",
+        )
 
 
 def _obstacle_to_pull(ground: Ground, merges: Sequence[Merge]) -> str | None:

@@ -10,17 +10,19 @@ that settling it does.  The content seen through the top of a run is the same at
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
-from .._errors import VmkeeperError
+from .._errors import UNCHANGED, VmkeeperError
 from ..hypervisor import apparmor, block_jobs, checkpoints, power
 from ..hypervisor.connection import explaining, find_by_uuid, open_connection
 from ..hypervisor.domain_model import read_domain
-from ..safety import processes, settlement
+from ..safety import processes, settlement, worker
 from ..safety.journal import Journal
 from ..safety.space import allocated_in_all
 from . import layer_merge, records
-from .merge_plan import Work
+from .ground import refuse_saved
+from .merge_plan import Merge, Work
 from .remains import Merged, remove_unneeded
 
 #: Kinds of operations in the journal that are a :class:`Work` and nothing else.
@@ -32,24 +34,41 @@ def run(handle: Any, work: Work, journal: Journal, *, seconds: float | None = No
     """:func:`merge_all` from the journal's first step to its end.
 
     A commit that fails leaves a chain that is whole, so the journal is closed and the task may be asked again, or not.
-    What fails after a commit stays in the journal for the next run to finish.  A guest that was shut down for it is started
-    again in any case.
+    What fails after a commit stays in the journal for the next run to finish, and so does what libvirt no longer tells of.  A
+    guest that was shut down for it is started again in any case.
     """
+    with _telling_what_was_begun(work, journal):
+        try:
+            done = merge_all(handle, work, journal, seconds=seconds)
+        except block_jobs.TookTooLong:
+            raise
+        except (VmkeeperError, OSError) as error:
+            before = journal.operation.steps[-1]["name"] in _BEFORE_A_COMMIT_IS_DONE
+            if before:
+                _settle_disks(handle, work, journal, refused=isinstance(error, block_jobs.NotBegun))
+            _start_again(handle, journal)
+            if before:
+                with contextlib.suppress(OSError):  # then the next run finds that nothing is left to do
+                    journal.finish()
+            raise
+        journal.finish()
+        return done
+
+
+@contextlib.contextmanager
+def _telling_what_was_begun(work: Work, journal: Journal) -> Iterator[None]:
+    """A failure that says "nothing was changed", as of a look at a domain whose libvirtd has gone, does not know of this work."""
     try:
-        done = merge_all(handle, work, journal, seconds=seconds)
-    except block_jobs.TookTooLong:
+        yield
+    except VmkeeperError as error:
+        if error.state == UNCHANGED and journal.operation.steps[-1]["name"] != "begin":
+            ended = ", ".join(repr(name) for name in work.ended)
+            error.state = (
+                "The merge of its layers was begun: what the guest sees is whole, and a job that runs goes on."
+            )
+            error.state += f" There may be no way back to {ended} any more." if ended else ""
+            error.advice = error.advice or "Run this again, which takes it up, or recover_domain"
         raise
-    except (VmkeeperError, OSError) as error:
-        before = journal.operation.steps[-1]["name"] in _BEFORE_A_COMMIT_IS_DONE
-        if before:
-            _settle_disks(handle, work, journal, refused=isinstance(error, block_jobs.NotBegun))
-        _start_again(handle, journal)
-        if before:
-            with contextlib.suppress(OSError):  # then the next run finds that nothing is left to do
-                journal.finish()
-        raise
-    journal.finish()
-    return done
 
 
 #: Steps at which every chain is whole and nothing is known to be merged that is not noted yet.
@@ -79,9 +98,9 @@ def _settle_disks(handle: Any, work: Work, journal: Journal, *, refused: bool = 
         if merge.target not in finished:
             if cancelled or (together and layer_merge.commits_below(handle, merge)):
                 block_jobs.cancel(handle, merge.target)
-            if not (together and layer_merge.has_left_the_guest(handle, merge)):
+            if not layer_merge.is_merged(handle, merge):
                 continue
-            # One of several that were begun together, and it was the quickest.
+            # It ended before it could be stopped, or was the quickest of several that were begun together.
             layer_merge.relink(handle, merge)
             layer_merge.verify(handle, merge)
         merges.append(merge)
@@ -118,6 +137,7 @@ def settle(uri: str, pending: Journal, *, seconds: float | None = None) -> dict[
     what = f"an interrupted {pending.operation.kind}"
     if handle is None:
         return settlement.given_up(pending, what)
+    refuse_saved(read_domain(handle), state=f"There is {what} on it; all its layers were kept as they are.")
     if work.restart:
         _wait_for_late(handle, pending)
     if work.restart and handle.isActive() and not pending.operation.reached("commit"):
@@ -141,10 +161,16 @@ def merge_all(handle: Any, work: Work, journal: Journal, *, seconds: float | Non
         _shut_down(handle, journal)
     _begin_together(handle, work, journal)
     for merge in work.merges:
+        # Between the disks it may have been saved: a live commit keeps that off, and nothing else does.
+        refuse_saved(
+            read_domain(handle), state="Its layers are whole; those of its disks that were merged before stay so."
+        )
         moved = allocated_in_all((*merge.merged[1:], merge.base) if merge.pull else merge.merged)
         done.committed_bytes[merge.target] = done.committed_bytes.get(merge.target, 0) + moved
         journal.step("commit", disk=merge.target, base=merge.base)
-        layer_merge.commit(handle, merge, work, seconds)
+        layer_merge.commit(
+            handle, merge, bandwidth=_limit(handle, work), seconds=seconds, done=_relinked(journal, merge)
+        )
         journal.step("relink", disk=merge.target)
         layer_merge.relink(handle, merge)
         journal.step("verify", disk=merge.target)
@@ -163,16 +189,25 @@ def merge_all(handle: Any, work: Work, journal: Journal, *, seconds: float | Non
     return done
 
 
+def _limit(handle: Any, work: Work) -> int:
+    """The limit of a job that begins now, which may be another one than was asked: see ``domain_job``."""
+    return worker.limit_for(handle.UUIDString(), work.bandwidth)
+
+
+def _relinked(journal: Journal, merge: Merge) -> bool:
+    """Whether an earlier run came to the step that follows the disk's merge."""
+    return any(step["name"] == "relink" and step["disk"] == merge.target for step in journal.operation.steps)
+
+
 def _end_checkpoints(handle: Any, work: Work) -> None:
     """libvirt 9.0 may lose changes by a pull across layers, silently, and the next increment would lack them.
 
-    Only now, and not before the pull: until the layers leave the chain their bitmaps are right, and QEMU may not be allowed to
-    remove them from there.
+    So may a pull that was finished offline, since the guest was switched off.  Only now, and not before the pull: until the
+    layers leave the chain their bitmaps are right, and QEMU may not be allowed to remove them from there.
     """
-    if handle.isActive():
-        checkpoints.end(
-            handle, work.checkpoints_ended, state="The layers are merged; run this again before the next backup."
-        )
+    checkpoints.end(
+        handle, work.checkpoints_ended, state="The layers are merged; run this again before the next backup."
+    )
 
 
 # --- a guest that is shut down for it --------------------------------------------------------------------------------
@@ -235,7 +270,7 @@ def _begin_together(handle: Any, work: Work, journal: Journal) -> None:
         return
     journal.step("commits", disks=[merge.target for merge, _found in below])
     # Held, the first cannot end while the others are begun.
-    bandwidth = block_jobs.HELD if apparmor.rules_file(handle) else work.bandwidth
+    bandwidth = block_jobs.HELD if apparmor.rules_file(handle) else _limit(handle, work)
     begun = []
     try:
         for merge, found in below:
@@ -245,4 +280,4 @@ def _begin_together(handle: Any, work: Work, journal: Journal) -> None:
         pass
     finally:
         for target in begun:
-            block_jobs.release(handle, target, work.bandwidth)
+            block_jobs.release(handle, target, _limit(handle, work))

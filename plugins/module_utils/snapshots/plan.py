@@ -202,7 +202,7 @@ def plan_take(request: Request, facts: Facts, exists: Callable[[str], bool] = os
             not_captured=[part.as_result() for part in capture.left_out],
         )
     if shutdown and facts.next_start is not None:
-        _refuse_other_disks(domain, facts.next_start, [disk.target for disk in capture.disks])
+        refuse_other_disks(domain, facts.next_start, [disk.target for disk in capture.disks])
     mode, reason = choose_mode(request, facts, capture, memory=memory, offline=shutdown or not domain.state.active)
     if facts.frozen and (memory or shutdown):
         raise Refused(
@@ -255,8 +255,8 @@ def _can_keep_nvram(request: Request, domain: Domain, exists: Callable[[str], bo
     return domain.nvram.format == "raw" and exists(domain.nvram.path)
 
 
-def _refuse_other_disks(live: Domain, next_start: Domain, targets: Sequence[str]) -> None:
-    """What is cut after a shutdown is the persistent definition; it must stand on the same images."""
+def refuse_other_disks(live: Domain, next_start: Domain, targets: Sequence[str]) -> None:
+    """What is cut or merged after a shutdown is the persistent definition's; it must stand on the same images."""
     for target in targets:
         now, then = live.disk(target), next_start.disk(target)
         if now is None or then is None or (now.path, now.format) != (then.path, then.format):

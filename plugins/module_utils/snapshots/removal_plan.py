@@ -97,7 +97,9 @@ def _decide(ground: Ground, snapshot: Snapshot, disk: SnapshotDisk, choice: _Cho
         # An image without a backing file is somebody's disk, not a layer that was put over one: it is never removed.
         choice.files += unneeded(graph, graph.chain(disk.base))
         return
-    if strangers or graph.named_by(disk.base) or len(children) != 1:
+    # A commit of this domain into it that runs already is taken up.
+    named = [reader for reader in graph.named_by(disk.base) if not (reader.kind == "job" and reader.uuid == uuid)]
+    if strangers or named or len(children) != 1:
         choice.kept.append({"disk": disk.target, "path": disk.base, "for": [reader.as_result() for reader in readers]})
         return
     base = Layer(disk.base, disk.base_format, "block" if disk.base.startswith("/dev/") else "file")

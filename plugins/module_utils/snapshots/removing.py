@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..hypervisor.connection import open_connection
-from ..safety import settlement, worker
+from ..safety import long_operation, settlement
 from ..safety.journal import Journal
+from ..safety.long_operation import Answer, Operation, Waiting
 from . import merging
-from .ground import Ground, read_ground
+from .ground import Ground, after, read_ground
 from .merging import REMOVAL
 from .remains import Merged
 from .removal_plan import RemovalPlan, plan_removal
@@ -52,9 +53,13 @@ def remove(
         return [_result(ground, _plan(request, ground), None) for ground in map(read_ground, handles)]
     with settlement.hold(named, f"removal of snapshot {request.name!r}"):
         settled = {one["domain"] for one in settlement.settle_before_change(uri, handles, within(seconds))}
-        grounds = [read_ground(handle) for handle in handles]
-        plans = [_plan(request, ground) for ground in grounds]
-        removed = [_run(handle, ground, plan, seconds) for handle, ground, plan in zip(handles, grounds, plans)]
+        for ground in map(read_ground, handles):
+            _plan(request, ground)
+        removed: list[Removed] = []
+        for handle in handles:
+            with after([one.domain for one in removed]):
+                ground = read_ground(handle)  # once more: those before may have taken hours
+                removed.append(_run(handle, ground, _plan(request, ground), seconds))
     for one in removed:
         one.changed = one.changed or one.domain in settled
     return removed
@@ -72,19 +77,25 @@ def _run(handle: Any, ground: Ground, plan: RemovalPlan | None, seconds: float |
     return _result(ground, plan, merging.run(handle, plan.work, journal, seconds=seconds))
 
 
-def start(uri: str, handles: Sequence[Any], request: Request) -> worker.Job:
-    """Let a worker do it; what can be refused is refused now."""
-    remove(uri, handles, request, check=True)
+def start(uri: str, handles: Sequence[Any], request: Request) -> Answer:
+    """Let a worker do it; what can be refused is refused now. The answer has a ``job`` unless there is nothing to do."""
+
+    def here(check: bool) -> Answer:
+        return _as_result(remove(uri, handles, request, check=check))
+
     domains = [(handle.UUIDString(), handle.name()) for handle in handles]
-    asked = {"domains": domains, "request": asdict(request)}
-    return worker.start(REMOVAL, uri, domains, "snapshots.removing", asked)
+    operation = Operation(REMOVAL, "snapshots.removing", {"domains": domains, "request": asdict(request)})
+    return long_operation.run(operation, uri, lambda: domains, here, Waiting(wait=False))
 
 
-def work(uri: str, request: Mapping[str, Any]) -> dict[str, Any]:
+def work(uri: str, request: Mapping[str, Any]) -> Answer:
     """What the worker does."""
     connection = open_connection(uri)
     handles = [connection.lookupByUUIDString(uuid) for uuid, _name in request["domains"]]
-    removed = remove(uri, handles, Request(**request["request"]))
+    return _as_result(remove(uri, handles, Request(**request["request"])))
+
+
+def _as_result(removed: Sequence[Removed]) -> Answer:
     return {
         "changed": any(one.changed for one in removed),
         "snapshots": [one.snapshot for one in removed if one.snapshot is not None],

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .._errors import Busy, NotFound, Refused, Unsupported
-from ..safety.host_graph import HostGraph, Reader, canonical, unneeded
+from ..safety.host_graph import Reader, canonical, unneeded
 from ..safety.names import file_stem
 from .ground import Ground, refuse_unsettled
 from .model import Snapshot, SnapshotDisk, by_name
@@ -115,6 +115,7 @@ def plan_revert(request: Request, ground: Ground, exists: Callable[[str], bool] 
     if snapshot.mode == "internal":
         return _plan_internal(request, ground, snapshot)
     _check_external(ground, snapshot)
+    _check_resumed(ground, snapshot, exists)
     start = _choose_start(request, ground, snapshot)
     kept, ended = _checkpoints(ground, snapshot)
     overlays = tuple(_overlay(ground, snapshot, disk, kept, exists) for disk in snapshot.captured)
@@ -193,6 +194,31 @@ def _check_external(ground: Ground, snapshot: Snapshot) -> None:
         )
 
 
+def _check_resumed(ground: Ground, snapshot: Snapshot, exists: Callable[[str], bool]) -> None:
+    """What the resumed guest opens besides must be there, and what is no disk of today's domain must be nobody else's."""
+    domain = ground.domain
+    me = Reader("domain", domain.name, domain.uuid)
+    for disk in ground.resumed:
+        path = str(disk.path)
+        whose = f"The memory of snapshot {snapshot.name!r} of domain {domain.name!r} is of a guest with disk {disk.target!r} on {path}"
+        if not exists(path):
+            raise Refused(
+                f"{whose}, which is missing",
+                advice="Restore that image, or attach a disk with that target, which it will have in its place",
+            )
+        today = domain.disk(disk.target)
+        if disk.readonly or (today is not None and today.path is not None and canonical(today.path) == canonical(path)):
+            continue
+        stands_on_it = ground.graph.children(path)
+        others = [str(reader) for reader in ground.graph.readers(path) if stands_on_it or reader != me]
+        others += [str(reader) for reader in ground.opened.get(canonical(path), ())]
+        if others:
+            raise Refused(
+                f"{whose}, which {', '.join(others)} reads by now, and the guest would write to it",
+                advice="End that, or attach a disk with that target, which it will have in its place",
+            )
+
+
 def _choose_start(request: Request, ground: Ground, snapshot: Snapshot) -> str:
     if snapshot.memory_mode != "no":
         return "resume-paused" if snapshot.state == "paused" else "resume"
@@ -253,7 +279,7 @@ def _discarded(ground: Ground, overlays: Sequence[FreshOverlay]) -> tuple[tuple[
         tops += chain[:1]
         named[overlay.path] = (me,)
         below[overlay.path] = canonical(overlay.base)
-    after = HostGraph(named, below)
+    after = replace(ground.graph, named=named, below=below)
     discarded = unneeded(after, candidates)
     left = tuple(path for path in tops if path not in discarded and not after.readers(path))
     return discarded, left

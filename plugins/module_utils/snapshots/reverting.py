@@ -14,12 +14,13 @@ from ..hypervisor.domain_model import read_domain
 from ..safety import journal, settlement, space
 from ..safety.journal import Operation
 from . import taking, way_back
-from .ground import Ground, read_ground
+from .ground import Ground, after, read_ground
 from .model import Snapshot, by_name, read_snapshots
 from .plan import Request as TakeRequest
 from .remains import Merged
 from .removing import Request as Removal
 from .removing import remove
+from .resumption import with_resumed
 from .revert_plan import Request, RevertPlan, plan_revert
 from .settlers import SETTLERS
 from .way_back import PENDING
@@ -42,26 +43,33 @@ def revert(
     named = [(handle.UUIDString(), handle.name()) for handle in handles]
     if check:
         settlement.settle_before_change(uri, handles, SETTLERS, check=True)
-        grounds = [read_ground(handle) for handle in handles]
+        grounds = [_read(handle, request) for handle in handles]
         _check_keeping(request, grounds)
         return [_result(ground, plan_revert(request, ground), None) for ground in grounds]
     over = _over_already(uri, handles, named, request)
     going = [handle for handle in handles if handle.UUIDString() not in over]
     if request.keep_present_as:
         _keep_present(connection, uri, going, request)
-    done = {}
+    done: dict[str, Reverted] = {}
     with settlement.hold(named, f"revert to snapshot {request.name!r}"):
         settlement.settle_before_change(uri, handles, SETTLERS)
-        grounds = [read_ground(handle) for handle in going]
-        plans = [replace(plan_revert(request, ground), alone=len(handles) == 1) for ground in grounds]
+        grounds = [_read(handle, request) for handle in going]
+        plans = [plan_revert(request, ground) for ground in grounds]
         _check_kept(request, grounds)
         space.require([need for plan in plans for need in plan.needs()], f"Going back to snapshot {request.name!r}")
-        for handle, ground, plan in zip(going, grounds, plans):
-            done[ground.domain.uuid] = _result(ground, plan, way_back.run(handle, ground, plan))
+        for handle in going:
+            with after([one.domain for one in done.values()]):
+                ground = _read(handle, request)  # once more, after those before
+                plan = replace(plan_revert(request, ground), alone=len(handles) == 1)
+                done[ground.domain.uuid] = _result(ground, plan, way_back.run(handle, ground, plan))
         for handle in handles:
             if request.keep_present_as:
                 way_back.unmark(handle, request.keep_present_as)
     return [done.get(handle.UUIDString()) or _result_of_earlier(handle, request) for handle in handles]
+
+
+def _read(handle: Any, request: Request) -> Ground:
+    return with_resumed(handle, read_ground(handle), request.name)
 
 
 def _over_already(uri: str, handles: Sequence[Any], named: Sequence[tuple[str, str]], request: Request) -> set[str]:
@@ -123,7 +131,7 @@ def _check_keeping(request: Request, grounds: Sequence[Ground]) -> None:
 
 def _keep_present(connection: Any, uri: str, handles: Sequence[Any], request: Request) -> None:
     """Take a snapshot of the present, by which it can be gone back to like any other."""
-    grounds = [read_ground(handle) for handle in handles]
+    grounds = [_read(handle, request) for handle in handles]
     _check_keeping(request, grounds)
     name = str(request.keep_present_as)
     for handle, ground in zip(handles, grounds):
@@ -164,7 +172,13 @@ def _result_of_earlier(handle: Any, request: Request) -> Reverted:
         raise LibvirtFailed(f"Snapshot {request.name!r} has gone", state="Somebody removed it.")
     held = snapshot.memory_mode != "no"
     guest = (
-        ("paused" if domain.state.name == "paused" else "resumed" if held else "booted")
+        (
+            "paused"
+            if domain.state.name == "paused"
+            else "resumed"
+            if held and domain.state.reason != "booted"
+            else "booted"
+        )
         if domain.state.active
         else "shut off"
     )

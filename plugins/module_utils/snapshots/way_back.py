@@ -9,21 +9,22 @@ removed; after it every step looks at what is true and can be run again.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from .._errors import VmkeeperError
-from ..hypervisor import block_jobs, definition, qemu_img
+from ..hypervisor import block_jobs, qemu_img
 from ..hypervisor.connection import constant, explaining, find_by_uuid, open_connection
-from ..hypervisor.domain_model import qemu_owner, read_domain
-from ..safety import places, settlement
+from ..hypervisor.domain_model import qemu_owner, read_domain, read_state
+from ..safety import processes, settlement
 from ..safety.checkpoints_aside import set_aside
-from ..safety.host_graph import canonical
-from ..safety.journal import Journal
-from . import nvram
-from .ground import Ground
+from ..safety.host_graph import read_graph
+from ..safety.journal import Journal, Operation
+from . import nvram, resumption
+from .ground import Ground, refuse_saved
 from .model import Snapshot, by_name, read_snapshots, write_labels
 from .remains import Merged, layer_at, put_definition_on, remove_unneeded
 from .revert_plan import RevertPlan
@@ -36,6 +37,9 @@ FINISHED = "finished"
 #: A tag of the snapshot that keeps the present, while the revert that it is taken for is not done.
 PENDING = "vmkeeper.kept-before-reverting-to"
 
+#: The way out for whoever wants to stay: see :func:`is_taken_back`.
+_KEEPS_PRESENT = "Shut off and started by hand before that, it keeps its present: the revert is then taken back"
+
 
 def run(handle: Any, ground: Ground, plan: RevertPlan) -> Merged:
     """Do all of it; what was thrown away is in the result's ``removed``."""
@@ -44,8 +48,9 @@ def run(handle: Any, ground: Ground, plan: RevertPlan) -> Merged:
         journal.step("overlays")
         _make_overlays(handle, plan)
     except BaseException:
-        _undo(handle, plan)
-        journal.finish()
+        with contextlib.suppress(VmkeeperError):  # then the next run takes it back
+            _undo(handle, plan)
+            journal.finish()
         raise
     return _go_on(handle, plan, journal)
 
@@ -66,29 +71,36 @@ def _make_overlays(handle: Any, plan: RevertPlan) -> None:
             )
 
 
-def _go_on(handle: Any, plan: RevertPlan, journal: Journal) -> Merged:
-    """From stopping the guest to the end."""
+def _go_on(handle: Any, plan: RevertPlan, journal: Journal, *, defined: bool = False) -> Merged:
+    """From stopping the guest to the end. A domain that is ``defined`` on the overlays may have been used since then."""
     done = Merged()
     if plan.internal:
         journal.step("revert")
         _revert_internal(handle, plan)
     else:
-        journal.step("stop")
-        if not _on_new(handle, plan, live=True):
+        if not defined:
+            journal.step("stop", run=handle.ID())
             _stop(handle)
-        journal.step("define")
-        if not _on_new(handle, plan):
-            put_definition_on(handle, {one.target: layer_at(one.path, "qcow2") for one in plan.overlays})
-        if plan.nvram is not None:
+            try:
+                tops = _last_written(_old_tops(handle, plan))
+                journal.step("define", tops=tops, off=read_state(handle).reason)
+                put_definition_on(handle, {one.target: layer_at(one.path, "qcow2") for one in plan.overlays})
+            except VmkeeperError as error:
+                error.state = "The domain is shut off, and its definition still stands on its old disks."
+                error.advice = f"Run this again, or recover_domain, which finishes the revert. {_KEEPS_PRESENT}"
+                raise
+        if plan.nvram is not None and not journal.operation.reached("current"):
             # Not before: a guest that somebody starts on its old disks after a crash has its old variables, too.
             journal.step("nvram")
             if not handle.isActive():
                 nvram.bring_back(*plan.nvram, owner=qemu_owner(handle.connect().getCapabilities()))
-        journal.step("current")
-        _make_current(handle, plan.snapshot)
+        if not journal.operation.reached("checkpoints"):  # else another snapshot may be the current one by now
+            journal.step("current")
+            _make_current(handle, plan.snapshot)
         journal.step("checkpoints")
         _end_checkpoints(handle, plan)
-        journal.step("start")
+        if not journal.operation.reached("start"):
+            journal.step("start", overlays=_last_written(overlay.path for overlay in plan.overlays))
         try:
             _start(handle, plan)
         except VmkeeperError:
@@ -119,22 +131,14 @@ def has_gone_back(snapshots: Sequence[Snapshot], kept_as: str) -> bool:
     return kept_as in parents
 
 
-def _on_new(handle: Any, plan: RevertPlan, *, live: bool = False) -> bool:
-    """Whether the domain stands on the overlays of this revert: its next start, or with ``live`` the running guest."""
-    if live and not handle.isActive():
-        return False
-    disks = read_domain(handle, inactive=not live)
-    return all(
-        (disk := disks.disk(overlay.target)) is not None
-        and disk.path is not None
-        and canonical(disk.path) == canonical(overlay.path)
-        for overlay in plan.overlays
-    )
-
-
 def _stop(handle: Any) -> None:
     if handle.isActive():
-        with explaining(f"Stopping domain {handle.name()!r} to take it back"):
+        with explaining(
+            f"Stopping domain {handle.name()!r} to take it back",
+            state="It was told to stop, and may still do so; nothing else of it was changed.",
+            advice="See libvirt's log. The next task on its snapshots, or recover_domain, stops it and finishes the revert."
+            f" {_KEEPS_PRESENT}",
+        ):
             handle.destroy()
 
 
@@ -180,14 +184,12 @@ def _start(handle: Any, plan: RevertPlan) -> None:
         return
     connection = handle.connect()
     with explaining(f"Resuming domain {handle.name()!r} from {plan.memory_file}", state=state):
-        xml = connection.saveImageGetXMLDesc(plan.memory_file, constant("VIR_SAVE_IMAGE_XML_SECURE") or 0)
-        layers = {one.target: layer_at(one.path, "qcow2") for one in plan.overlays}
-        # Disks that the snapshot does not hold are where they are today.
-        for disk in read_domain(handle, inactive=True).disks:
-            if disk.target not in layers and disk.active is not None and disk.kind in ("file", "block"):
-                layers[disk.target] = disk.active
+        held = {one.target: layer_at(one.path, "qcow2") for one in plan.overlays}
+        xml = resumption.fitted(
+            resumption.read_xml(connection, plan.memory_file), held, read_domain(handle, inactive=True)
+        )
         how = "VIR_DOMAIN_SAVE_PAUSED" if plan.start == "resume-paused" else "VIR_DOMAIN_SAVE_RUNNING"
-        connection.restoreFlags(plan.memory_file, definition.with_disk_layers(xml, layers), constant(how) or 0)
+        connection.restoreFlags(plan.memory_file, xml, constant(how) or 0)
 
 
 def _revert_internal(handle: Any, plan: RevertPlan) -> None:
@@ -215,11 +217,68 @@ def unmark(handle: Any, name: str) -> None:
 
 
 def _undo(handle: Any, plan: RevertPlan) -> None:
-    """Nothing was stopped or defined yet: only fresh overlays without content exist."""
-    for overlay in plan.overlays:
-        if os.path.lexists(overlay.path) and not _on_new(handle, plan) and not _on_new(handle, plan, live=True):
-            places.unlink_quietly(overlay.path)
-            places.fsync_directory(os.path.dirname(overlay.path))
+    """Remove the fresh overlays; one that somebody uses all the same stays."""
+    remove_unneeded(handle, [overlay.path for overlay in plan.overlays], Merged())
+
+
+def _stands_on_new(handle: Any, plan: RevertPlan) -> bool:
+    """Whether the running guest, or its next start, has any overlay of this revert in a chain, at whatever depth.
+
+    All were defined at once.  Since then a disk may have been detached, or another tool may have put a layer on top.
+    """
+    graph = read_graph(handle.connect())
+    return any(
+        reader.kind == "domain" and reader.uuid == handle.UUIDString()
+        for overlay in plan.overlays
+        for reader in graph.readers(overlay.path)
+    )
+
+
+def is_defined(operation: Operation, *, stands_on_new: bool) -> bool:
+    """Whether the definition was put on the overlays: it stands on them, or the steps behind that were begun. Pure."""
+    return stands_on_new or operation.reached("nvram") or operation.reached("current")
+
+
+def is_taken_back(operation: Operation, *, defined: bool, active: bool, ran_since: bool, saved: bool) -> bool:
+    """Whether an interrupted revert is undone and not finished: what the guest did since on its old disks counts. Pure.
+
+    ``ran_since``: it has run after it was stopped for this; ``saved``: it has a saved state.
+    """
+    if not operation.reached("stop"):
+        return True
+    return not defined and (saved or ran_since or (active and operation.reached("define")))
+
+
+def _last_written(paths: Iterable[str]) -> dict[str, int]:
+    """When the files were last written, in ns since the epoch."""
+    found = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            found[path] = os.stat(path).st_mtime_ns
+    return found
+
+
+def _written_since(before: Mapping[str, int]) -> bool:
+    return any(before[path] != now for path, now in _last_written(before).items())
+
+
+def _old_tops(handle: Any, plan: RevertPlan) -> list[str]:
+    """What the definition stands on before it is put on the overlays."""
+    present = read_domain(handle, inactive=True)
+    disks = [present.disk(overlay.target) for overlay in plan.overlays]
+    return [disk.path for disk in disks if disk is not None and disk.path is not None]
+
+
+def _ran_since(handle: Any, operation: Operation) -> bool:
+    """Whether the guest has run, on its old disks, after this operation had stopped it."""
+    state = read_state(handle)
+    stopping, defining = operation.last("stop"), operation.last("define")
+    if defining is not None:
+        # A device's node does not tell when it was written; how the guest ended does, until libvirtd restarts.
+        return _written_since(defining["tops"]) or state.reason not in (defining["off"], "unknown")
+    if stopping is None or not state.active:
+        return False
+    return operation.boot_id != processes.boot_id() or stopping["run"] != handle.ID()
 
 
 def settle(uri: str, pending: Journal) -> dict[str, str]:
@@ -238,13 +297,21 @@ def settle(uri: str, pending: Journal) -> dict[str, str]:
             return {"what": what, "action": "left as libvirt left it"}
         _finish(handle, plan, pending)
         return {"what": what, "action": FINISHED}
-    defined = _on_new(handle, plan) or _on_new(handle, plan, live=True)
-    started_on_old = handle.isActive() and not defined
-    if not operation.reached("stop") or (started_on_old and operation.reached("define")):
-        # Not begun; or somebody has started the guest on its old disks meanwhile, and that must not be stopped.
+    domain = read_domain(handle)
+    defined = is_defined(operation, stands_on_new=_stands_on_new(handle, plan))
+    ran_since = _ran_since(handle, operation)
+    if is_taken_back(
+        operation, defined=defined, active=domain.state.active, ran_since=ran_since, saved=domain.managed_save
+    ):
         _undo(handle, plan)
         pending.finish()
         return {"what": what, "action": "taken back"}
-    _make_overlays(handle, plan)
-    _go_on(handle, plan, pending)
+    refuse_saved(domain, state=f"There is {what} on it, whose disks it stands on already; everything was kept.")
+    if not defined:
+        _make_overlays(handle, plan)
+    starting = operation.last("start")
+    if plan.memory_file is not None and starting is not None and _written_since(starting["overlays"]):
+        # It has run on them since: that memory does not fit them any more.
+        plan = replace(plan, memory_file=None, start="boot")
+    _go_on(handle, plan, pending, defined=defined)
     return {"what": what, "action": FINISHED}

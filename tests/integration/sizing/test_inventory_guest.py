@@ -33,7 +33,8 @@ PATIENT = {"ANSIBLE_TIMEOUT": "300", "ANSIBLE_PIPELINING": "true"}
 WRITER = """
 for place in /var/lib /srv; do
 systemd-run --quiet --unit=writer$(basename $place) sh -c \\
-    "n=0; while :; do n=\\$((n + 1)); echo \\$n >>$place/numbers; sync $place/numbers; sleep 0.2; done"
+    "n=\\$(cat $place/numbers 2>/dev/null | wc -l); \\
+    while :; do n=\\$((n + 1)); echo \\$n >>$place/numbers; sync $place/numbers; sleep 0.2; done"
 done
 """
 
@@ -108,13 +109,38 @@ def test_the_second_time_there_is_nothing_to_do(guest: InventoryGuest) -> None:
     assert changed(scale(guest, {"vda": 1200, "vdb": 384})) == []
 
 
+def test_after_a_restart_the_guest_is_waited_for(guest: InventoryGuest) -> None:
+    run = ansible.run_playbook(
+        "vmkeeper.libvirt.scale",
+        extra_vars={
+            "target": "localhost",
+            "vertical_scale_domains": [guest.name],
+            "vertical_scale_vcpus": 1 + guest.domain().maxVcpus(),
+            "vertical_scale_overcommit": True,
+            "vertical_scale_allow_restart": True,
+            "vertical_scale_health_timeout": "30m",
+            "vertical_scale_shutdown_timeout": "20m",
+            "vertical_scale_disks": [{"target": "vdb", "size": "400M"}],
+            "vertical_scale_guests": {guest.name: {"host": "inside", "mounts": ["/"]}},
+            "vertical_scale_snapshot": False,
+        },
+        more_hosts={"inside": guest.as_inventory_host()},
+        env=PATIENT,
+    )
+    assert run.rc == 0, run.stdout + run.stderr
+    (module,) = [task.result for task in run.tasks if task.task.endswith("Change the size")]
+    assert module["restarted"]
+    assert any(task.task.endswith("See what is mounted") and task.outcome == "ok" for task in run.tasks)
+    guest.run(WRITER)
+
+
 def test_a_place_that_is_no_partition_or_disk_is_refused(guest: InventoryGuest) -> None:
     run = ansible.run_playbook(
         "vmkeeper.libvirt.scale",
         extra_vars={
             "target": "localhost",
             "vertical_scale_domains": [guest.name],
-            "vertical_scale_disks": [{"target": "vdb", "size": "384M"}],
+            "vertical_scale_disks": [{"target": "vdb", "size": "400M"}],
             "vertical_scale_guests": {guest.name: {"host": "inside", "mounts": ["/run"]}},
         },
         more_hosts={"inside": guest.as_inventory_host()},

@@ -11,8 +11,9 @@ import libvirt
 import pytest
 from lab import ansible, evidence
 from lab.evidence import host_state
-from lab.guest import Guest
+from lab.guest import DiskSpec, Guest, GuestSpec
 
+from ansible_collections.vmkeeper.libvirt.tests.integration.conftest import GuestFactory
 from ansible_collections.vmkeeper.libvirt.tests.integration.sizing.resizing import (
     MIB,
     change,
@@ -152,6 +153,13 @@ def test_a_disk_grows_with_its_partition_and_filesystem(
     blocks = int(guest.exec(["/bin/df", "-k", f"/disk/{target}"]).text.split()[-5])
     assert blocks * 1024 > 0.8 * room
     assert undisturbed(window.longest, calm), (window, calm)
+
+
+@pytest.mark.skipif(int(os.environ.get("VMK_SCALE", "1")) < 2, reason="make test-long")
+def test_an_xfs_grows_with_its_partition(guest_factory: GuestFactory) -> None:
+    disks = (DiskSpec("vda"), DiskSpec("vdb", size=384 * MIB, fs="xfs", partitioned=True))
+    grown = twice(guest_factory(GuestSpec("partxfs", disks=disks)), disks=[{"target": "vdb", "size": "448M"}])
+    assert change(grown, "filesystem vdb")["guest_sees"] > 440 * MIB
 
 
 def test_a_disk_grows_alone_when_its_filesystem_is_to_stay(guest: Guest) -> None:

@@ -5,13 +5,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import libvirt
 import pytest
+from lab import images
 from lab.guest import DiskSpec, Guest, GuestSpec
 from lab.images import run
+from lab.waiting import until
 
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import Refused
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety.journal import Journal
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing import restart, settle, shrinking
 from ansible_collections.vmkeeper.libvirt.tests.integration.conftest import GuestFactory
 from ansible_collections.vmkeeper.libvirt.tests.integration.sizing.resizing import (
     MIB,
@@ -29,6 +36,7 @@ IDE = (
     "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{}'/>"
     "<target dev='hda' bus='ide'/></disk>"
 )
+BLOCK = "<disk type='block' device='disk'><driver name='qemu' type='raw'/><source dev='{}'/><target dev='vdz' bus='virtio'/></disk>"
 MOUNT_IT = (
     "modprobe ata_piix; for n in $(seq 200); do [ -b /dev/sda ] && break; sleep 0.1; done;"
     " mkdir -p /mnt && mount /dev/sda /mnt"
@@ -42,7 +50,7 @@ def small(module_guest_factory: GuestFactory) -> Guest:
 
 
 def test_the_next_boot_gets_what_cannot_be_live(small: Guest) -> None:
-    made = twice(small, vcpus=2, memory="192M", max_memory="1G")
+    made = twice(small, vcpus=2, memory="192M", max_memory="256G")
     assert made["restart_required"]
     assert not made["restarted"]
     assert {one["applied"] for one in made["changes"]} == {"next_boot"}
@@ -54,7 +62,7 @@ def test_the_next_boot_gets_what_cannot_be_live(small: Guest) -> None:
 
 def test_a_restart_puts_it_in_force(small: Guest) -> None:
     made = resize(
-        small, vcpus=2, memory="192M", max_memory="1G", allow_restart=True, health_command=["cat", "/run/lab-ready"]
+        small, vcpus=2, memory="192M", max_memory="256G", allow_restart=True, health_command=["cat", "/run/lab-ready"]
     )
     assert made["changed"]
     assert made["restarted"]
@@ -62,20 +70,35 @@ def test_a_restart_puts_it_in_force(small: Guest) -> None:
     assert not made["restart_required"]
     assert change(made, "vcpus")["guest_sees"] == 2 == online_cpus(small)
     assert change(made, "memory")["guest_sees"] == memory_total(small)
-    assert not resize(small, vcpus=2, memory="192M", max_memory="1G", allow_restart=True)["changed"]
+    assert not resize(small, vcpus=2, memory="192M", max_memory="256G", allow_restart=True)["changed"]
 
 
 def test_room_alone_is_worth_a_restart_that_was_allowed(small: Guest) -> None:
-    waits = twice(small, max_vcpus=3, max_memory="1G")
+    waits = twice(small, max_vcpus=3, max_memory="256G")
     assert waits["restart_required"]
-    made = resize(small, max_vcpus=3, max_memory="1G", allow_restart=True)
+    made = resize(small, max_vcpus=3, max_memory="256G", allow_restart=True)
     assert made["restarted"]
     assert not made["restart_required"]
     assert change(made, "max_vcpus")["applied"] == "restart"
-    assert not resize(small, max_vcpus=3, max_memory="1G", allow_restart=True)["changed"]
+    assert not resize(small, max_vcpus=3, max_memory="256G", allow_restart=True)["changed"]
     assert resize(small, vcpus=3)["changed"]
     assert online_cpus(small) == 3
     resize(small, vcpus=2, allow_restart=True)
+
+
+def test_what_qemu_refuses_live_waits_for_the_next_boot_and_the_rest_is_stored(small: Guest) -> None:
+    before = online_cpus(small)
+    # No host of these tests has so much: QEMU cannot make the DIMM.
+    made = resize(small, vcpus=before + 1, memory=f"{192 * 1024 + 192}M")
+    assert change(made, "vcpus")["applied"] == "live"
+    assert change(made, "memory")["applied"] == "next_boot"
+    assert "Plugging" in change(made, "memory")["why"]
+    assert made["restart_required"]
+    definition = small.xml(inactive=True)
+    assert definition.find("vcpu").get("current", definition.findtext("vcpu")) == str(before + 1)
+    resize(small, vcpus=before, memory="192M")
+    assert not resize(small, vcpus=before, memory="192M")["changed"]
+    assert small.is_running()
 
 
 def test_a_size_that_cannot_boot_comes_back_by_itself(small: Guest) -> None:
@@ -195,8 +218,103 @@ def test_a_kill_during_the_way_back_is_repaired(small: Guest, step: str) -> None
     assert not unfinished(small)
 
 
-def test_a_stopped_domain_and_its_disk_change_at_once(small: Guest) -> None:
+class _Late:
+    """A domain that seems to be off until its disks are exchanged."""
+
+    def __init__(self, domain: libvirt.virDomain) -> None:
+        self._domain = domain
+        self.seen = False
+
+    def isActive(self) -> bool:
+        return self.seen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._domain, name)
+
+
+def _begun_shrink(guest: Guest) -> Journal:
+    """The journal of a shrink of vda, up to the shutdown."""
+    stem = f"{guest.images['vda']}.vmk-0000"
+    names = {"path": str(guest.images["vda"]), "work": f"{stem}.work", "copy": f"{stem}.copy", "kept": f"{stem}.kept"}
+    plan = {
+        **dict.fromkeys(("old_xml", "new_xml"), guest.xml_text(inactive=True)),
+        **dict.fromkeys(("rollback", "judge", "was_running"), True),
+        "health_command": None,
+        "health_timeout": 300.0,
+        "shutdown_timeout": 1.0,
+        "shrinks": [{**names, "target": "vda", "format": "qcow2", "size": MIB, "doing": "Making it smaller"}],
+    }
+    return Journal.begin(settle.OPERATION, [(guest.domain().UUIDString(), guest.name)], plan)
+
+
+def test_a_guest_that_somebody_starts_while_its_disk_is_copied_is_not_stopped_and_keeps_its_disk(
+    small: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs all the time here, as one that was started again right after it had shut down; only libguestfs is stood in for."""
+    connection, number, image = small.connection(), small.domain().ID(), small.images["vda"]
+    inode, files = image.stat().st_ino, set(image.parent.iterdir())
+
+    def copied(shrink: dict[str, Any], *, doing: str) -> int:
+        shutil.copyfile(shrink["path"], shrink["copy"])
+        return os.stat(shrink["path"]).st_mtime_ns
+
+    def exchanged(shrink: dict[str, Any]) -> None:
+        swap(shrink)
+        late.seen = True
+
+    def untouched() -> bool:
+        return (
+            small.domain().ID() == number
+            and image.stat().st_ino == inode
+            and set(image.parent.iterdir()) == files
+            and not unfinished(small)
+        )
+
+    swap, late = shrinking.swap, _Late(small.domain())
+    monkeypatch.setattr(shrinking, "make_copy", copied)
+    monkeypatch.setattr(restart, "shut_down", lambda handle, seconds: None)
+    journal = _begun_shrink(small)
+    with pytest.raises(Refused, match="somebody has started"):
+        restart.restart(connection, small.domain(), journal, journal.operation.plan["new_xml"])
+    assert untouched()
+
+    monkeypatch.setattr(shrinking, "swap", exchanged)
+    small.stop_writers()
+    journal = _begun_shrink(small)
+    with pytest.raises(Refused, match="vda has its old size"):
+        restart.restart(connection, late, journal, journal.operation.plan["new_xml"])
+    assert untouched()
+
+    for steps in (["shutdown", "swap"], ["shutdown", "swap", "start", "health"]):
+        journal = _begun_shrink(small)
+        for step in steps:
+            journal.step(step)
+        (shrink,) = journal.operation.plan["shrinks"]
+        copied(shrink, doing="")
+        swap(shrink)
+        assert image.stat().st_ino != inode
+        settled = settle.settle("qemu:///system", journal)
+        assert "vda of the old size" in settled["action"]
+        assert untouched()
+    small.start_writer("vda")
+
+
+def test_a_guest_that_was_switched_off_after_the_way_back_stays_off(small: Guest) -> None:
+    """Its run was killed while it waited for the old size."""
+    journal = _begun_shrink(small)
+    journal.operation.plan["shrinks"] = []
+    for step in ("define", "shutdown", "start", "health", "rollback", "put-back"):
+        journal.step(step)
+    journal.step("start-old", ended="destroyed")
     small.shutdown()
+    assert "switched off since" in settle.settle("qemu:///system", journal)["action"]
+    assert not small.is_running()
+    assert not unfinished(small)
+
+
+def test_a_stopped_domain_and_its_disk_change_at_once(small: Guest) -> None:
+    if small.is_running():
+        small.shutdown()
     made = twice(small, vcpus=1, memory="160M", disks=[{"target": "vda", "size": "160M"}])
     assert change(made, "disk vda")["applied"] == "offline"
     assert change(made, "filesystem vda")["applied"] == "none"
@@ -205,6 +323,28 @@ def test_a_stopped_domain_and_its_disk_change_at_once(small: Guest) -> None:
     assert online_cpus(small) == 1
     grown = twice(small, disks=[{"target": "vda"}])
     assert change(grown, "filesystem vda")["guest_sees"] == 160 * MIB
+
+
+def test_a_raw_disk_on_a_device_gets_the_size_of_the_device_and_no_other(small: Guest) -> None:
+    backing = small.directory / "volume"
+    backing.touch()
+    os.truncate(backing, 32 * MIB)
+    node = images.attach_loop(backing)
+    disk = BLOCK.format(node)
+    try:
+        small.domain().attachDeviceFlags(disk, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+        os.truncate(backing, 64 * MIB)
+        run("losetup", "--set-capacity", node)
+        wanted = {"target": "vdz", "grow_filesystem": False}
+        result = start(small, disks=[{**wanted, "size": "48M"}]).result()
+        assert result["failed"]
+        assert f"Give size: {64 * MIB}" in result["msg"]
+        assert small.domain().blockInfo("vdz")[0] == 32 * MIB
+        twice(small, disks=[{**wanted, "size": str(64 * MIB)}])
+    finally:
+        small.domain().detachDeviceFlags(disk, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+        until(lambda: "vdz" not in small.active_paths(), "the disk going away", 60)
+        run("losetup", "--detach", node)
 
 
 def test_a_saved_domain_is_refused(small: Guest) -> None:

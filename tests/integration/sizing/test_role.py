@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -30,6 +31,9 @@ UNSAID = dict.fromkeys(
         "vertical_scale_snapshot_name",
         "vertical_scale_health_timeout",
         "vertical_scale_shutdown_timeout",
+        "vertical_scale_sizes",
+        "vertical_scale_extra_sizes",
+        "vertical_scale_guests",
     ),
     "",
 )
@@ -61,7 +65,9 @@ def resized(run: ansible.PlaybookRun) -> dict[str, Any]:
 
 
 def test_a_machine_goes_one_size_up_with_a_larger_disk(machine: Guest) -> None:
-    run = scale(machine, vertical_scale_direction="up", vertical_scale_disks=[{"target": "vda", "size": "160M"}])
+    disks = [{"target": "vda", "size": "160M"}]
+    # That disks may shrink does not keep one that grows from its snapshot.
+    run = scale(machine, vertical_scale_direction="up", vertical_scale_disks=disks, vertical_scale_allow_shrink=True)
     result = resized(run)
     assert {change["what"]: change["applied"] for change in result["changes"]} == {
         "vcpus": "live",
@@ -100,4 +106,31 @@ def test_no_size_beyond_the_largest(machine: Guest) -> None:
     run = scale(machine, vertical_scale_direction="up")
     assert run.rc != 0
     assert "There is no size up" in str([task.result for task in run.tasks])
+    assert online_cpus(machine) == 2
+
+
+def test_a_machine_goes_one_size_down(machine: Guest) -> None:
+    assert [change["what"] for change in resized(scale(machine, vertical_scale_direction="down"))["changes"]] == [
+        "vcpus"
+    ]
+    assert online_cpus(machine) == 1
+
+
+@pytest.mark.skipif(int(os.environ.get("VMK_SCALE", "1")) < 2, reason="make test-long")
+def test_hypervisors_are_done_one_after_the_other(machine: Guest) -> None:
+    run = ansible.run_playbook(
+        "vmkeeper.libvirt.scale",
+        extra_vars={
+            "target": "localhost,again",  # this hypervisor by another name finds what was done under the first
+            "ansible_become": False,
+            "vertical_scale_domains": [machine.name],
+            "vertical_scale_overcommit": True,
+            "vertical_scale_sizes": SIZES,
+            "vertical_scale_size": "midi",
+        },
+        more_hosts={"again": {"ansible_connection": "local", "ansible_python_interpreter": ansible.INTERPRETER}},
+    )
+    assert run.rc == 0, run.stdout + run.stderr
+    done = [task.result["changed"] for task in run.tasks if task.task.endswith("Change the size")]
+    assert done == [True, False]
     assert online_cpus(machine) == 2

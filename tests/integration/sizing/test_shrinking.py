@@ -119,6 +119,24 @@ def test_a_disk_that_others_need_is_not_made_smaller(roomy: Guest) -> None:
         clone.unlink()
 
 
+def test_what_cannot_be_smaller_is_refused_while_the_guest_runs_on_with_its_checkpoints(roomy: Guest) -> None:
+    roomy.domain().checkpointCreateXML(CHECKPOINT)
+    number = roomy.domain().ID()
+    for target, size, check, says in (
+        ("vda", "2M", False, "needs at least"),
+        ("vdb", "2M", True, "needs at least"),
+        ("vdc", "310M", False, "XFS cannot"),
+    ):
+        result = start(roomy, check=check, disks=[{"target": target, "size": size}], **FREELY).result()
+        assert result["failed"]
+        assert says in result["msg"]
+    assert roomy.domain().ID() == number
+    (checkpoint,) = roomy.domain().listAllCheckpoints()
+    checkpoint.delete()
+    assert not beside(roomy)
+    assert not unfinished(roomy)
+
+
 def test_a_disk_that_fits_gets_smaller_and_keeps_every_file(roomy: Guest, kept: str) -> None:
     wanted = {"disks": [{"target": "vda", "size": "96M"}], **FREELY}
     foreseen = resize(roomy, check=True, **wanted)
@@ -139,14 +157,21 @@ def test_a_disk_that_fits_gets_smaller_and_keeps_every_file(roomy: Guest, kept: 
 
 
 @pytest.mark.skipif(not LONG, reason="make test-long")
-def test_a_shrink_that_does_not_fit_is_refused_and_the_guest_runs_on(roomy: Guest) -> None:
+@pytest.mark.parametrize(("target", "size", "says"), [("vda", "32M", "needs at least"), ("vdc", "310M", "XFS cannot")])
+def test_a_guest_that_does_not_tell_that_it_does_not_fit_is_started_again(
+    roomy: Guest, target: str, size: str, says: str
+) -> None:
     roomy.exec("head -c 40000000 /dev/urandom > /disk/vda/much; sync")
-    result = start(roomy, disks=[{"target": "vda", "size": "32M"}], **FREELY).result()
+    roomy.domain().checkpointCreateXML(
+        f"{CHECKPOINT.partition('<disks>')[0]}<disks><disk name='{target}'/></disks></domaincheckpoint>"
+    )
+    before = roomy.domain().blockInfo(target)[0]
+    result = start(roomy, disks=[{"target": target, "size": size, "grow_filesystem": False}], **FREELY).result()
     assert result["failed"]
-    assert "needs at least" in result["msg"]
-    assert "started again" in result["msg"]
+    for part in (says, "started again", "Checkpoints vmk-0123abcd-one have ended"):
+        assert part in result["msg"]
     roomy.wait_ready()
-    assert roomy.domain().blockInfo("vda")[0] == 96 * MIB
+    assert roomy.domain().blockInfo(target)[0] == before
     assert not beside(roomy)
     assert not unfinished(roomy)
     roomy.exec("rm /disk/vda/much; sync")
@@ -163,15 +188,12 @@ def test_a_partition_gets_smaller_with_its_disk(roomy: Guest) -> None:
     assert sums(roomy, "/disk/vdb") == before
     assert roomy.writer_log("vdb").is_intact
     assert not beside(roomy)
-
-
-@pytest.mark.skipif(not LONG, reason="make test-long")
-def test_xfs_is_refused_with_the_reason(roomy: Guest) -> None:
-    result = start(roomy, disks=[{"target": "vdc", "size": "310M"}], **FREELY).result()
-    assert result["failed"]
-    assert "XFS cannot be made smaller" in result["msg"]
-    roomy.wait_ready()
-    assert not beside(roomy)
+    # Smaller, and still larger than what lies on it.
+    resize(roomy, disks=[{"target": "vdb", "size": "140M", "grow_filesystem": False}])
+    wanted = {"disks": [{"target": "vdb", "size": "120M"}], **FREELY}
+    assert change(resize(roomy, **wanted), "filesystem vdb")["guest_sees"] > 110 * MIB
+    assert not resize(roomy, **wanted)["changed"]
+    assert sums(roomy, "/disk/vdb") == before
 
 
 @pytest.mark.skipif(not LONG, reason="make test-long")
@@ -196,21 +218,54 @@ def test_a_stopped_domain_is_started_to_prove_it_and_gets_its_disk_back_if_it_is
     assert sums(roomy, "/disk/vda") == kept
 
 
-STEPS = ["begin", "shutdown", "shrink", "swap", "start", "health", "drop"]
+STEPS = ["begin", "checkpoints disk vda", "define", "shutdown", "shrink", "swap", "start", "health", "drop"]
 
 
 @pytest.mark.skipif(not LONG, reason="make test-long")
 @pytest.mark.parametrize("step", STEPS)
 def test_a_kill_at_any_step_of_a_shrink_is_repaired(roomy: Guest, kept: str, tmp_path: Path, step: str) -> None:
-    size = 79 - STEPS.index(step)
-    wanted = {"disks": [{"target": "vda", "size": f"{size}M"}], **FREELY}
+    number = STEPS.index(step) + 1
+    size = (80 << 10) - 768 * number
+    wanted = {"disks": [{"target": "vda", "size": f"{size}K"}], "max_vcpus": 2 + number, **FREELY}
     log = tmp_path / "steps"
-    assert start(roomy, kill_at=step, log=log, **wanted).wait() < 0
+    roomy.domain().checkpointCreateXML(CHECKPOINT)
+    # Not told to shut down, it does not: the next run waits no longer than the killed one would have.
+    patience = {"shutdown_timeout": "2s"} if step == "shutdown" else {}
+    assert start(roomy, kill_at=step, log=log, **wanted, **patience).wait() < 0
     assert log.read_text().splitlines() == [*STEPS[: STEPS.index(step)], f"!{step}"]
     resize(roomy, **wanted)
     roomy.wait_ready()
-    assert roomy.domain().blockInfo("vda")[0] == size * MIB
+    assert roomy.domain().blockInfo("vda")[0] == size << 10
+    assert not roomy.domain().listAllCheckpoints()
     assert not resize(roomy, **wanted)["changed"]
+    assert not beside(roomy)
+    assert sums(roomy, "/disk/vda") == kept
+    assert roomy.writer_log("vda").is_intact
+    assert not unfinished(roomy)
+
+
+@pytest.mark.skipif(not LONG, reason="make test-long")
+@pytest.mark.parametrize("step", ["", "rollback", "put-back", "start-old"])
+def test_disk_and_definition_of_a_running_domain_come_back_together(roomy: Guest, kept: str, step: str) -> None:
+    """By the run itself, or by the next one where it is killed on the way."""
+    inode, before = roomy.images["vda"].stat().st_ino, roomy.xml_text(inactive=True)
+    present = roomy.domain().blockInfo("vda")[0]
+    wanted = {"disks": [{"target": "vda", "size": "73M"}], "max_vcpus": 20, **FREELY}
+    run = start(roomy, kill_at=step, health_command=["false"], health_timeout="2s", **wanted)
+    if step:
+        assert run.wait() < 0
+        settled = resize(roomy, disks=[{"target": "vda", "size": str(present)}])
+        assert not settled["changed"]
+        assert any("taken back: it runs" in warning for warning in settled["warnings"]), settled["warnings"]
+    else:
+        result = run.result()
+        assert result["failed"]
+        assert result["rolled_back"]
+        assert "its old disks are" in result["msg"]
+    roomy.wait_ready()
+    assert roomy.images["vda"].stat().st_ino == inode
+    assert roomy.xml_text(inactive=True) == before
+    assert roomy.domain().blockInfo("vda")[0] == present
     assert not beside(roomy)
     assert sums(roomy, "/disk/vda") == kept
     assert roomy.writer_log("vda").is_intact

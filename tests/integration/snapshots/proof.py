@@ -11,11 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import libvirt
+import pytest
 from lab import evidence
 from lab.evidence import WriterLog
 from lab.guest import Guest
 from lab.spec import AGENT_PORT
 from lab.waiting import until
+
+in_test_long = pytest.mark.skipif(int(os.environ.get("VMK_SCALE", "1")) < 2, reason="runs in make test-long")
+"""For what waits long and has a relative in the normal run."""
 
 PORT = f"/dev/virtio-ports/{AGENT_PORT}"
 

@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
+import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -179,6 +183,26 @@ def test_an_offline_commit_killed_at_any_step_is_finished_by_the_same_task(stopp
         ways.assert_whole(stopped)
 
 
+def test_a_layer_of_a_disk_that_was_detached_before_its_turn_is_not_deleted(stopped: Guest, tmp_path: Path) -> None:
+    ways.write_stopped(stopped, "one")
+    tasks.ok("snapshot", domain=stopped.name, name="one")
+    ways.write_stopped(stopped, "end")
+    overlay = stopped.active_paths()["vdb"]
+    assert tasks.finish(tasks.killed_at("commit", "blockcommit", tmp_path / "log", domain=stopped.name)).killed
+    xml = stopped.xml_text(inactive=True)
+    start = xml.rindex("<disk ", 0, xml.index("<target dev='vdb'"))
+    stopped.connection().defineXML(xml[:start] + xml[xml.index("</disk>", start) + len("</disk>") :])
+    refused = tasks.run("blockcommit", domain=stopped.name)
+    assert refused.answer["error"]["kind"] == "refused", refused.message
+    assert str(overlay) in refused.message
+    assert not tasks.ok("blockcommit", domain=stopped.name).changed
+    tasks.ok("recover_domain", domain=stopped.name)
+    assert ways.snapshots(stopped) == {}
+    assert stopped.active_paths() == {"vda": stopped.images["vda"]}
+    assert ways.read_stopped([stopped.images["vda"], overlay]) == {"end"}
+    stopped.connection().defineXML(xml)
+
+
 def back_up(guest: Guest, target: Path, *, since: str | None, checkpoint: str | None) -> Path:
     """A push backup of vda by libvirt alone: a full, or what its bitmap says of the time since a checkpoint."""
     incremental = f"<incremental>{since}</incremental>" if since else ""
@@ -253,7 +277,10 @@ def test_a_libvirtd_restart_during_a_live_commit_costs_nothing(guest: Guest, hos
     began = tasks.start("blockcommit", domain=guest.name, disks=["vda"], bandwidth="1M")
     until(lambda: guest.domain().blockJobInfo("vda", 0), "the job starting")
     host.restart_libvirtd()
-    tasks.finish(began)
+    lost = tasks.finish(began)
+    assert lost.failed
+    assert "goes on" in lost.message
+    assert "Run this again" in lost.message
     guest.domain().blockJobInfo("vda", 0) and guest.domain().blockJobSetSpeed("vda", 0, 0)
     tasks.ok("blockcommit", domain=guest.name)
     assert guest.active_paths()["vda"].name == "vda.qcow2"
@@ -277,14 +304,42 @@ def test_a_worker_goes_on_when_the_task_has_answered_and_can_be_seen_limited_and
     assert tasks.ok("recover_domain", domain=guest.name, check=True)["findings"] != [], (
         "the snapshot is marked as going"
     )
-    assert tasks.ok("blockcommit", **asked)["job"]["state"] == "pending"
+    begun = tasks.ok("blockcommit", **asked)["job"]
+    assert begun["state"] == "pending"
     until(lambda: tasks.ok("domain_job", domain=guest.name)["block_jobs"], "the job of the worker")
+    assert tasks.ok("blockcommit", **asked)["job"]["id"] == begun["id"], "the same task is about the same worker"
     assert tasks.ok("domain_job", domain=guest.name, bandwidth="0").changed
     done = tasks.ok("domain_job", domain=guest.name, state="finished")
     assert done["job"]["state"] == "finished"
     assert [one["name"] for one in done["job"]["result"]["snapshots_ended"]] == ["one"]
     assert guest.chain("vda") == [guest.images["vda"]]
+    idle = tasks.ok("blockcommit", **asked)
+    assert not idle.changed
+    assert "job" not in idle.answer, "nothing is to be done"
     assert ways.read(guest) == {"end"}
+
+
+def test_a_worker_that_is_cancelled_through_one_domain_leaves_the_other_in_order(
+    make_guest: Callable[..., Guest],
+) -> None:
+    disk = DiskSpec("vda", size=16 * MIB, fs=None, writer=False)
+    first, second = (make_guest(GuestSpec(name, disks=(disk,)), start="no") for name in ("idle", "long"))
+    for one in (first, second):
+        tasks.ok("snapshot", domain=one.name, name="one")
+    overlay = str(second.active_paths()["vda"])
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -q 0 12M", overlay], check=True, stdout=subprocess.DEVNULL)
+    for one in (first, second):
+        one.domain().createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+    before = second.chain("vda")
+    tasks.ok("blockcommit", domains=[first.name, second.name], bandwidth="1M", wait=False)
+    until(lambda: second.domain().blockJobInfo("vda", 0), "the worker's second job")
+    assert tasks.ok("domain_job", domain=first.name, state="absent").changed
+    assert second.domain().blockJobInfo("vda", 0) == {}
+    assert second.chain("vda") == before
+    assert not any(Path("/var/lib/vmkeeper.libvirt/journal").iterdir())
+    assert tasks.ok("domain_job", domain=second.name)["job"]["state"] == "cancelled"
+    for one in (first, second):
+        one.cleanup()
 
 
 def test_a_worker_outlives_the_archive_that_ansible_had_packed_it_in(stopped: Guest) -> None:
@@ -389,6 +444,66 @@ def test_a_base_that_another_domain_stands_on_is_never_written(guest: Guest) -> 
     assert ways.content_of(guest, "one") == {"one"}
 
 
+@contextlib.contextmanager
+def users_by_any_name(guest: Guest, base: Path) -> Iterator[set[str]]:
+    """Domains that are only defined, and that use ``base`` by all the names that QEMU or libvirt understand."""
+    away = guest.directory / "away"
+    away.mkdir()
+    mounted, link = away / "mounted", away / "link.qcow2"
+
+    def overlay(name: str, backing: str, directory: Path = away) -> str:
+        path = directory / f"{name}.qcow2"
+        command = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", backing, str(path), "40M"]
+        subprocess.run(command, check=True)
+        return f"type='file'><driver type='qcow2'/><source file='{path}'/>"
+
+    nested = json.dumps({"driver": "qcow2", "file": {"driver": "file", "filename": str(base)}})
+    disks = {
+        "by-file": overlay("file", f"file:{base}"),
+        "by-json": overlay("json", f"json:{nested}"),
+        "by-driver": overlay("driver", f"blkdebug::{base}"),
+        "by-hard-link": overlay("hard", str(away / "hard-link")),
+        "by-mount": overlay("mount", str(mounted / base.name)),
+        "by-volume": f"type='volume'><driver type='qcow2'/><source pool='stopped' volume='{base.name}'/>",
+    }
+    real = away / "deeper"
+    real.mkdir()
+    overlay("real", f"../{base.name}", real)
+    link.symlink_to(real / "real.qcow2")
+    disks["by-link"] = f"type='file'><driver type='qcow2'/><source file='{link}'/>"
+    os.link(base, away / "hard-link")
+    mounted.mkdir()
+    subprocess.run(["mount", "--bind", str(base.parent), str(mounted)], check=True)
+    connection = guest.connection()
+    made = [
+        connection.storagePoolDefineXML(
+            f"<pool type='dir'><name>stopped</name><target><path>{base.parent}</path></target></pool>"
+        )
+    ]
+    try:
+        for name, disk in disks.items():
+            xml = (
+                f"<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><os><type arch='x86_64'>hvm</type>"
+                f"</os><devices><disk device='disk' {disk}<target dev='vda' bus='virtio'/></disk></devices></domain>"
+            )
+            made.append(connection.defineXML(xml))
+        yield set(disks)
+    finally:
+        for one in made:
+            one.undefine()
+        subprocess.run(["umount", str(mounted)], check=True)
+        shutil.rmtree(away)
+
+
+def test_a_base_is_not_written_by_whatever_name_a_defined_domain_uses_it(guest: Guest) -> None:
+    history(guest, "one")
+    with users_by_any_name(guest, guest.images["vda"]) as users:
+        for refused in refusals(guest, "one"):
+            assert refused.failed
+            assert {reader["name"] for reader in refused["needed_by"]} == users
+    assert ways.content_of(guest, "one") == {"one"}
+
+
 def test_a_layer_that_a_foreign_process_has_open_is_never_written(guest: Guest) -> None:
     history(guest, "one")
     socket = guest.directory / "nbd"
@@ -424,3 +539,46 @@ def test_a_managed_save_is_refused(guest: Guest) -> None:
         assert "managed-save" in refused.message
     guest.start()
     assert ways.read(guest) == {"end"}
+
+
+def test_a_commit_does_not_go_on_over_a_saved_state_that_came_meanwhile(stopped: Guest, tmp_path: Path) -> None:
+    tasks.ok("snapshot", domain=stopped.name, name="one")
+    ways.write_stopped(stopped, "end")
+    before = stopped.active_paths()
+    assert tasks.finish(tasks.killed_at("commit", "blockcommit", tmp_path / "steps", domain=stopped.name)).killed
+    stopped.start(wait=False)
+    stopped.domain().managedSave(0)
+    refused = tasks.run("blockcommit", domain=stopped.name)
+    assert refused.failed
+    assert "managed-save" in refused.message
+    assert stopped.active_paths() == before
+    assert [len(ways.chain(path)) for path in before.values()] == [2, 2]
+    stopped.start(wait=False)
+    stopped.destroy()
+    tasks.ok("blockcommit", domain=stopped.name)
+    assert ways.read_stopped(stopped.active_paths().values()) == {"end"}
+    ways.assert_whole(stopped)
+
+
+def test_a_domain_that_is_saved_while_another_of_the_task_is_committed_is_left_alone(
+    make_guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    disks = (DiskSpec("vda", size=8 * MIB, fs=None, writer=False),)
+    pair = [make_guest(GuestSpec(name, disks=disks), start="no") for name in ("first", "second")]
+    names = [one.name for one in pair]
+    tasks.ok("snapshot", domains=names, name="one")
+    pair[1].start(wait=False)
+    before = pair[1].active_paths()
+    process = tasks.killed_at("commit", "blockcommit", tmp_path / "steps", how="stop", domains=names)
+    until(lambda: "!commit" in tasks.steps_in(tmp_path / "steps"), "the first commit")
+    pair[1].domain().managedSave(0)
+    os.kill(process.pid, signal.SIGCONT)
+    refused = tasks.finish(process)
+    assert "managed-save" in refused.message
+    assert f"what was done on {names[0]} before stays" in refused.message
+    assert ways.files(pair[0]) == {"vda.qcow2"}
+    assert pair[1].active_paths() == before
+    assert ways.snapshots(pair[1]) == {"one": None}
+    tasks.ok("snapshot_info", domain=names[1], name="one")
+    for one in pair:
+        one.cleanup()

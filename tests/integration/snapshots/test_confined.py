@@ -15,10 +15,11 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import libvirt
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import ways
-from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots.proof import alive, unwritable
+from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots.proof import alive, in_test_long, unwritable
 from ansible_collections.vmkeeper.libvirt.tests.lab import tasks
 from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
 from ansible_collections.vmkeeper.libvirt.tests.lab.spec import MIB
@@ -219,6 +220,25 @@ def test_a_pull_killed_at_any_step_is_finished_by_the_same_task(guest: Guest, pr
         ways.assert_whole(guest)
 
 
+def test_a_pull_that_is_finished_once_the_guest_is_off_ends_the_checkpoints_too(
+    make_guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    disk = DiskSpec("vda", size=8 * MIB, fs=None, writer=False)
+    off = make_guest(GuestSpec("off", disks=(disk,)), start="no")
+    off.domain().createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+    off.domain().checkpointCreateXML("<domaincheckpoint><name>vmk-12345678-x</name></domaincheckpoint>")
+    tasks.ok("snapshot", domain=off.name, name="one", quiesce="never")
+    rules = Profile(off, tmp_path / "rules").written_anew()
+    env = {**rules, **tasks.kill_environment(tmp_path / "steps", "commit")}
+    assert tasks.run("blockcommit", domain=off.name, env=env).killed
+    off.destroy()
+    tasks.ok("blockcommit", domain=off.name)
+    assert off.domain().listAllCheckpoints() == [], "increments since it would lack what lay in the layer that went"
+    leave_only(off)
+    ways.assert_whole(off)
+    off.cleanup()
+
+
 def test_a_restart_killed_at_any_step_leaves_a_guest_that_runs_after_the_next_task(
     guest: Guest, profile: Profile, tmp_path: Path
 ) -> None:
@@ -264,6 +284,7 @@ def test_a_guest_that_goes_down_late_for_a_commit_is_waited_for_and_the_commit_f
     ways.assert_whole(guest)
 
 
+@in_test_long
 def test_a_guest_that_was_shut_down_for_a_commit_runs_again_also_where_nothing_can_be_written_any_more(
     guest: Guest, profile: Profile, tmp_path: Path
 ) -> None:

@@ -202,6 +202,7 @@ def test_a_guest_that_was_shut_down_runs_again_also_where_nothing_can_be_written
     assert_quiet(other)
 
 
+@proof.in_test_long
 def test_a_guest_that_was_shut_down_runs_again_also_where_its_snapshot_cannot_be_labelled(other, log):
     task = {"domains": [other.name], "name": next(_names), "quiesce": "shutdown"}
     process = tasks.killed_at("label", "snapshot", log, how="stop", **task)
@@ -602,6 +603,7 @@ def test_a_saved_guest_can_be_thawed_as_soon_as_it_runs_again(other):
     assert_quiet(other)
 
 
+@proof.in_test_long
 def test_a_guest_that_was_booted_anew_is_not_thawed_for_what_it_was_before(other):
     ticket = frozen_until(other, "40s")
     other.destroy()

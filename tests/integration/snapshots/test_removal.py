@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -189,7 +190,60 @@ def test_a_worker_removes_it_while_the_task_has_answered_and_can_be_cancelled(gu
     assert [one["name"] for one in done["result"]["snapshots"]] == ["one"]
     assert guest.chain("vda") == [guest.images["vda"]]
     assert ways.read(guest) == {"end"}
-    assert not tasks.ok("snapshot", **asked).changed
+    for wait in (True, False):
+        assert not tasks.ok("snapshot", **asked, wait=wait).changed
+
+
+def test_a_foreign_block_job_is_refused_and_the_commit_of_a_run_that_was_lost_is_taken_up(guest: Guest) -> None:
+    take(guest, "one")
+    guest.exec("dd if=/dev/urandom of=/disk/vda/load bs=1M count=2; sync", timeout=120)
+    ways.write(guest, "end")
+    (overlay, base), copy = guest.chain("vda"), guest.directory / "copy"
+    domain, slow = guest.domain(), {"bandwidth": 1}
+    xml = f"<disk type='file'><driver type='raw'/><source file='{copy}'/></disk>"
+    for begin in (
+        lambda: domain.blockCopy("vda", xml, slow, libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB),
+        lambda: domain.blockPull("vda", 1, libvirt.VIR_DOMAIN_BLOCK_PULL_BANDWIDTH_BYTES),
+    ):
+        begin()
+        refused = tasks.run("snapshot", domain=guest.name, name="one", state="absent")
+        assert refused.answer["error"]["kind"] == "busy", refused.message
+        assert tasks.run("blockcommit", domain=guest.name).answer["error"]["kind"] == "busy"
+        domain.blockJobAbort("vda", 0)
+        copy.unlink(missing_ok=True)
+        assert guest.chain("vda") == [overlay, base]
+        tasks.ok("snapshot", domain=guest.name, name="one", state="reverted", allow_restart=True, check=True)
+    # Without a journal, as after a libvirtd that was restarted meanwhile.
+    flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE | libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
+    domain.blockCommit("vda", str(base), None, 4 * MIB, flags)
+    answer = remove(guest, "one")
+    assert answer["snapshot"]["layer_kept_for"] == []
+    assert guest.chain("vda") == [base]
+    assert ways.read(guest) == {"end"}
+
+
+def test_a_commit_that_ends_just_as_it_is_cancelled_leaves_no_layer_behind(guest: Guest, tmp_path: Path) -> None:
+    take(guest, "one")
+    ways.write(guest, "end")
+    asked = {"domain": guest.name, "name": "one", "state": "absent"}
+    assert tasks.finish(tasks.killed_at("commit", "snapshot", tmp_path / "log", **asked)).killed
+    domain, base = guest.domain(), guest.images["vda"]
+    domain.blockCommit("vda", str(base), None, 0, libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE)
+    until(lambda: "ready='yes'" in domain.XMLDesc(), "the commit being ready")
+    domain.blockJobAbort("vda", libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+    until(lambda: guest.chain("vda") == [base], "the pivot")
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import journal\n"
+        "from ansible_collections.vmkeeper.libvirt.plugins.module_utils.snapshots import merging\n"
+        "print(merging.abandon('qemu:///system', journal.unfinished(sys.argv[2])))\n"
+    )
+    subprocess.run([tasks.PYTHON, "-c", script, str(tasks.COLLECTIONS), domain.UUIDString()], check=True)
+    assert ways.files(guest) == {base.name}
+    remove(guest, "one")
+    assert ways.snapshots(guest) == {}
+    assert ways.read(guest) == {"end"}
+    ways.assert_whole(guest)
 
 
 def test_an_overlay_of_a_detached_disk_is_never_deleted(make_guest: Callable[..., Guest]) -> None:

@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import libvirt
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import ways
 from ansible_collections.vmkeeper.libvirt.tests.lab import tasks
-from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
+from ansible_collections.vmkeeper.libvirt.tests.lab.guest import IMAGES, DiskSpec, Guest, GuestSpec
 from ansible_collections.vmkeeper.libvirt.tests.lab.spec import MIB
 
 
@@ -238,6 +240,117 @@ def test_a_guest_that_was_started_by_hand_after_a_kill_is_not_stopped_again(gues
     assert [one["action"] for one in found] == ["taken back"]
     assert ways.read(guest) == {"two"}
     ways.assert_whole(guest)
+
+
+def test_what_a_guest_did_on_its_old_disks_after_a_kill_is_not_thrown_away(
+    make_guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    worked = make_guest(GuestSpec("worked", disks=(DiskSpec("vda", size=8 * MIB, fs=None, writer=False),)), start="no")
+    ways.write_stopped(worked, "one")
+    tasks.ok("snapshot", domain=worked.name, name="one")
+    options = {"domain": worked.name, "name": "one", "state": "reverted"}
+    old = worked.active_paths()
+    for after in ("shutdown", "save"):
+        assert tasks.finish(tasks.killed_at("define", "snapshot", tmp_path / "steps", **options)).killed
+        ways.write_stopped(worked, after)
+        if after == "save":
+            worked.start(wait=False)
+            worked.domain().managedSave(0)
+        (found,) = tasks.ok("recover_domain", domain=worked.name)["findings"]
+        assert found["action"] == "taken back", after
+        assert worked.active_paths() == old
+        assert ways.read_stopped(old.values()) == {after}
+        ways.assert_whole(worked)
+    refused = tasks.run("snapshot", **options)
+    assert "managed-save" in refused.message
+    worked.cleanup()
+
+
+def test_memory_is_not_resumed_on_disks_that_the_guest_has_written_after_a_kill(
+    make_guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    moved = make_guest(GuestSpec("moved", disks=(DiskSpec("vda", size=8 * MIB, fs=None, writer=False),)), start="no")
+    moved.start(wait=False)
+    tasks.ok("snapshot", domain=moved.name, name="one", memory=True)
+    options = {"domain": moved.name, "name": "one", "state": "reverted"}
+    assert tasks.finish(tasks.killed_at("start", "snapshot", tmp_path / "steps", **options)).killed
+    moved.start(wait=False)
+    moved.domain().managedSave(0)
+    saved = tasks.run("snapshot", **options)
+    assert "managed-save" in saved.message
+    assert moved.domain().hasManagedSaveImage()
+    moved.start(wait=False)
+    moved.destroy()
+    ways.write_stopped(moved, "since")
+    (found,) = tasks.ok("recover_domain", domain=moved.name)["findings"]
+    assert found["action"] == "finished"
+    assert moved.domain().state() == [libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_RUNNING_BOOTED]
+    ways.assert_whole(moved)
+    moved.cleanup()
+
+
+def test_memory_is_refused_what_others_use_by_now_and_comes_back_without_a_medium_that_has_gone(
+    make_guest: Callable[..., Guest],
+) -> None:
+    iso = IMAGES / "seed.iso"
+    medium = f"<disk type='file' device='cdrom'><source file='{iso}'/><target dev='sda' bus='sata'/><readonly/></disk>"
+    disks = tuple(DiskSpec(target, size=8 * MIB, fs=None, writer=False) for target in ("vda", "vdb"))
+    seeded = make_guest(GuestSpec("seeded", disks=disks, extra_devices=medium), start="no")
+    iso.write_bytes(bytes(MIB))
+    seeded.start(wait=False)
+    tasks.ok("snapshot", domain=seeded.name, name="one", memory=True, disks=["vda"])
+    data = seeded.images["vdb"]
+    drives = {one.find("target").get("dev"): one for one in seeded.xml(inactive=True).iterfind("devices/disk")}
+    seeded.destroy()
+    drives["sda"].remove(drives["sda"].find("source"))
+    seeded.domain().updateDeviceFlags(ElementTree.tostring(drives["sda"], encoding="unicode"))
+    seeded.domain().detachDeviceFlags(ElementTree.tostring(drives["vdb"], encoding="unicode"))
+    iso.unlink()
+    options = {"domain": seeded.name, "name": "one", "state": "reverted"}
+    clone, hidden = data.with_name("clone.qcow2"), data.with_name("hidden")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", data, "-F", "qcow2", clone], check=True)
+    refused = tasks.run("snapshot", **options)
+    assert str(clone) in refused.message
+    clone.unlink()
+    data.rename(hidden)
+    refused = tasks.run("snapshot", **options, check=True)
+    assert f"{data}, which is missing" in refused.message
+    hidden.rename(data)
+    assert tasks.ok("snapshot", **options)["snapshot"]["guest"] == "resumed"
+    assert seeded.xml().find("devices/disk[@device='cdrom']/source") is None
+    assert seeded.active_paths()["vdb"] == data
+    seeded.cleanup()
+
+
+def test_a_layer_that_another_tool_puts_on_top_after_a_kill_keeps_what_it_stands_on(
+    make_guest: Callable[..., Guest], tmp_path: Path
+) -> None:
+    disks = tuple(DiskSpec(target, size=8 * MIB, fs=None, writer=False) for target in ("vda", "vdb"))
+    used = make_guest(GuestSpec("used", disks=disks), start="no")
+    ways.write_stopped(used, "one")
+    tasks.ok("snapshot", domain=used.name, name="one")
+    ways.write_stopped(used, "two")
+    options = {"domain": used.name, "name": "one", "state": "reverted"}
+    assert tasks.finish(tasks.killed_at("start", "snapshot", tmp_path / "steps", **options)).killed
+    fresh = used.active_paths()
+    ways.write_stopped(used, "three")
+    used.start(wait=False)
+    foreign = {target: used.directory / f"{target}.foreign" for target in fresh}
+    parts = "".join(
+        f"<disk name='{one}' snapshot='external'><source file='{path}'/></disk>" for one, path in foreign.items()
+    )
+    xml = f"<domainsnapshot><name>foreign</name><disks>{parts}</disks></domainsnapshot>"
+    used.domain().snapshotCreateXML(xml, libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY)
+    (found,) = tasks.ok("recover_domain", domain=used.name)["findings"]
+    assert found["action"] == "finished"
+    assert used.is_running()
+    assert used.active_paths() == foreign
+    assert [ways.chain(path)[:2] for path in foreign.values()] == [[foreign[one], fresh[one]] for one in fresh]
+    assert used.domain().snapshotCurrent().getName() == "foreign"
+    used.destroy()
+    assert ways.read_stopped(used.active_paths().values()) == {"three"}
+    ways.assert_whole(used)
+    used.cleanup()
 
 
 def test_checkpoints_made_after_the_snapshot_end_and_earlier_ones_go_on(guest: Guest) -> None:

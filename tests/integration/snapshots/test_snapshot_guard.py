@@ -9,13 +9,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import ways
+from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots.proof import in_test_long
 from ansible_collections.vmkeeper.libvirt.tests.lab import tasks
 from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
 from ansible_collections.vmkeeper.libvirt.tests.lab.spec import MIB
@@ -56,21 +57,26 @@ def stopped(make_guest: Callable[..., Guest]) -> Guest:
     return guest
 
 
-def playbook(name: str, **variables: Any) -> subprocess.CompletedProcess[str]:
-    """Run a playbook on this host."""
+def playbook(
+    name: str, *flags: str, environ: Mapping[str, str] | None = None, **variables: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a playbook on this host, with these flags of ansible-playbook."""
     environment = {
         **os.environ,
         "ANSIBLE_COLLECTIONS_PATH": str(tasks.COLLECTIONS),
         "ANSIBLE_NOCOLOR": "1",
         "ANSIBLE_HOME": "/run/vmkeeper-lab/ansible",
+        **(environ or {}),
     }
     extra = {"ansible_python_interpreter": tasks.PYTHON, **variables}
     program = str(Path(sys.executable).with_name("ansible-playbook"))
-    command = [program, "-i", "hypervisor,", "-c", "local", "-e", json.dumps(extra), name]
+    command = [program, "-i", "hypervisor,", "-c", "local", "-e", json.dumps(extra), name, *flags]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
-def guard(guest: Guest, where: Path, *, bad: bool, **options: Any) -> tuple[subprocess.CompletedProcess[str], str]:
+def guard(
+    guest: Guest, where: Path, *flags: str, bad: bool, **options: Any
+) -> tuple[subprocess.CompletedProcess[str], str]:
     """Run the role with a change of the disk and a check that fails if ``bad``; returns its end and its report."""
     (where / "play.yml").write_text(ROLE)
     (where / "change.yml").write_text(LOOK + CHANGE)
@@ -78,6 +84,7 @@ def guard(guest: Guest, where: Path, *, bad: bool, **options: Any) -> tuple[subp
     (where / "new").write_bytes(b"new".ljust(ways.SECTOR, b"\0"))
     done = playbook(
         str(where / "play.yml"),
+        *flags,
         snapshot_guard_select=f"[?name=='{guest.name}' && persistent]",
         snapshot_guard_tasks_file=str(where / "change.yml"),
         snapshot_guard_check_file=str(where / "check.yml"),
@@ -86,7 +93,8 @@ def guard(guest: Guest, where: Path, *, bad: bool, **options: Any) -> tuple[subp
         bad=bad,
         **options,
     )
-    return done, (where / "report.yml").read_text()
+    report = where / "report.yml"
+    return done, report.read_text() if report.exists() else ""
 
 
 def test_a_change_that_fails_its_check_is_taken_back_and_told(stopped: Guest, tmp_path: Path) -> None:
@@ -115,6 +123,30 @@ def test_a_snapshot_of_its_name_that_anybody_has_taken_is_neither_gone_back_to_n
     (found,) = tasks.ok("snapshot_info", domain=stopped.name)["snapshots"]
     assert found["description"] == "before the audit"
     tasks.ok("snapshot", domain=stopped.name, name="snapshot-guard", state="absent")
+
+
+@pytest.mark.parametrize(
+    ("bad", "outcome"),
+    [(True, "the change would fail"), pytest.param(False, "the change would be made", marks=in_test_long)],
+)
+def test_check_mode_says_what_would_be(stopped: Guest, tmp_path: Path, bad: bool, outcome: str) -> None:
+    done, _report = guard(stopped, tmp_path, "--check", bad=bad)
+    assert (done.returncode != 0) == bad
+    assert f'"outcome": "{outcome}"' in done.stdout
+    assert '"state_now": "as before"' in done.stdout
+    assert ways.snapshots(stopped) == {}
+
+
+def test_a_snapshot_that_fails_after_its_cut_is_not_reported_as_nothing(stopped: Guest, tmp_path: Path) -> None:
+    killed = tasks.kill_environment(tmp_path / "steps", "label")
+    done, report = guard(stopped, tmp_path, bad=False, environ=killed)
+    assert done.returncode != 0
+    assert "the snapshot failed; the change was not begun" in report
+    assert "state_now: look at snapshot_info" in report
+    assert ways.snapshots(stopped) == {"snapshot-guard": None}
+    tasks.ok("recover_domain", domain=stopped.name)
+    tasks.ok("snapshot", domain=stopped.name, name="snapshot-guard", state="absent")
+    ways.assert_whole(stopped)
 
 
 def test_where_no_domain_is_chosen_it_refuses(tmp_path: Path) -> None:

@@ -64,6 +64,21 @@ def test_a_held_job_that_an_interrupted_run_left_is_released_by_the_next(job, mo
     assert job.bandwidth == 0
 
 
+def test_another_job_that_came_in_between_means_that_nothing_was_written(job, monkeypatch):
+    monkeypatch.setattr(block_jobs, "job_of", lambda *_arguments: {"type": "copy", "bandwidth": 0})
+    monkeypatch.setattr(block_jobs, "_in_chain", lambda *_arguments: True)
+    for begin in (block_jobs.begin_intermediate, block_jobs.pull):
+        with pytest.raises(block_jobs.NotBegun, match="copy") as refused:
+            begin(Named(), "vda", "/base", "/top")
+        assert refused.value.kind == "busy"
+        assert "still has" in refused.value.state
+
+
+class Named:
+    def name(self):
+        return "web"
+
+
 class Copying:
     """A domain whose backup job libvirt reports; ``jobs``: the disks that have a job in QEMU."""
 

@@ -68,7 +68,7 @@ def test_a_chain_that_leads_to_a_block_device_is_recorded(monkeypatch, tmp_path)
         "<domain><devices><disk type='block'><source dev='/dev/vg0/web'/><target dev='vda'/></disk></devices></domain>"
     )
     assert "backingStore" not in with_disk_layers(xml, {"vda": top})
-    monkeypatch.setattr(chain, "_is_device", lambda path: path.startswith("/dev/"))
+    monkeypatch.setattr(chain, "is_device", lambda path: path.startswith("/dev/"))
     disk = ElementTree.fromstring(with_disk_layers(xml, {"vda": top})).find("devices/disk")
     first = disk.find("backingStore")
     assert (first.get("type"), first.find("source").get("file")) == ("file", "/images/middle.qcow2")

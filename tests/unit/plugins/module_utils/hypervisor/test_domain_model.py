@@ -81,6 +81,29 @@ def test_a_volume_that_is_no_file_here_has_no_path():
     assert volume_path(connection, "vg0", "web") == "/dev/vg0/web"
 
 
+@pytest.mark.parametrize(
+    ("kind", "volume", "there"),
+    [
+        ("dir", "web", True),
+        ("logical", "web", True),
+        ("iscsi", "web", False),
+        ("dir", "missing", False),
+        ("dir", "../web", False),
+    ],
+)
+def test_a_volume_of_a_stopped_pool_lies_where_the_pools_definition_says(tmp_path, kind, volume, there):
+    libvirt = pytest.importorskip("libvirt")
+    (tmp_path / "web").touch()
+
+    def look_up(_name):
+        raise libvirt.libvirtError("storage pool 'one' is not active")
+
+    xml = f"<pool type='{kind}'><name>one</name><target><path>{tmp_path}</path></target></pool>"
+    pool = SimpleNamespace(storageVolLookupByName=look_up, XMLDesc=lambda _flags: xml)
+    connection = SimpleNamespace(storagePoolLookupByName=lambda _name: pool)
+    assert volume_path(connection, "one", volume) == (str(tmp_path / "web") if there else None)
+
+
 def test_any_layer_tells_what_a_disk_is_made_of(domain):
     told = with_storage(domain, lambda path: "zfs" if path == domain.disk("vda").chain[-1].path else None)
     assert told.disk("vda").storage == "zfs"
@@ -115,3 +138,9 @@ def test_qemus_owner_is_read_from_the_baselabel_and_never_guessed():
     )
     assert qemu_owner(xml) == (64055, 108)
     assert qemu_owner("<capabilities><host/></capabilities>")[0] >= 0
+
+
+def test_the_limit_at_which_the_kernel_ends_qemu_is_read_in_bytes():
+    xml = XML.replace("<devices>", "<memtune><hard_limit unit='MiB'>3000</hard_limit></memtune><devices>", 1)
+    assert parse_domain(xml, DomainState("running")).hard_limit == 3000 << 20
+    assert parse_domain(XML, DomainState("running")).hard_limit is None

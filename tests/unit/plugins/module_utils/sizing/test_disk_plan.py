@@ -141,6 +141,16 @@ def test_a_device_below_must_have_the_room():
         compute(grown(), disk_facts(device_size=GIB))
 
 
+@pytest.mark.parametrize("kind", ["block", "volume"])
+def test_a_raw_disk_becomes_as_large_as_its_device_and_not_less(kind):
+    raw = replace(DISK, chain=(Layer("/dev/vg/lv", "raw", kind),), kind=kind)
+    with pytest.raises(Refused, match="Give size: 3221225472"):
+        compute(grown(), disk_facts(disk=raw, device_size=3 * GIB))
+    assert only(grown(), disk_facts(disk=raw, device_size=2 * GIB)).action.kind == "block"
+    assert only(grown(), disk_facts(device_size=3 * GIB)).action.kind == "block", "a qcow2 image on a device"
+    assert only(grown(), disk_facts(disk=replace(raw, encrypted=True), device_size=3 * GIB)).due
+
+
 def test_space_is_asked_for(tmp_path):
     disk = replace(DISK, chain=(Layer(str(tmp_path / "x"), "qcow2"),))
     with pytest.raises(NoSpace):
@@ -193,3 +203,37 @@ def test_for_the_next_boot_no_filesystem_grows():
     change = only(Request(disks=ONLY_WHAT_IS_ON_IT, apply="next_boot"), known)
     assert change.how == "none"
     assert "next_boot" in change.why
+
+
+@pytest.mark.parametrize(
+    ("mounted", "says"),
+    [
+        ({"type": "xfs"}, "XFS cannot"),
+        ({"type": "btrfs"}, "btrfs cannot"),
+        (
+            {"covered": True, "problem": "another partition lies behind vda1"},
+            "another partition lies behind.*shut down first",
+        ),
+    ],
+)
+def test_what_the_running_guest_says_cannot_be_smaller_costs_no_shutdown(mounted, says):
+    known = replace(disk_facts(), filesystems=(replace(FILESYSTEM, **mounted),))
+    with pytest.raises(Refused, match=says):
+        compute(shrunk(), known)
+
+
+@pytest.mark.parametrize("mounted", [{}, {"type": "ext2", "problem": "filesystems of type ext2 are not grown"}])
+def test_what_may_be_smaller_by_the_running_guest_is_tried(mounted):
+    known = replace(disk_facts(), filesystems=(replace(FILESYSTEM, **mounted),))
+    assert compute(shrunk(), known).restart
+
+
+def test_what_lies_on_a_smaller_disk_with_room_left_grows_after_the_start():
+    short = replace(FILESYSTEM, device_size=GIB // 4, size=GIB // 4)
+    known = replace(disk_facts(), filesystems=(short,))
+    planned = compute(shrunk(), known)
+    assert {change.what: change.how for change in planned.due} == {"disk vda": "restart", "filesystem vda": "restart"}
+    assert planned.changes[1].action.disk_size == GIB // 2
+    alone = Request(disks=(DiskRequest("vda", GIB // 2, False),), allow_shrink=True, allow_restart=True)
+    assert ways(alone, known) == {"disk vda": "restart"}
+    assert ways(shrunk(), replace(known, filesystems=(FILESYSTEM,))) == {"disk vda": "restart"}

@@ -58,12 +58,16 @@ def measured(monkeypatch):
 
 def test_a_partition_with_another_one_behind_it_is_not_grown(measured):
     assert "another partition lies behind" in measured("vda1").problem
+    assert measured("vda1").covered
     last = measured("vda2")
     assert (last.problem, last.partition, last.disk_size) == (None, 2, 100 * MIB)
+    assert not last.covered
 
 
 def test_what_no_hardware_stands_behind_is_no_disk(measured):
     assert "md0 is not a disk" in measured("md0").problem
+    assert measured("md0").covered
+    assert measured("VolGroup-root").covered
 
 
 def test_partitions_of_disks_whose_names_end_with_a_number_are_found(measured):
@@ -94,3 +98,16 @@ def test_a_filesystem_fills_the_disk_that_was_asked_and_not_the_one_that_the_gue
     unnoticed = guest_filesystem.take_room(None, FOUND, 200 * MIB)
     assert not unnoticed.taken
     assert "not noticed" in unnoticed.note
+
+
+@pytest.mark.parametrize(
+    ("said", "least"),
+    [
+        ("resize2fs 1.47.0 (5-Feb-2023)\nEstimated minimum size of the filesystem: 2048\n", 8 * MIB),
+        ("resize2fs: Bad magic number\n", None),
+    ],
+)
+def test_a_filesystem_says_how_small_it_can_be(monkeypatch, said, least):
+    said = {"dumpe2fs": "Block count:              23040\nBlock size:               4096\n", "resize2fs": said}
+    monkeypatch.setattr(guest_filesystem, "_run", lambda _handle, argv, **_options: Executed(0, said[argv[0]], ""))
+    assert guest_filesystem.least_size(None, FOUND) == least

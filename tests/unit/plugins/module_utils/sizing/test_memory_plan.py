@@ -52,10 +52,11 @@ def test_the_rest_is_a_dimm():
         (PLUGGABLE, 8 * GIB, "room for 4.0 GiB"),
         (replace(PLUGGABLE, memory_slots=0), 2 * GIB, "slots"),
         (PLUGGABLE, GIB + 64 * MIB, "blocks of 128 MiB"),
+        (replace(PLUGGABLE, hugepages=GIB), GIB + 512 * MIB, "hugepages of 1.0 GiB"),
     ],
 )
 def test_why_no_dimm_can_be_plugged_is_said(live, wanted, says):
-    change = only(Request(memory=wanted), facts(live=live))
+    change = only(Request(memory=wanted, overcommit=True), facts(live=live))
     assert change.how == "next_boot"
     assert says in change.why
 

@@ -66,6 +66,32 @@ def test_hugepages_are_counted_for_a_domain_that_uses_them():
 
 
 @pytest.mark.parametrize(
+    ("live", "conf", "refused"),
+    [
+        ({"hard_limit": 2 * GIB}, {}, True),
+        ({}, {"hard_limit": 2 * GIB}, True),
+        ({"hard_limit": 3 * GIB}, {"hard_limit": 3 * GIB}, False),
+        ({"hard_limit": 2 * GIB, "hugepages": 0}, {"hard_limit": 2 * GIB, "hugepages": 0}, False),
+        ({}, {}, False),
+    ],
+)
+def test_memory_up_to_the_limit_at_which_qemu_is_ended_is_refused_however_it_comes(live, conf, refused):
+    room = {"memory_limit": 4 * GIB, "memory_slots": 4}
+    known = facts(live=domain(**room, **live), conf=domain(**room, **conf))
+    for request in (Request(memory=2 * GIB, overcommit=True), Request(memory=GIB // 2, overcommit=True)):
+        if refused and request.memory == 2 * GIB:
+            with pytest.raises(Refused, match="hard_limit"):
+                compute(request, known)
+        else:
+            assert compute(request, known).due
+
+
+def test_a_limit_that_the_next_start_has_no_more_keeps_nothing_from_it():
+    known = facts(live=domain(hard_limit=2 * GIB), conf=domain())
+    assert compute(Request(memory=2 * GIB, allow_restart=True, overcommit=True), known).restart
+
+
+@pytest.mark.parametrize(
     ("known", "error"),
     [
         (facts(live=domain(managed_save=True)), Refused),

@@ -95,3 +95,17 @@ def test_a_shrink_that_was_well_leaves_the_copy_only(shrink: dict[str, str]) -> 
     for _again in range(2):
         shrinking.drop_originals([shrink])
         assert content(shrink) == {"path": "smaller"}
+
+
+def test_an_original_that_a_running_guest_has_open_gets_its_name_back(tmp_path: Path) -> None:
+    shrink = {key: str(tmp_path / key) for key in ("path", "copy", "work", "kept")} | {"target": "vda"}
+    Path(shrink["path"]).write_text("original")
+    Path(shrink["copy"]).write_text("copy")
+    shrinking.swap(shrink)
+    assert not shrinking.return_used([shrink]), "nobody has it open"
+    with open(shrink["kept"], encoding="ascii"):
+        with open(shrink["path"], encoding="ascii"):
+            assert not shrinking.return_used([shrink]), "the guest runs on the copy, and somebody reads the original"
+        assert shrinking.return_used([shrink]) == ["vda"]
+    assert [one.name for one in tmp_path.iterdir()] == ["path"]
+    assert Path(shrink["path"]).read_text() == "original"

@@ -212,6 +212,29 @@ def test_a_snapshot_that_is_being_removed_is_no_way_back() -> None:
         revert_plan.plan_revert(revert_plan.Request("other"), going)
 
 
+OF_THE_MOMENT = Disk("vdb", "disk", "file", "virtio", (Layer("/data", "qcow2"),))
+
+
+def test_a_disk_that_the_memory_alone_still_has_must_be_there_and_be_nobody_elses() -> None:
+    def back(
+        opened: dict[str, tuple[Reader, ...]], named: dict[str, tuple[Reader, ...]], *, there: bool = True
+    ) -> None:
+        graph = HostGraph(
+            {**found.graph.named, **named}, {**found.graph.below, "/clone": "/data"} if named else found.graph.below
+        )
+        facts = replace(found, graph=graph, opened=opened, resumed=(OF_THE_MOMENT,))
+        revert_plan._check_resumed(facts, found.snapshots[0], lambda _path: there)
+
+    found = ground("/b", "/a", snapshots=(snapshot("one", "/a", "/b"),))
+    back({}, {})
+    with pytest.raises(Refused, match=r"/data, which is missing"):
+        back({}, {}, there=False)
+    with pytest.raises(Refused, match=r"domain 'clone' reads"):
+        back({}, {"/clone": (Reader("domain", "clone", "c"),)})
+    with pytest.raises(Refused, match=r"process qemu-nbd"):
+        back({"/data": (Reader("process", "qemu-nbd (7)"),)}, {})
+
+
 def confined(of: Ground, *denied: str, free: int = 1 << 40) -> Ground:
     """The same, with a profile that denies these layers to be written."""
     images = {path: replace(image, allocated=1 << 20, free=free) for path, image in of.images.items()}
@@ -280,6 +303,15 @@ def test_what_cannot_be_pulled_is_refused_or_merged_offline(found: Ground, reque
         plan_commit(replace(request_, allow_restart=True), transient)
 
 
+def test_a_restart_is_refused_where_the_next_start_has_another_image() -> None:
+    full = confined(TWO, "/a", "/b", free=1 << 20)
+    for layers in ((Layer("/other", "qcow2"),), ()):
+        then = replace(TWO.domain, disks=(replace(TWO.domain.disks[0], chain=layers),))
+        with pytest.raises(Refused, match="next start"):
+            plan_commit(Request(allow_restart=True), replace(full, next_start=then))
+    assert plan_commit(Request(allow_restart=True), replace(full, next_start=TWO.domain)).work.restart
+
+
 def test_a_layer_above_a_commit_that_would_get_another_backing_file_counts_too() -> None:
     four = ground("/d", "/c", "/b", "/a")
     with pytest.raises(Refused, match="/c"):
@@ -293,10 +325,58 @@ def test_our_checkpoints_end_with_a_pull() -> None:
     assert "vmk-12345678-x" in plan.notes[-1]
 
 
+def busy(of: Ground, kind: str, into: str | None = None) -> Ground:
+    """The same, with a block job on vda: ``into`` is the image that the XML shows as its mirror, where there is one."""
+    mirror = BlockJob(kind, False, into) if into else None
+    disk = replace(of.domain.disks[0], job=mirror)
+    named = dict(of.graph.named)
+    if into:
+        named[into] = (*named.get(into, ()), Reader("job", "web", "u"))
+    return replace(
+        of,
+        domain=replace(of.domain, disks=(disk,)),
+        graph=replace(of.graph, named=named),
+        jobs={"vda": kind},
+    )
+
+
 def test_a_run_whose_commit_runs_already_goes_on() -> None:
-    disk = replace(TWO.domain.disks[0], job=BlockJob("active-commit", False, "/a"))
-    found = replace(confined(TWO, "/a", "/b"), domain=replace(TWO.domain, disks=(disk,)))
+    found = busy(confined(TWO, "/a", "/b"), "active-commit", "/a")
     assert not plan_commit(Request(), found).work.merges[0].pull
+    below = busy(confined(TWO, "/a"), "commit")
+    assert not plan_commit(Request(keep=2), below).work.merges[0].pull
+
+
+def test_a_removal_takes_up_the_commit_that_runs_into_the_snapshots_layer() -> None:
+    plan = plan_removal("two", busy(TWO, "active-commit", "/b"))
+    assert plan is not None
+    assert [(merge.base, merge.merged) for merge in plan.work.merges] == [("/b", ("/c",))]
+    assert plan.kept == (), "the job is not one for whom the layer stays"
+    below = plan_removal("one", busy(TWO, "commit"))
+    assert below is not None
+    assert [merge.base for merge in below.work.merges] == ["/a"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "into"), [("copy", "/elsewhere"), ("pull", None), ("commit", None), ("active-commit", "/a")]
+)
+def test_another_block_job_on_the_disk_is_refused_before_anything_is_changed(kind: str, into: str | None) -> None:
+    with pytest.raises(Busy, match=kind):
+        plan_removal("two", busy(TWO, kind, into))
+    with pytest.raises(Busy, match=kind):
+        plan_commit(Request(disks=("vda",), base="/b"), busy(TWO, kind, into))
+
+
+def test_a_pull_that_runs_already_goes_on() -> None:
+    plan = plan_removal("two", busy(confined(TWO, "/a", "/b"), "pull"))
+    assert plan is not None
+    assert plan.work.merges[0].pull
+
+
+def test_a_guest_whose_disk_has_a_job_is_not_shut_down() -> None:
+    full = confined(TWO, "/a", "/b", free=1 << 20)
+    with pytest.raises(Busy, match="pull"):
+        plan_removal("two", busy(full, "pull"), allow_restart=True)
 
 
 def test_active_commits_begin_before_those_below_and_pulls_come_last() -> None:
