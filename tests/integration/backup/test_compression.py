@@ -45,7 +45,7 @@ def chain(guest: Guest, repository: Path) -> list[tuple[dict, str]]:
     The disk ends within a cluster, as GPT's backup header may lie, and only the full was written to there.
     """
     made = []
-    guest.exec("yes | dd of=$(cat /run/disk/vdb) bs=512 seek=65534 count=1 iflag=fullblock oflag=direct")
+    guest.exec("dd if=/dev/urandom of=$(cat /run/disk/vdb) bs=512 seek=65534 count=1 oflag=direct")
     for number, compression in enumerate(["zstd", "zstd", "zlib", "none"]):
         points.fill(guest, "vdb", f"round-{number}", 40 * number, 60)
         if number:
