@@ -143,11 +143,13 @@ def _clear_scratch(connection: Any, plan: Mapping[str, Any]) -> None:
 def _discard(directory: str) -> None:
     if not os.path.isdir(directory):
         return
-    for name in os.listdir(directory):
-        holders = processes.holders_of(os.path.join(directory, name))
+    files = [os.path.join(directory, name) for name in os.listdir(directory)]
+    processes.wait_released(files)  # QEMU may be about to: its job was called over a moment ago
+    for file in files:
+        holders = processes.holders_of(file)
         if holders:
             raise Refused(
-                f"{directory}/{name} is still in use by process {holders[0]}",
+                f"{file} is still in use by process {holders[0]}",
                 state="It was kept.",
                 advice="Wait for it, or end it if it is left over, then run this again",
             )
