@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from xml.etree import ElementTree
 
 from ..hypervisor.definition import encrypt
-from ..hypervisor.domain_model import Layer
+from ..hypervisor.domain_model import PERSISTENT_MEMORY, Layer
 
 _QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
 
@@ -145,13 +145,12 @@ def _firmware(root: ElementTree.Element, target: Target, host: Host, notes: list
         template = nvram.get("template")
         if template and not host.exists(template):
             del nvram.attrib["template"]
-        if target.nvram is not None:
+        if target.nvram is not None or target.fresh:
             for source in nvram.findall("source"):
                 nvram.remove(source)
             nvram.attrib.pop("type", None)
             nvram.text = target.nvram
-        elif target.fresh:
-            nvram.text = None
+        if target.nvram is None and target.fresh:
             notes.append("the point holds no UEFI variables; it starts with fresh ones")
     for tag in ("kernel", "initrd", "dtb"):
         element = os_element.find(tag)
@@ -245,30 +244,83 @@ def _link_down(interface: ElementTree.Element) -> None:
     ElementTree.SubElement(interface, "link", state="down")
 
 
+#: What stands for something of the original, or keeps its data, by tag; said of it in a note.
+_ITS_OWN = {
+    "hostdev": "a passed-through host device",
+    "shmem": "memory shared with other guests",
+    "lease": "a lock of its cluster",
+}
+
+#: Interfaces that are a device or socket of the original's own.
+_EXCLUSIVE_INTERFACES = ("hostdev", "vdpa", "vhostuser")
+
+
 def _unshare(root: ElementTree.Element, target: Target, notes: list[str]) -> None:
-    """What the original may be using at this moment."""
+    """What the original may be using at this moment, or has its data in."""
     devices = root.find("devices")
     if devices is None:
         return
-    for device in devices.findall("hostdev"):
+
+    def leave_out(device: ElementTree.Element, what: str) -> None:
         devices.remove(device)
-        notes.append("a passed-through host device was left out: it is the original's")
+        notes.append(f"{what} was left out: it is the original's")
+
+    for tag, what in _ITS_OWN.items():
+        for device in devices.findall(tag):
+            leave_out(device, what)
+    for interface in devices.findall("interface"):
+        for tap in interface.findall("target"):
+            interface.remove(tap)  # the name of a device on the host, which there is once
+        if interface.get("type") in _EXCLUSIVE_INTERFACES:
+            leave_out(interface, f"an interface of type {interface.get('type')}")
+    for share in devices.findall("filesystem"):
+        if share.find("readonly") is None:
+            source = share.find("source")
+            named = " ".join(source.attrib.values()) if source is not None else ""
+            leave_out(share, f"the shared directory {named}")
+    for memory in devices.findall("memory"):
+        if memory.get("model") in PERSISTENT_MEMORY:
+            leave_out(memory, f"the persistent memory {memory.findtext('source/path', '')}")
+    for tpm in devices.findall("tpm"):
+        for backend in tpm.findall("backend"):
+            if backend.get("type") == "passthrough":
+                leave_out(tpm, "the TPM of the host")
+            for source in backend.findall("source"):
+                backend.remove(source)
+                notes.append("its TPM is a new one")
+    for vsock in devices.iterfind("vsock/cid"):
+        vsock.attrib.pop("address", None)
+        vsock.set("auto", "yes")
     for graphics in devices.findall("graphics"):
         if graphics.get("port") not in (None, "-1") and graphics.get("autoport") != "yes":
             graphics.attrib.pop("port", None)
             graphics.attrib.pop("tlsPort", None)
             graphics.set("autoport", "yes")
             notes.append(f"its {graphics.get('type')} console has a port that libvirt chooses")
-    for device in [*devices.findall("serial"), *devices.findall("console"), *devices.findall("channel")]:
-        source = device.find("source")
-        path = source.get("path") if source is not None else None
-        if source is None or path is None:
-            continue
-        if device.get("type") == "file":
-            source.set("path", f"{path}.{target.name}")
-            notes.append(f"a {device.tag} writes to {path}.{target.name}, not into the original's {path}")
-        elif device.get("type") == "unix":
-            device.remove(source)
+    for tag in ("serial", "console", "parallel", "channel"):
+        for device in devices.findall(tag):
+            _own_end(device, target, notes)
+
+
+def _own_end(device: ElementTree.Element, target: Target, notes: list[str]) -> None:
+    """The host's end of a character device, and its log, are not those of the original."""
+    for log in device.findall("log"):
+        log.set("file", f"{log.get('file')}.{target.name}")
+    source = device.find("source")
+    if source is None or device.get("type") == "pty":
+        return  # libvirt has chosen it, and chooses anew
+    path = source.get("path")
+    if device.get("type") == "file" and path is not None:
+        source.set("path", f"{path}.{target.name}")
+        notes.append(f"a {device.tag} writes to {path}.{target.name}, not into the original's {path}")
+    elif device.tag == "channel":
+        if device.get("type") == "unix":
+            device.remove(source)  # libvirt makes one for each domain
+    elif device.get("type") in ("unix", "tcp", "udp", "dev", "pipe"):
+        notes.append(f"a {device.tag} is a terminal (pty), not the original's {device.get('type')} end")
+        device.set("type", "pty")
+        for element in [*device.findall("source"), *device.findall("protocol")]:
+            device.remove(element)
 
 
 def _paths(root: ElementTree.Element, host: Host, notes: list[str]) -> None:

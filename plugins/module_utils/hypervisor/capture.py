@@ -31,12 +31,13 @@ REASONS = {
     "excluded": "the task left it out",
     "nvram": "UEFI variables are not part of it",
     "tpm": "TPM state is not part of it",
+    "nvdimm": "persistent memory is not part of it",
 }
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """One part of a domain that is not captured: ``kind`` is disk, nvram, tpm, filesystem or hostdev."""
+    """One part of a domain that is not captured: ``kind`` is disk, nvram, tpm, nvdimm, filesystem or hostdev."""
 
     kind: str
     name: str
@@ -126,8 +127,11 @@ def choose(
             left.append(LeftOut("disk", disk.target, reason))
     if domain.nvram is not None and not carries_nvram:
         left.append(LeftOut("nvram", domain.nvram.path, "nvram"))
+    if domain.nvram_elsewhere is not None:
+        left.append(LeftOut("nvram", domain.nvram_elsewhere, "nvram"))
     if domain.has_tpm:
         left.append(LeftOut("tpm", "tpm", "tpm"))
+    left += [LeftOut("nvdimm", path, "nvdimm") for path in domain.persistent_memory]
     left += [LeftOut("filesystem", share.target or share.source, "host-shared") for share in domain.shares]
     left += [LeftOut("hostdev", name, "passthrough") for name in domain.hostdevs]
     return Capture(tuple(taken), tuple(left))

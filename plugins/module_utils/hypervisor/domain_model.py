@@ -23,6 +23,9 @@ from .connection import explaining
 #: The name of the channel that the guest agent listens on.
 AGENT_CHANNEL = "org.qemu.guest_agent.0"
 
+#: Models of ``<memory>`` that keep what the guest writes to them in a file of the host.
+PERSISTENT_MEMORY = ("nvdimm", "virtio-pmem")
+
 #: virDomainState; the numbers are libvirt's ABI.
 STATE_NAMES = {
     0: "nostate",
@@ -237,10 +240,12 @@ class Domain:
     arch: str | None = None
     domain_type: str = "kvm"
     nvram: Nvram | None = None
+    nvram_elsewhere: str | None = None  #: a device or network image that holds the UEFI variables
     firmware: str = "bios"
     has_tpm: bool = False
     shares: tuple[HostShare, ...] = ()
     hostdevs: tuple[str, ...] = ()
+    persistent_memory: tuple[str, ...] = ()  #: paths of what NVDIMM and virtio-pmem devices keep on the host
     agent_configured: bool = False
     agent_connected: bool = False
     managed_save: bool = False
@@ -389,12 +394,14 @@ def parse_domain(xml: str, state: DomainState, *, persistent: bool = True, **con
     os_type = os_element.find("type") if os_element is not None else None
     nvram_element = root.find("os/nvram")
     loader = root.find("os/loader")
-    nvram = None
+    nvram, nvram_elsewhere = None, None
     if nvram_element is not None:
         source = nvram_element.find("source")
         path = (source.get("file") if source is not None else None) or (nvram_element.text or "").strip()
         if path:
             nvram = Nvram(path=path, format=nvram_element.get("format", "raw"))
+        elif source is not None:
+            nvram_elsewhere = source.get("dev") or source.get("name") or nvram_element.get("type")
     uefi = nvram_element is not None or (os_element is not None and os_element.get("firmware") == "efi")
     uefi = uefi or (loader is not None and loader.get("type") == "pflash")
     vcpu = root.find("vcpu")
@@ -422,10 +429,16 @@ def parse_domain(xml: str, state: DomainState, *, persistent: bool = True, **con
         arch=os_type.get("arch") if os_type is not None else None,
         domain_type=root.get("type", "kvm"),
         nvram=nvram,
+        nvram_elsewhere=nvram_elsewhere,
         firmware="uefi" if uefi else "bios",
         has_tpm=root.find("devices/tpm/backend[@type='emulator']") is not None,
         shares=tuple(_share(element) for element in root.iterfind("devices/filesystem")),
         hostdevs=tuple(_hostdev_name(element) for element in root.iterfind("devices/hostdev")),
+        persistent_memory=tuple(
+            element.findtext("source/path", element.get("model", ""))
+            for element in root.iterfind("devices/memory")
+            if element.get("model") in PERSISTENT_MEMORY
+        ),
         agent_configured=channel is not None,
         agent_connected=channel is not None and channel.get("state") == "connected",
         runtime_id=int(runtime_id) if runtime_id and runtime_id.isdigit() else None,

@@ -82,6 +82,58 @@ def test_a_new_identity_shares_nothing_writable_with_the_original() -> None:
     assert root.find("devices/serial/source").get("path") != "/log/web"
 
 
+ATTACHED = """<domain type='kvm'><name>web</name><uuid>8b2f4a3e-0000-4000-8000-000000000001</uuid>
+<os><type arch='x86_64' machine='pc-q35-9.2'>hvm</type>
+<nvram type='block' format='raw'><source dev='/dev/vg/web_VARS'/></nvram></os>
+<devices><interface type='hostdev' managed='yes'><source><address type='pci'/></source></interface>
+<interface type='network'><source network='prod'/><target dev='tap-web'/></interface>
+<filesystem type='mount'><driver type='virtiofs'/><source dir='/srv/web'/><target dir='web'/></filesystem>
+<filesystem type='mount'><source dir='/srv/media'/><target dir='media'/><readonly/></filesystem>
+<memory model='nvdimm' access='shared'><source><path>/pmem/web</path></source><target><size>1</size></target></memory>
+<memory model='dimm'><target><size>1</size></target></memory>
+<tpm model='tpm-crb'><backend type='emulator'><source type='dir' path='/tpm/web'/></backend></tpm>
+<shmem name='cluster'/><vsock model='virtio'><cid auto='no' address='3'/></vsock>
+<serial type='unix'><source mode='bind' path='/run/web.sock'/><log file='/log/web' append='off'/><target port='0'/></serial>
+<serial type='tcp'><source mode='bind' host='::' service='4555'/><protocol type='telnet'/><target port='1'/></serial>
+<console type='unix'><source mode='bind' path='/run/web.sock'/><target type='serial' port='0'/></console>
+<parallel type='file'><source path='/out/lpt'/><target port='0'/></parallel>
+<channel type='unix'><source mode='bind' path='/run/agent'/><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
+</devices></domain>"""
+
+
+def test_a_copy_is_attached_to_nothing_that_the_original_writes() -> None:
+    mapped = fit(ATTACHED, target(nvram=None), SAME)
+    devices = ElementTree.fromstring(mapped.xml).find("devices")
+    assert [one.get("type") for one in devices.iterfind("interface")] == ["network"]
+    assert devices.find("interface/target") is None
+    assert [one.find("source").get("dir") for one in devices.iterfind("filesystem")] == ["/srv/media"]
+    assert [one.get("model") for one in devices.iterfind("memory")] == ["dimm"]
+    assert devices.find("tpm/backend/source") is None
+    assert devices.find("shmem") is None
+    assert devices.find("vsock/cid").attrib == {"auto": "yes"}
+    assert [one.get("type") for one in [*devices.iterfind("serial"), *devices.iterfind("console")]] == ["pty"] * 3
+    assert devices.find("serial/source") is None
+    assert devices.find("serial/protocol") is None
+    assert devices.find("serial/log").get("file") == "/log/web.web2"
+    assert devices.find("parallel/source").get("path") == "/out/lpt.web2"
+    assert devices.find("channel/source") is None
+    nvram = ElementTree.fromstring(mapped.xml).find("os/nvram")
+    assert (list(nvram), nvram.get("type"), nvram.text) == ([], None, None)
+    told = " | ".join(mapped.notes)
+    for what in ("type hostdev", "/srv/web", "/pmem/web", "TPM", "unix end", "tcp end", "/out/lpt.web2", "fresh ones"):
+        assert what in told, what
+
+
+def test_the_same_identity_keeps_all_that_is_attached() -> None:
+    mapped = fit(
+        ATTACHED, target(name="web", uuid="8b2f4a3e-0000-4000-8000-000000000001", fresh=False, nvram=None), SAME
+    )
+    assert mapped.notes == []
+    before, after = ElementTree.fromstring(ATTACHED), ElementTree.fromstring(mapped.xml)
+    assert [one.tag for one in after.find("devices")] == [one.tag for one in before.find("devices")]
+    assert after.find("os/nvram/source").get("dev") == "/dev/vg/web_VARS"
+
+
 def test_the_same_identity_on_the_same_host_changes_only_the_disks() -> None:
     mapped = fit(XML, target(name="web", uuid="8b2f4a3e-0000-4000-8000-000000000001", fresh=False, nvram=None), SAME)
     root = ElementTree.fromstring(mapped.xml)

@@ -46,6 +46,8 @@ DOMAIN = Domain(
     has_tpm=True,
     shares=(HostShare("/srv", "share"),),
     hostdevs=("pci 0000:01:02.0",),
+    nvram_elsewhere="/dev/vg/vars",
+    persistent_memory=("/var/lib/pmem",),
 )
 
 
@@ -66,6 +68,8 @@ def test_everything_is_captured_or_listed_with_its_reason():
         "fda": "floppy",
         "sdb": "passthrough",
         "/vars.fd": "nvram",
+        "/dev/vg/vars": "nvram",
+        "/var/lib/pmem": "nvdimm",
         "tpm": "tpm",
         "share": "host-shared",
         "pci 0000:01:02.0": "passthrough",

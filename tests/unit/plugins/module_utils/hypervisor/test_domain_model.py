@@ -60,6 +60,14 @@ def test_the_definition_becomes_data(domain):
     assert len(domain.hostdevs) == 1
 
 
+def test_what_lies_where_no_file_is_read_is_known():
+    xml = """<domain><name>x</name><uuid>u</uuid><os><nvram type='block'><source dev='/dev/vg/vars'/></nvram></os><devices>
+    <memory model='nvdimm'><source><path>/pmem</path></source></memory><memory model='dimm'/></devices></domain>"""
+    domain = parse_domain(xml, DomainState("running"))
+    assert (domain.nvram, domain.nvram_elsewhere) == (None, "/dev/vg/vars")
+    assert domain.persistent_memory == ("/pmem",)
+
+
 def test_a_disk_has_its_chain_its_job_and_its_flags(domain):
     disk = domain.disk("vda")
     assert disk.chain == (Layer("/top", "qcow2"), Layer("/base", "raw"))
