@@ -9,13 +9,16 @@ the files speak.
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from .._errors import Refused, Unsupported, VmkeeperError
 from .domain_model import Disk, Layer
-from .image_header import BadHeader, is_qcow2, read_qcow2
+from .image_header import BadHeader, Qcow2Header, is_qcow2, read_qcow2
 
 #: libvirt's own limit (virstoragefile); a longer chain is a loop or an attack.
 MAXIMUM_DEPTH = 200
@@ -51,36 +54,114 @@ def follow(top: Layer) -> tuple[Layer, ...]:
             ) from error
         except (BadHeader, OSError) as error:
             raise Refused(f"The image {path} cannot be read: {error}", advice="Check it with qemu-img check") from error
-        if header.backing_file is None:
+        lower = _backing(path, header)
+        if lower is None:
             break
-        below = _resolve(path, header.backing_file)
-        real = os.path.realpath(below)
+        real = os.path.realpath(str(lower.path))
         if real in seen or len(layers) >= MAXIMUM_DEPTH:
             raise Refused(
-                f"The chain of {top.path} comes back to {below}",
+                f"The chain of {top.path} comes back to {lower.path}",
                 advice="Repair the backing files with qemu-img rebase",
             )
         seen.add(real)
-        layers.append(Layer(path=below, format=header.backing_format or _probe(below)))
+        layers.append(lower)
     return tuple(layers)
 
 
 def below(layer: Layer) -> Layer | None:
     """The layer that a local qcow2 image stands on, whether it is there or not. Raises OSError or BadHeader."""
-    header = read_qcow2(layer.path or "")
+    return _backing(layer.path or "", read_qcow2(layer.path or ""))
+
+
+def mentioned(layer: Layer) -> tuple[Layer, ...]:
+    """The local files in an image's backing name, where that is none of those that :func:`follow` understands.
+
+    Whatever driver it asks for, QEMU opens no local file whose name is not in it.  So these are all that the image can stand
+    on here, and perhaps more: good enough to leave a file alone, not to write one.
+    """
+    if layer.path is None or layer.format != "qcow2":
+        return ()
+    try:
+        name = read_qcow2(layer.path).backing_file
+    except (OSError, BadHeader):
+        return ()
+    if name is None or _file_of(name) is not None:
+        return ()
+    words = _strings(_from_json(name)) if name.startswith("json:") else iter([name])
+    # ``blkdebug:rules:/images/base``: drivers that are named by a prefix put the file behind a colon.
+    names = dict.fromkeys(
+        ":".join(parts[n:]) for parts in (word.split(":") for word in words) for n in range(len(parts))
+    )
+    paths = [_beside(layer.path, one) for one in names if one and "\0" not in one]
+    return tuple(Layer(path, _probe(path)) for path in paths if os.path.exists(path) and not os.path.isdir(path))
+
+
+def _backing(overlay: str, header: Qcow2Header) -> Layer | None:
     if header.backing_file is None:
         return None
-    path = _resolve(layer.path or "", header.backing_file)
-    return Layer(path=path, format=header.backing_format or _probe(path))
-
-
-def _resolve(overlay: str, name: str) -> str:
-    if name.startswith("json:") or (":" in name.split("/", 1)[0]):
+    found = _file_of(header.backing_file)
+    if found is None:
         raise Unsupported(
-            f"The image {overlay} stands on {name!r}, which is not a local file",
-            advice="Only local chains are handled",
+            f"The image {overlay} stands on {header.backing_file!r}, which is not a local file, or not by its path alone",
+            advice="Only local chains are handled. If it is a local file, name it by its path (qemu-img rebase -u)",
         )
-    return os.path.normpath(os.path.join(os.path.dirname(os.path.realpath(overlay)), name))
+    name, driver = found
+    path = _beside(overlay, name)
+    # QEMU takes the header's word before that of the name.
+    return Layer(path=path, format=header.backing_format or driver or _probe(path))
+
+
+def _file_of(name: str) -> tuple[str, str | None] | None:
+    """The file that a backing name means to QEMU, and the format if it says one; None if it is not just one local file.
+
+    Checked with qemu-io 7.2.  ``file:`` and ``json:`` with a relative path mean one in the working directory of whoever opens
+    the image, so that nobody can tell which.
+    """
+    driver = None
+    if name.startswith("json:"):
+        options = _from_json(name)
+        if not isinstance(options, dict):
+            return None
+        inner = options.pop("file", None)
+        if isinstance(inner, dict):
+            options.update({f"file.{key}": value for key, value in inner.items()})
+        name, driver = options.pop("file.filename", None), options.pop("driver", None)
+        protocol = options.pop("file.driver", "file")
+        # Whatever else it says (an offset, a key, another backing file) may make it something else than that file.
+        if options or protocol not in ("file", "host_device") or driver not in (None, "qcow2", "raw"):
+            return None
+        if not isinstance(name, str) or "\0" in name:
+            return None
+    elif name.startswith("file:"):
+        name = name[len("file:") :]
+    else:
+        return None if ":" in name.split("/", 1)[0] else (name, None)
+    return (name, driver) if name.startswith("/") else None
+
+
+def _from_json(name: str) -> Any:
+    try:
+        return json.loads(name[len("json:") :])
+    except (ValueError, RecursionError):
+        return None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)
+
+
+def _beside(overlay: str, name: str) -> str:
+    """Where QEMU looks for a relative name: beside the image *as it was named*, which may be a link to one elsewhere."""
+    path = os.path.join(os.path.dirname(overlay), name)
+    if ".." in path.split("/"):
+        # The kernel goes up from where a link to a directory leads, not from where it lies.
+        path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    path = os.path.normpath(path)
+    return path[1:] if path.startswith("//") else path
 
 
 def _probe(path: str) -> str:

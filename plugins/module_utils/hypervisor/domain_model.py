@@ -511,16 +511,17 @@ def _share(element: ElementTree.Element) -> HostShare:
     return HostShare(source=value, target=target.get("dir", "") if target is not None else "")
 
 
+def resolve_volume(disk: Disk, path_of: Callable[[str, str], str | None]) -> Disk:
+    """Fill in the local path of a ``type='volume'`` active layer, which the XML names by pool and volume only."""
+    if disk.kind != "volume" or not disk.chain or disk.chain[0].path or not (disk.pool and disk.volume):
+        return disk
+    path = path_of(disk.pool, disk.volume)
+    return replace(disk, chain=(replace(disk.chain[0], path=path), *disk.chain[1:]))
+
+
 def resolve_volumes(domain: Domain, path_of: Callable[[str, str], str | None]) -> Domain:
-    """Fill in the local path of ``type='volume'`` active layers, which the XML names by pool and volume only."""
-
-    def resolved(disk: Disk) -> Disk:
-        if disk.kind != "volume" or not disk.chain or disk.chain[0].path or not (disk.pool and disk.volume):
-            return disk
-        path = path_of(disk.pool, disk.volume)
-        return replace(disk, chain=(replace(disk.chain[0], path=path), *disk.chain[1:]))
-
-    return replace(domain, disks=tuple(resolved(disk) for disk in domain.disks))
+    """The domain with :func:`resolve_volume` done to each of its disks."""
+    return replace(domain, disks=tuple(resolve_volume(disk, path_of) for disk in domain.disks))
 
 
 def with_storage(domain: Domain, storage_of: Callable[[str], str | None]) -> Domain:
@@ -542,17 +543,32 @@ def read_state(domain: Any) -> DomainState:
     return DomainState(name, reasons.get(reason, "unknown"))
 
 
-def volume_path(connection: Any, pool: str, volume: str) -> str | None:
-    """Where a volume lies on this host; None when there is no such pool or volume, or the pool is not active.
+#: Pools whose volumes lie under the target path by their names (libvirt's storage backends).
+_POOLS_OF_PATHS = ("dir", "fs", "netfs", "logical", "zfs")
 
-    Also None for a volume that is no file or device here: libvirt calls one of RBD ``pool/image``, one of Gluster
-    ``gluster://...``.
+
+def volume_path(connection: Any, pool: str, volume: str) -> str | None:
+    """Where a volume lies on this host; None when there is no such pool or volume.
+
+    libvirt looks into active pools only, and knows what was there when it last looked; a domain's disk is its disk even so.
+    Then the pool's definition tells.  None also for a volume that is no file or device here: libvirt calls one of RBD
+    ``pool/image``, one of Gluster ``gluster://...``.
     """
     try:
-        path = str(connection.storagePoolLookupByName(pool).storageVolLookupByName(volume).path())
+        handle = connection.storagePoolLookupByName(pool)
+        try:
+            path = str(handle.storageVolLookupByName(volume).path())
+        except libvirt.libvirtError:
+            path = _path_in_pool(ElementTree.fromstring(handle.XMLDesc(0)), volume)
     except libvirt.libvirtError:
         return None
     return path if os.path.isabs(path) else None
+
+
+def _path_in_pool(pool: ElementTree.Element, volume: str) -> str:
+    directory = pool.findtext("target/path", "") if pool.get("type") in _POOLS_OF_PATHS else ""
+    path = os.path.join(directory, volume)
+    return path if directory and "/" not in volume and os.path.lexists(path) else ""
 
 
 def read_domain(domain: Any, *, inactive: bool = False) -> Domain:

@@ -6,6 +6,9 @@
 A layer is written only by its one rightful writer, and deleted only when nobody mentions it.  Mentioned means: named by a
 live or inactive definition, by a managed-save image, as the content of a snapshot, as the backing file of any image that
 lies beside it or in a storage pool, or open in a process.
+
+A file has as many names as there are hard links and bind mounts, so files are compared and not names.  A backing name that
+:mod:`..hypervisor.chain` does not understand counts as a reader of each local file that it mentions.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from xml.etree import ElementTree
 
@@ -21,12 +25,15 @@ from .._errors import LibvirtFailed, VmkeeperError
 from ..hypervisor import chain
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import explaining, is_gone
-from ..hypervisor.domain_model import Disk, Layer, parse_disk, read_domain
+from ..hypervisor.domain_model import Disk, Layer, parse_disk, read_domain, resolve_volume, volume_path
 from ..hypervisor.image_header import BadHeader, is_qcow2, read_qcow2
 from . import views
 
 #: Files of one directory that are looked at; a directory with more is no place for images.
 _MOST_FILES = 20_000
+
+#: Stands for the device and inode of a file that is not there; none has these.
+_NO_FILE = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -59,22 +66,31 @@ class HostGraph:
     """All images that were found. Paths are canonical (:func:`canonical`).
 
     ``named``: path -> who names it directly.  ``below``: path -> its backing file, for every image that has one.
+    ``files``: device and inode -> the paths in ``named`` and ``below`` that lead to it.
     """
 
     named: Mapping[str, tuple[Reader, ...]] = field(default_factory=dict)
     below: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[tuple[int, int], tuple[str, ...]] = field(default_factory=dict)
+
+    def names(self, path: str) -> tuple[str, ...]:
+        """``path`` and the other names by which this graph knows the same file."""
+        path = canonical(path)
+        return tuple(dict.fromkeys((path, *self.files.get(_file(path), ()))))
 
     def chain(self, path: str) -> tuple[str, ...]:
         """``path`` and everything below it."""
         layers = [canonical(path)]
-        while layers[-1] in self.below and self.below[layers[-1]] not in layers:
-            layers.append(self.below[layers[-1]])
-        return tuple(layers)
+        while True:
+            base = next((self.below[name] for name in self.names(layers[-1]) if name in self.below), None)
+            if base is None or base in layers:
+                return tuple(layers)
+            layers.append(base)
 
     def children(self, path: str) -> tuple[str, ...]:
         """The images that stand directly on ``path``."""
-        path = canonical(path)
-        return tuple(sorted(child for child, base in self.below.items() if base == path))
+        names = self.names(path)
+        return tuple(sorted(child for child, base in self.below.items() if base in names))
 
     def above(self, path: str) -> tuple[str, ...]:
         """``path`` and every image that stands on it, at whatever distance."""
@@ -87,15 +103,15 @@ class HostGraph:
         """Everybody whose content is read from ``path``; an image that nobody names stands for itself."""
         found: dict[Reader, None] = {}
         for layer in self.above(path):
-            for reader in self.named.get(layer, ()):
+            for reader in self.named_by(layer):
                 found[reader] = None
             if layer != canonical(path) and not self.children(layer) and not self.named.get(layer):
                 found[Reader("file", layer)] = None
         return tuple(found)
 
     def named_by(self, path: str) -> tuple[Reader, ...]:
-        """Who names ``path`` itself."""
-        return self.named.get(canonical(path), ())
+        """Who names the file at ``path`` itself."""
+        return tuple(dict.fromkeys(reader for name in self.names(path) for reader in self.named.get(name, ())))
 
     def strangers(self, path: str, uuid: str) -> tuple[Reader, ...]:
         """The readers of ``path`` that do not belong to the domain with that UUID."""
@@ -114,8 +130,16 @@ class HostGraph:
 
 
 def canonical(path: str) -> str:
-    """One name for one file, whatever links lead to it, or whichever view shows it."""
+    """One name for one file, whatever symbolic links lead to it, or whichever view shows it."""
     return views.origin_of(os.path.realpath(path))
+
+
+def _file(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return _NO_FILE
+    return status.st_dev, status.st_ino
 
 
 def unneeded(graph: HostGraph, candidates: Sequence[str]) -> tuple[str, ...]:
@@ -149,9 +173,14 @@ class _Collector:
         self.below: dict[str, str] = {}
         self.raw: set[str] = set()
         self.directories: set[str] = set()
+        self.files: dict[tuple[int, int], list[str]] = {}
+        self._known: set[str] = set()
+        self._unlinked: dict[tuple[str, str | None], tuple[Layer, ...]] = {}
 
     def name(self, path: str, reader: Reader) -> None:
-        readers = self.named.setdefault(canonical(path), [])
+        path = canonical(path)
+        self._know(path)
+        readers = self.named.setdefault(path, [])
         if reader not in readers:
             readers.append(reader)
 
@@ -162,15 +191,35 @@ class _Collector:
         self.name(disk.path, reader)
         if disk.active.format == "raw":
             self.raw.add(canonical(disk.path))
-        self.links(follow_names(disk.active))
+        self.image(disk.active, reader)
         if live:
             self.links(disk.chain)
         if disk.job is not None and disk.job.destination:
             # Written already, by the very job that may be taken up.
             self.name(disk.job.destination, Reader("job", reader.name, reader.uuid))
 
+    def image(self, top: Layer, reader: Reader) -> None:
+        """What ``top`` stands on. Where ``below`` has no place for it, ``reader`` names it."""
+        key = (str(top.path), top.format)
+        if key not in self._unlinked:
+            layers = follow_names(top)
+            self.links(layers)
+            # A relative name means another file where the image is opened by way of a link that lies elsewhere.
+            others = [
+                lower
+                for upper, lower in zip(layers, layers[1:])
+                if self.below[canonical(str(upper.path))] != canonical(str(lower.path))
+            ]
+            self._unlinked[key] = (*others, *chain.mentioned(layers[-1]))
+        for layer in self._unlinked[key]:
+            if layer.path is not None and reader not in self.named.get(canonical(layer.path), ()):
+                self.name(layer.path, reader)
+                self.image(layer, reader)
+
     def links(self, layers: Sequence[Layer]) -> None:
         paths = [canonical(layer.path) for layer in layers if layer.path]
+        for path in paths:
+            self._know(path)
         for upper, lower in zip(paths, paths[1:]):
             self.below.setdefault(upper, lower)
         self.directories.update(os.path.dirname(path) for path in paths if not path.startswith("/dev/"))
@@ -184,11 +233,21 @@ class _Collector:
         for name in names:
             path = canonical(os.path.join(directory, name))
             # A guest that owns a raw disk can write any header into it.
-            if path in self.below or path in self.raw or not os.path.isfile(path):
+            if path in self.below or path in self.raw or (path, "qcow2") in self._unlinked or not os.path.isfile(path):
                 continue
             with contextlib.suppress(OSError, BadHeader):
-                if is_qcow2(path) and read_qcow2(path).backing_file is not None:
-                    self.links(follow_names(Layer(path, "qcow2")))
+                if is_qcow2(path) and read_qcow2(path).backing_file is not None and not self._is_known(path):
+                    self.image(Layer(path, "qcow2"), Reader("file", path))
+
+    def _know(self, path: str) -> None:
+        if path not in self._known:
+            self._known.add(path)
+            self.files.setdefault(_file(path), []).append(path)
+
+    def _is_known(self, path: str) -> bool:
+        """By another name: as a guest's raw disk, or as an image that is mounted twice. A second link is an image of its own."""
+        names = self.files.get(_file(path), ())
+        return any(name in self.raw or (name in self.below and os.stat(path).st_nlink == 1) for name in names)
 
 
 def follow_names(top: Layer) -> tuple[Layer, ...]:
@@ -224,7 +283,11 @@ def read_graph(connection: Any, directories: Iterable[str] = ()) -> HostGraph:
         for directory in (places | found.directories) - seen:
             seen.add(directory)
             found.scan(directory)
-    return HostGraph({path: tuple(readers) for path, readers in found.named.items()}, dict(found.below))
+    return HostGraph(
+        {path: tuple(readers) for path, readers in found.named.items()},
+        dict(found.below),
+        {file: tuple(paths) for file, paths in found.files.items() if file != _NO_FILE},
+    )
 
 
 def _read_domain(handle: Any, found: _Collector) -> None:
@@ -236,10 +299,11 @@ def _read_domain(handle: Any, found: _Collector) -> None:
         if model.persistent and model.state.active:
             for disk in read_domain(handle, inactive=True).disks:
                 found.disk(disk, Reader("domain", name, uuid))
+        path_of = partial(volume_path, handle.connect())
         if model.managed_save:
             root = ElementTree.fromstring(handle.managedSaveGetXMLDesc(0))
             for element in root.iterfind("devices/disk"):
-                found.disk(parse_disk(element), Reader("saved", name, uuid))
+                found.disk(resolve_volume(parse_disk(element), path_of), Reader("saved", name, uuid))
         for snapshot in handle.listAllSnapshots():
             _read_snapshot(snapshot, name, uuid, found)
     except (libvirt.libvirtError, LibvirtFailed) as error:
@@ -250,6 +314,7 @@ def _read_domain(handle: Any, found: _Collector) -> None:
 
 def _read_snapshot(snapshot: Any, domain: str, uuid: str, found: _Collector) -> None:
     root = ElementTree.fromstring(snapshot.getXMLDesc(0))
+    path_of = partial(volume_path, snapshot.getConnect())
     reader = Reader("snapshot", snapshot.getName(), uuid, domain)
     held = {
         element.get("name")
@@ -259,7 +324,7 @@ def _read_snapshot(snapshot: Any, domain: str, uuid: str, found: _Collector) -> 
     for element in root.iterfind("domain/devices/disk"):
         disk = parse_disk(element)
         if disk.target in held:
-            found.disk(disk, reader)
+            found.disk(resolve_volume(disk, path_of), reader)
     memory = root.find("memory")
     if memory is not None and memory.get("file"):
         found.name(str(memory.get("file")), reader)
@@ -281,11 +346,10 @@ def openers(paths: Iterable[str], *, besides: str) -> dict[str, tuple[Reader, ..
 
     Image locks alone do not tell who: a lock is seen through the process that holds the file open.
     """
-    wanted = {}
+    wanted: dict[tuple[int, int], set[str]] = {}
     for path in paths:
-        with contextlib.suppress(OSError):
-            status = os.stat(path)
-            wanted[(status.st_dev, status.st_ino)] = canonical(path)
+        wanted.setdefault(_file(path), set()).add(canonical(path))
+    wanted.pop(_NO_FILE, None)
     found: dict[str, list[Reader]] = {}
     for pid in (name for name in os.listdir("/proc") if name.isdigit()):
         for path in _open_files(pid, wanted):
@@ -296,15 +360,13 @@ def openers(paths: Iterable[str], *, besides: str) -> dict[str, tuple[Reader, ..
     return {path: tuple(readers) for path, readers in found.items()}
 
 
-def _open_files(pid: str, wanted: Mapping[tuple[int, int], str]) -> set[str]:
-    found = set()
+def _open_files(pid: str, wanted: Mapping[tuple[int, int], set[str]]) -> set[str]:
+    found: set[str] = set()
     with contextlib.suppress(OSError):
         for descriptor in os.listdir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
                 status = os.stat(f"/proc/{pid}/fd/{descriptor}")
-                path = wanted.get((status.st_dev, status.st_ino))
-                if path is not None:
-                    found.add(path)
+                found |= wanted.get((status.st_dev, status.st_ino), set())
     return found
 
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .._errors import Busy, NotFound, Refused, Unsupported
-from ..safety.host_graph import HostGraph, Reader, canonical, unneeded
+from ..safety.host_graph import Reader, canonical, unneeded
 from ..safety.names import file_stem
 from .ground import Ground, refuse_unsettled
 from .model import Snapshot, SnapshotDisk, by_name
@@ -253,7 +253,7 @@ def _discarded(ground: Ground, overlays: Sequence[FreshOverlay]) -> tuple[tuple[
         tops += chain[:1]
         named[overlay.path] = (me,)
         below[overlay.path] = canonical(overlay.base)
-    after = HostGraph(named, below)
+    after = replace(ground.graph, named=named, below=below)
     discarded = unneeded(after, candidates)
     left = tuple(path for path in tops if path not in discarded and not after.readers(path))
     return discarded, left

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -386,6 +389,66 @@ def test_a_base_that_another_domain_stands_on_is_never_written(guest: Guest) -> 
         other.undefineFlags(1)
         clone.unlink()
         (guest.directory / "elsewhere.qcow2").unlink(missing_ok=True)
+    assert ways.content_of(guest, "one") == {"one"}
+
+
+@contextlib.contextmanager
+def users_by_any_name(guest: Guest, base: Path) -> Iterator[set[str]]:
+    """Domains that are only defined, and that use ``base`` by all the names that QEMU or libvirt understand."""
+    away = guest.directory / "away"
+    away.mkdir()
+    mounted, link = away / "mounted", away / "link.qcow2"
+
+    def overlay(name: str, backing: str, directory: Path = away) -> str:
+        path = directory / f"{name}.qcow2"
+        command = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", backing, str(path), "40M"]
+        subprocess.run(command, check=True)
+        return f"type='file'><driver type='qcow2'/><source file='{path}'/>"
+
+    nested = json.dumps({"driver": "qcow2", "file": {"driver": "file", "filename": str(base)}})
+    disks = {
+        "by-file": overlay("file", f"file:{base}"),
+        "by-json": overlay("json", f"json:{nested}"),
+        "by-driver": overlay("driver", f"blkdebug::{base}"),
+        "by-hard-link": overlay("hard", str(away / "hard-link")),
+        "by-mount": overlay("mount", str(mounted / base.name)),
+        "by-volume": f"type='volume'><driver type='qcow2'/><source pool='stopped' volume='{base.name}'/>",
+    }
+    real = away / "deeper"
+    real.mkdir()
+    overlay("real", f"../{base.name}", real)
+    link.symlink_to(real / "real.qcow2")
+    disks["by-link"] = f"type='file'><driver type='qcow2'/><source file='{link}'/>"
+    os.link(base, away / "hard-link")
+    mounted.mkdir()
+    subprocess.run(["mount", "--bind", str(base.parent), str(mounted)], check=True)
+    connection = guest.connection()
+    made = [
+        connection.storagePoolDefineXML(
+            f"<pool type='dir'><name>stopped</name><target><path>{base.parent}</path></target></pool>"
+        )
+    ]
+    try:
+        for name, disk in disks.items():
+            xml = (
+                f"<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><os><type arch='x86_64'>hvm</type>"
+                f"</os><devices><disk device='disk' {disk}<target dev='vda' bus='virtio'/></disk></devices></domain>"
+            )
+            made.append(connection.defineXML(xml))
+        yield set(disks)
+    finally:
+        for one in made:
+            one.undefine()
+        subprocess.run(["umount", str(mounted)], check=True)
+        shutil.rmtree(away)
+
+
+def test_a_base_is_not_written_by_whatever_name_a_defined_domain_uses_it(guest: Guest) -> None:
+    history(guest, "one")
+    with users_by_any_name(guest, guest.images["vda"]) as users:
+        for refused in refusals(guest, "one"):
+            assert refused.failed
+            assert {reader["name"] for reader in refused["needed_by"]} == users
     assert ways.content_of(guest, "one") == {"one"}
 
 

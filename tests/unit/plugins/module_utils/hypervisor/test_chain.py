@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from dataclasses import replace
@@ -45,12 +44,94 @@ def test_absolute_and_relative_links_are_followed_to_the_base(tmp_path, base):
     assert paths(found) == [str(top), str(middle), str(base)]
 
 
-def test_a_link_is_relative_to_where_the_file_really_lies(tmp_path, base):
-    (tmp_path / "sub").mkdir()
-    real = overlay(tmp_path / "sub" / "real.qcow2", "../base.qcow2")
-    link = tmp_path / "link.qcow2"
-    os.symlink(real, link)
-    assert paths(chain.follow(Layer(str(link), "qcow2")))[-1] == str(base)
+def holding(path, byte):
+    """A qcow2 image whose content is that byte."""
+    raw = path.with_suffix(".raw")
+    raw.write_bytes(bytes([byte]) * 4096)
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(path)], check=True)
+    raw.unlink()
+    return path
+
+
+def read_by_qemu(image, tmp_path):
+    out = tmp_path / "out"
+    subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(image), str(out)], check=True, cwd="/")
+    return out.read_bytes()[0]
+
+
+def test_a_relative_name_is_looked_for_beside_the_link_as_qemu_does(tmp_path):
+    for name, byte in (("images", 1), ("data", 2)):
+        (tmp_path / name).mkdir()
+        holding(tmp_path / name / "base.qcow2", byte)
+    link = tmp_path / "images" / "link.qcow2"
+    link.symlink_to(overlay(tmp_path / "data" / "real.qcow2", "base.qcow2"))
+    assert paths(chain.follow(Layer(str(link), "qcow2"))) == [str(link), str(tmp_path / "images" / "base.qcow2")]
+    assert read_by_qemu(link, tmp_path) == 1
+
+
+def test_up_from_a_linked_directory_is_up_from_where_it_leads(tmp_path):
+    (tmp_path / "data" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "data" / "deep")
+    holding(tmp_path / "base.qcow2", 1)
+    right = holding(tmp_path / "data" / "base.qcow2", 2)
+    overlay(tmp_path / "link" / "top.qcow2", "../base.qcow2")
+    top = tmp_path / "link" / "top.qcow2"
+    assert paths(chain.follow(Layer(str(top), "qcow2"))) == [str(top), str(right)]
+    assert read_by_qemu(top, tmp_path) == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base.qcow2",
+        "{base}",
+        "/{base}",
+        "file:{base}",
+        "file://{base}",
+        'json:{{"driver": "qcow2", "file": {{"driver": "file", "filename": "{base}"}}}}',
+        'json:{{"file": {{"filename": "{base}"}}}}',
+        'json:{{"file.driver": "file", "file.filename": "{base}"}}',
+    ],
+)
+def test_every_way_to_name_a_local_file_is_understood_as_qemu_does(tmp_path, name):
+    base = holding(tmp_path / "base.qcow2", 7)
+    top = overlay(tmp_path / "top.qcow2", name.format(base=base))
+    assert chain.follow(Layer(str(top), "qcow2")) == (Layer(str(top), "qcow2"), Layer(str(base), "qcow2"))
+    assert chain.mentioned(Layer(str(top), "qcow2")) == ()
+    assert read_by_qemu(top, tmp_path) == 7
+
+
+def test_the_headers_format_is_taken_before_that_of_a_name(tmp_path, base):
+    name = f'json:{{"driver": "qcow2", "file": {{"filename": "{base}"}}}}'
+    top = overlay(tmp_path / "top.qcow2", name, "raw")
+    assert chain.follow(Layer(str(top), "qcow2"))[1].format == "raw"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blkdebug::{base}",
+        "file:base.qcow2",
+        'json:{{"file": {{"driver": "file", "filename": "base.qcow2"}}}}',
+        'json:{{"driver": "file", "filename": "{base}"}}',
+        'json:{{"driver": "raw", "offset": 512, "file": {{"driver": "file", "filename": "{base}"}}}}',
+        'json:{{"driver": "raw", "file": {{"driver": "qcow2", "file": {{"filename": "{base}"}}}}}}',
+        'json:{{"driver": "quorum", "children": [{{"driver": "file", "filename": "{base}"}}]}}',
+        'json:{{"file": {{"driver": "nbd", "path": "{base}"}}, "backing": null}}',
+    ],
+)
+def test_a_name_that_is_not_understood_is_no_chain_and_tells_the_files_that_it_mentions(tmp_path, base, name):
+    top = Layer(str(overlay(tmp_path / "top.qcow2", name.format(base=base))), "qcow2")
+    with pytest.raises(Unsupported, match="not a local file"):
+        chain.follow(top)
+    assert chain.mentioned(top) == (Layer(str(base), "qcow2"),)
+
+
+@pytest.mark.parametrize("name", ["nbd://host/x", "json:{}", "json:{", "json:" + "[" * 1000, "rbd:pool/image", "a:"])
+def test_what_names_no_local_file_mentions_none(tmp_path, base, name):
+    assert chain.mentioned(Layer(str(overlay(tmp_path / "top.qcow2", name, "raw")), "qcow2")) == ()
+    assert chain.mentioned(Layer(str(base), "qcow2")) == ()
+    assert chain.mentioned(Layer(str(tmp_path / "gone"), "qcow2")) == ()
 
 
 def test_a_raw_layer_ends_the_chain_whatever_its_bytes_say(tmp_path, base):

@@ -81,6 +81,29 @@ def test_a_volume_that_is_no_file_here_has_no_path():
     assert volume_path(connection, "vg0", "web") == "/dev/vg0/web"
 
 
+@pytest.mark.parametrize(
+    ("kind", "volume", "there"),
+    [
+        ("dir", "web", True),
+        ("logical", "web", True),
+        ("iscsi", "web", False),
+        ("dir", "missing", False),
+        ("dir", "../web", False),
+    ],
+)
+def test_a_volume_of_a_stopped_pool_lies_where_the_pools_definition_says(tmp_path, kind, volume, there):
+    libvirt = pytest.importorskip("libvirt")
+    (tmp_path / "web").touch()
+
+    def look_up(_name):
+        raise libvirt.libvirtError("storage pool 'one' is not active")
+
+    xml = f"<pool type='{kind}'><name>one</name><target><path>{tmp_path}</path></target></pool>"
+    pool = SimpleNamespace(storageVolLookupByName=look_up, XMLDesc=lambda _flags: xml)
+    connection = SimpleNamespace(storagePoolLookupByName=lambda _name: pool)
+    assert volume_path(connection, "one", volume) == (str(tmp_path / "web") if there else None)
+
+
 def test_any_layer_tells_what_a_disk_is_made_of(domain):
     told = with_storage(domain, lambda path: "zfs" if path == domain.disk("vda").chain[-1].path else None)
     assert told.disk("vda").storage == "zfs"
