@@ -110,6 +110,8 @@ class DiskFacts:
     @property
     def allocated(self) -> int:
         """Most bytes that a full can hold."""
+        if any(layer.path is None for layer in self.disk.chain):
+            return self.size  # QEMU reads a layer that is not here
         return min(self.size, sum(layer.allocated for layer in self.layers))
 
 
@@ -261,6 +263,12 @@ def plan_point(request: Request, facts: Facts) -> PointPlan:
             not_captured=[part.as_result() for part in capture.left_out],
         )
     for disk in capture.disks:
+        if not domain.state.active and any(layer.path is None for layer in disk.chain):
+            raise Unsupported(
+                f"Disk {disk.target!r} of domain {domain.name!r} stands on an image that is no local file or device, which only its"
+                " QEMU reads, and the domain is not running",
+                advice="Start it first, or leave the disk out with exclude_disks",
+            )
         if disk.target not in facts.disks:
             raise Unsupported(
                 f"The image of disk {disk.target!r} of domain {domain.name!r} cannot be read",

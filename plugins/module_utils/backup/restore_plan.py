@@ -287,9 +287,9 @@ class Planner:
         pieces = []
         for target in self._targets():
             disk = domain.disk(target)
-            if disk is None or disk.path is None:
+            if disk is None or disk.path is None or disk.sliced:
                 raise Unsupported(
-                    f"Disk {target!r} of domain {name!r} is not there, or is no local file",
+                    f"Disk {target!r} of domain {name!r} is not there, or is no local file of its own",
                     advice="Restore under another name, or attach_to a domain",
                 )
             _refuse_device(name, disk)

@@ -174,7 +174,7 @@ def _probe(path: str) -> str:
 
 def chain_of(disk: Disk) -> tuple[Layer, ...]:
     """The chain of a disk: as libvirt states it for a live disk, else by following the files."""
-    if disk.active is None or disk.active.path is None:
+    if disk.active is None or disk.active.path is None or disk.alone:
         return disk.chain
     if len(disk.chain) > 1:
         last = disk.chain[-1]
