@@ -21,6 +21,8 @@ from .manifest import Point
 from .plan import DiskFacts, Facts, LayerFacts
 from .repository import Repository
 
+_SECTOR = 512
+
 
 def read_facts(handle: Any, repository: Repository, *, repair: bool) -> Facts:
     """The facts of one domain. ``repair``: put a checkpoint back that libvirt forgot (not in check mode)."""
@@ -85,6 +87,11 @@ def read_disk(handle: Any, domain: Domain, disk: Disk) -> DiskFacts | None:
     return DiskFacts(disk, size, layers, passphrase)
 
 
+def whole_sectors(length: int) -> int:
+    """The size that QEMU gives a raw image of that length: one that ends within a sector goes on with zeros to the end of it."""
+    return -(-length // _SECTOR) * _SECTOR
+
+
 def _read_layer(layer: Layer) -> LayerFacts:
     path = layer.path or ""
     status = os.stat(path)
@@ -95,7 +102,7 @@ def _read_layer(layer: Layer) -> LayerFacts:
     else:
         allocated = space.allocated(path)
     if layer.format != "qcow2":
-        return LayerFacts(path, layer.format, inode, chain.virtual_size(layer) or 0, allocated)
+        return LayerFacts(path, layer.format, inode, whole_sectors(chain.virtual_size(layer) or 0), allocated)
     header = read_qcow2(path)
     return LayerFacts(
         path,
