@@ -83,7 +83,10 @@ class Request:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """One image of a live chain: ``size`` virtual, ``allocated`` on disk, in bytes; ``bitmaps`` as stored in its header."""
+    """One image of a live chain: ``size`` virtual, ``allocated`` on disk, in bytes; ``bitmaps`` as stored in its header.
+
+    ``data_file`` holds the data, where the image itself does not.
+    """
 
     path: str
     format: str | None
@@ -93,6 +96,7 @@ class LayerFacts:
     qcow2_version: int | None = None
     bitmaps: frozenset[str] = frozenset()
     encrypted: bool = False
+    data_file: str | None = None
 
 
 @dataclass(frozen=True)
