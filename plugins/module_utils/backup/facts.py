@@ -21,6 +21,8 @@ from .manifest import Point
 from .plan import DiskFacts, Facts, LayerFacts
 from .repository import Repository
 
+_SECTOR = 512
+
 
 def read_facts(handle: Any, repository: Repository, *, repair: bool) -> Facts:
     """The facts of one domain. ``repair``: put a checkpoint back that libvirt forgot (not in check mode)."""
@@ -85,25 +87,35 @@ def read_disk(handle: Any, domain: Domain, disk: Disk) -> DiskFacts | None:
     return DiskFacts(disk, size, layers, passphrase)
 
 
+def whole_sectors(length: int) -> int:
+    """The size that QEMU gives a raw image of that length: one that ends within a sector goes on with zeros to the end of it."""
+    return -(-length // _SECTOR) * _SECTOR
+
+
 def _read_layer(layer: Layer) -> LayerFacts:
     path = layer.path or ""
     status = os.stat(path)
-    inode = status.st_ino
-    if stat.S_ISBLK(status.st_mode):
-        inode = 0  # a device node's changes with every boot
-        allocated = chain.virtual_size(Layer(path, "raw")) or 0
-    else:
-        allocated = space.allocated(path)
+    inode = 0 if stat.S_ISBLK(status.st_mode) else status.st_ino  # a device node's changes with every boot
+    allocated = _allocated(path)
     if layer.format != "qcow2":
-        return LayerFacts(path, layer.format, inode, chain.virtual_size(layer) or 0, allocated)
+        return LayerFacts(path, layer.format, inode, whole_sectors(chain.virtual_size(layer) or 0), allocated)
     header = read_qcow2(path)
+    data_file = chain.data_file(header)
     return LayerFacts(
         path,
         layer.format,
         inode,
         header.virtual_size,
-        allocated,
+        allocated + (_allocated(data_file) if data_file is not None else 0),
         header.version,
         frozenset(bitmap.name for bitmap in header.bitmaps if bitmap.enabled and not bitmap.in_use),
         header.encrypted,
+        data_file,
     )
+
+
+def _allocated(path: str) -> int:
+    """Bytes that a file takes up; of a block device all that it has."""
+    if stat.S_ISBLK(os.stat(path).st_mode):
+        return chain.virtual_size(Layer(path, "raw")) or 0
+    return space.allocated(path)

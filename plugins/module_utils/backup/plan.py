@@ -83,7 +83,10 @@ class Request:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """One image of a live chain: ``size`` virtual, ``allocated`` on disk, in bytes; ``bitmaps`` as stored in its header."""
+    """One image of a live chain: ``size`` virtual, ``allocated`` on disk, in bytes; ``bitmaps`` as stored in its header.
+
+    ``data_file`` holds the data, where the image itself does not.
+    """
 
     path: str
     format: str | None
@@ -93,6 +96,7 @@ class LayerFacts:
     qcow2_version: int | None = None
     bitmaps: frozenset[str] = frozenset()
     encrypted: bool = False
+    data_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,8 @@ class DiskFacts:
     @property
     def allocated(self) -> int:
         """Most bytes that a full can hold."""
+        if any(layer.path is None for layer in self.disk.chain):
+            return self.size  # QEMU reads a layer that is not here
         return min(self.size, sum(layer.allocated for layer in self.layers))
 
 
@@ -261,6 +267,12 @@ def plan_point(request: Request, facts: Facts) -> PointPlan:
             not_captured=[part.as_result() for part in capture.left_out],
         )
     for disk in capture.disks:
+        if not domain.state.active and any(layer.path is None for layer in disk.chain):
+            raise Unsupported(
+                f"Disk {disk.target!r} of domain {domain.name!r} stands on an image that is no local file or device, which only its"
+                " QEMU reads, and the domain is not running",
+                advice="Start it first, or leave the disk out with exclude_disks",
+            )
         if disk.target not in facts.disks:
             raise Unsupported(
                 f"The image of disk {disk.target!r} of domain {domain.name!r} cannot be read",

@@ -12,14 +12,14 @@ import uuid as uuids
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from xml.etree import ElementTree
 
 from .._errors import Conflict, InvalidInput, NotFound, Refused, Unsupported
-from ..hypervisor import chain, definition, libvirt_secret, pools
-from ..hypervisor.connection import explaining, find_by_uuid, find_domain, of_every_domain
+from ..hypervisor import definition, libvirt_secret, pools
+from ..hypervisor.connection import find_by_uuid, find_domain
 from ..hypervisor.domain_model import Disk, Layer, qemu_owner, read_domain
 from ..hypervisor.image_node import Passphrase
 from ..safety import names, views
+from ..safety.host_graph import HostGraph, read_graph
 from . import lending, listing
 from .host import read_host, stored_definition
 from .mapping import Target, fit
@@ -287,14 +287,14 @@ class Planner:
         pieces = []
         for target in self._targets():
             disk = domain.disk(target)
-            if disk is None or disk.path is None:
+            if disk is None or disk.path is None or disk.sliced:
                 raise Unsupported(
-                    f"Disk {target!r} of domain {name!r} is not there, or is no local file",
+                    f"Disk {target!r} of domain {name!r} is not there, or is no local file of its own",
                     advice="Restore under another name, or attach_to a domain",
                 )
             _refuse_device(name, disk)
             pieces.append(self._in_place_of(domain.name, disk))
-        self._refuse_shared(handle, pieces)
+        refuse_shared(self._connection, uuid, pieces)
         nvram = None
         xml = None
         if self._request.disks is None:
@@ -356,16 +356,6 @@ class Planner:
                 raise Conflict(f"{taken} exists already", advice="Look at it, then move it away", path=taken)
         return piece
 
-    def _refuse_shared(self, handle: Any, pieces: Sequence[Piece]) -> None:
-        """Whatever else stands on a file would see other content under it."""
-        wanted = {os.path.realpath(piece.path): piece.path for piece in pieces}
-        for user, path in _others_layers(self._connection, handle):
-            if os.path.realpath(path) in wanted:
-                raise Refused(
-                    f"{path} is also in use by {user} and must not be replaced",
-                    advice="Restore under another name",
-                )
-
     def _plan_attach(self, name: str, uuid: str) -> Plan:
         handle = find_domain(self._connection, name)
         domain = read_domain(handle)
@@ -399,28 +389,19 @@ def secrets_of(pieces: Sequence[Piece]) -> dict[str, str]:
     return {piece.target: piece.secret for piece in pieces if piece.secret is not None}
 
 
-def _layers_of(handle: Any) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    for inactive in (False, True) if handle.isPersistent() else (False,):
-        for disk in read_domain(handle, inactive=inactive).disks:
-            try:
-                layers = chain.chain_of(disk)
-            except (Refused, Unsupported):
-                layers = disk.chain
-            found += [(f"domain {handle.name()!r}", layer.path) for layer in layers if layer.path]
-    return found
+def refuse_shared(connection: Any, uuid: str, pieces: Sequence[Piece]) -> None:
+    """Whatever else stands on an image of that domain would see other content under it. Call it under the locks."""
+    graph = read_graph(connection, {os.path.dirname(os.path.realpath(piece.path)) for piece in pieces})
+    for piece in pieces:
+        users = users_besides(graph, piece.path, uuid)
+        if users:
+            raise Refused(
+                f"{piece.path} is also in use by {', '.join(users)} and must not be replaced",
+                advice="Restore under another name",
+            )
 
 
-def _others_layers(connection: Any, handle: Any) -> list[tuple[str, str]]:
-    """(who, path) of every image that another domain, or a snapshot of this one, stands on."""
-    own = handle.UUIDString()
-    others = of_every_domain(connection, lambda other: [] if other.UUIDString() == own else _layers_of(other))
-    found = [layer for layers in others for layer in layers]
-    with explaining(f"Reading the snapshots of domain {handle.name()!r}"):
-        for snapshot in handle.listAllSnapshots():
-            root = ElementTree.fromstring(snapshot.getXMLDesc(0))
-            for source in root.iterfind("domain/devices/disk/source"):
-                path = source.get("file") or source.get("dev")
-                if path:
-                    found.append((f"snapshot {snapshot.getName()!r}", path))
-    return found
+def users_besides(graph: HostGraph, path: str, uuid: str) -> tuple[str, ...]:
+    """Who needs the content of an image, besides the definition of the domain with that UUID: its snapshots count."""
+    readers = [str(reader) for reader in graph.readers(path) if (reader.kind, reader.uuid) != ("domain", uuid)]
+    return tuple(dict.fromkeys([*readers, *(f"the image {child}" for child in graph.children(path))]))

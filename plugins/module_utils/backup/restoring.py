@@ -25,7 +25,7 @@ from ..safety import journal as journals
 from ..safety.journal import Journal, Operation
 from . import digests, instant_restore, listing, settle, settlers, stored, verifying
 from .repository import Repository, open_repository
-from .restore_plan import Piece, Plan, Planner, Request, check_request, secrets_of
+from .restore_plan import Piece, Plan, Planner, Request, check_request, refuse_shared, secrets_of
 
 
 @dataclass
@@ -84,6 +84,7 @@ class _Restoring:
         self._uri = uri
         self._repository = repository
         self._request = request
+        self._kept: list[str] = []
         self._take(found)
 
     def _take(self, found: listing.Found) -> None:
@@ -264,6 +265,9 @@ class _Restoring:
                 state="It runs on its own disks as they were, and nothing of the restore is left.",
                 advice="Shut it down, then run this again",
             )
+            if self._request.in_place:
+                # Again: somebody may have cloned a disk while the point was copied.
+                refuse_shared(self._connection, plan.uuid, plan.pieces)
         except BaseException as error:
             try:
                 settle.undo_restore(self._uri, journal)
@@ -274,7 +278,7 @@ class _Restoring:
             raise
         # Every file is complete and checked; an interruption from here on is finished, not undone.
         journal.step("place")
-        settle.finish_restore(self._uri, journal)
+        self._kept = settle.finish_restore(self._uri, journal)
 
     def _stand_up(self, plan: Plan) -> None:
         journal = instant_restore.begin(
@@ -406,5 +410,5 @@ class _Restoring:
                 else []
             ),
             point=self._point.id,
-            warnings=[f"{plan.name}: {note}" for note in plan.notes],
+            warnings=[f"{plan.name}: {note}" for note in (*plan.notes, *self._kept)],
         )

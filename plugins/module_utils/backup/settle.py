@@ -24,9 +24,11 @@ from ..hypervisor.domain_model import read_domain
 from ..hypervisor.image_node import Passphrase
 from ..safety import places, processes, settlement
 from ..safety import ticket as tickets
+from ..safety.host_graph import read_graph
 from ..safety.journal import Journal, Operation
 from . import checkpoints, folding, job, sentry
 from .repository import Repository, discard, is_there
+from .restore_plan import users_besides
 
 BACKUP = "backup"
 RESTORE = "restore"
@@ -199,8 +201,7 @@ def settle_restore(uri: str, pending: Journal) -> dict[str, str]:
     operation = pending.operation
     what, action = f"an interrupted restore of {operation.plan['point']}", "undone"
     if goes_forward(operation):
-        finish_restore(uri, pending)
-        action = "finished"
+        action = ": ".join(["finished", *finish_restore(uri, pending)])
     elif operation.reached("take-back"):
         kept = take_back(uri, pending)
         if kept:
@@ -249,8 +250,10 @@ def _secrets_in_use(connection: Any) -> set[str]:
     return set().union(*of_every_domain(connection, secrets))
 
 
-def finish_restore(uri: str, pending: Journal) -> None:
+def finish_restore(uri: str, pending: Journal) -> list[str]:
     """Put complete files in place, define or attach, start; every step looks first at what is done.
+
+    Returns sentences about the images from before that are kept.
 
     When libvirt or the filesystem refuses, everything goes back to how it was: a restore that can never be finished must
     not be in the way of every later task.
@@ -264,6 +267,7 @@ def finish_restore(uri: str, pending: Journal) -> None:
         advice="Shut it down, then run this again, which finishes the restore",
     )
     try:
+        _drop_chains(connection, pending)
         for piece in plan["pieces"]:
             place(piece)
         pending.step("define")
@@ -279,13 +283,30 @@ def finish_restore(uri: str, pending: Journal) -> None:
     if plan["in_place"] and handle is not None:
         # Their bitmaps went with the old images.
         checkpoints.remove(handle, checkpoints.names_of_ours(handle))
-    for piece in plan["pieces"]:
-        if piece["aside"] and places.unlink_quietly(piece["aside"]):
-            places.fsync_directory(os.path.dirname(piece["aside"]))
+    kept = _clear_asides(connection, plan)
     if plan["running"] and handle is not None:
         pending.step("start")
         _start_restored(handle, plan["name"], pending)
     pending.finish()
+    return kept
+
+
+def _clear_asides(connection: Any, plan: Mapping[str, Any]) -> list[str]:
+    """Delete the images from before. One that somebody has opened, or stood upon, meanwhile is kept, and said."""
+    pieces = [piece for piece in plan["pieces"] if piece["aside"] and os.path.lexists(piece["aside"])]
+    if not pieces:
+        return []
+    graph = read_graph(connection, {os.path.dirname(os.path.realpath(piece["path"])) for piece in pieces})
+    kept = []
+    for piece in pieces:
+        path, aside = piece["path"], piece["aside"]
+        users = [*users_besides(graph, aside, plan["uuid"]), *users_besides(graph, path, plan["uuid"])]
+        users += [f"process {pid}" for pid in processes.holders_of(aside)]
+        if users:
+            kept.append(f"{aside}, which was {path} before, is kept: it is needed by {', '.join(users)}")
+        elif places.unlink_quietly(aside):
+            places.fsync_directory(os.path.dirname(aside))
+    return kept
 
 
 def _give_up(uri: str, pending: Journal, error: VmkeeperError) -> None:
@@ -326,6 +347,27 @@ def _start_restored(handle: Any, name: str, pending: Journal) -> None:
         if handle.connect().isAlive():
             pending.finish()  # it is restored; that it does not start is no reason to do it again
         raise
+
+
+def _drop_chains(connection: Any, pending: Journal) -> None:
+    """The definition names no layers below images that are replaced by ones that stand on nothing.
+
+    Before they are: libvirt finds those of the images from before by itself, should the guest be started on these again.
+    """
+    plan = pending.operation.plan
+    handle = find_by_uuid(connection, plan["uuid"]) if plan["in_place"] else None
+    if handle is None:
+        return
+    xml = definition.persistent_xml(handle)
+    bare = definition.without_chains(xml, [piece["target"] for piece in plan["pieces"]])
+    if bare != xml:
+        pending.step("drop-chains", before=xml)
+        definition.define(
+            connection,
+            bare,
+            doing=f"Taking the layers below the replaced disks out of the definition of domain {plan['name']!r}",
+            state=_AS_BEFORE,
+        )
 
 
 def _define_restored(connection: Any, plan: Mapping[str, Any]) -> Any | None:
@@ -371,6 +413,14 @@ def take_back(uri: str, pending: Journal) -> str | None:
             places.undo_rename_new(piece["part"], piece["path"])
         else:
             kept.append(piece["path"])
+    dropped = pending.operation.last("drop-chains")
+    if dropped and handle is not None:
+        definition.define(
+            connection,
+            dropped["before"],
+            doing=f"Defining domain {plan['name']!r} as it was before",
+            state="Its disks are as they were before the restore.",
+        )
     forget_secrets(uri, plan["pieces"])
     pending.finish()
     if not kept:

@@ -227,7 +227,7 @@ class _Taking:
 
     def _cut_all(self) -> dict[str, instant.Outcome[None]]:
         # Before the cut: what is written after it would not be of the instant, what is written before costs one more run.
-        self._marks = {plan.domain.uuid: stillness.marks_of(_files(plan)) for plan in self._plans if not plan.live}
+        self._marks = {plan.domain.uuid: stillness.marks_of(files_read(plan)) for plan in self._plans if not plan.live}
         if not self._live:
             self._copy_cold()
             return {}
@@ -507,9 +507,10 @@ def _source(disk: DiskPlan) -> list[Image]:
     ]
 
 
-def _files(plan: PointPlan) -> list[str]:
+def files_read(plan: PointPlan) -> list[str]:
     """What a stopped domain's point is read from."""
-    files = [image.path for disk in plan.disks for image in _source(disk)]
+    layers = [layer for disk in plan.disks for layer in disk.facts.layers]
+    files = [path for layer in layers for path in (layer.path, layer.data_file) if path is not None]
     return [*files, *([plan.domain.nvram.path] if plan.domain.nvram is not None else [])]
 
 

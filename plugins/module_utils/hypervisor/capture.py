@@ -26,6 +26,7 @@ REASONS = {
     "passthrough": "a host device is passed through",
     "host-shared": "it lives in the host's filesystem",
     "not-local": "it is not a local file or block device",
+    "slice": "it is only a part (slice) of a file or device",
     "thin-lvm": "it is a thin LVM volume, which is not handled yet",
     "zfs": "it is a ZFS volume, which is not handled yet",
     "excluded": "the task left it out",
@@ -77,6 +78,8 @@ def _own_reason(disk: Disk) -> str | None:
         return "shareable"
     if disk.kind not in ("file", "block", "volume") or disk.path is None:
         return "not-local"
+    if disk.sliced:
+        return "slice"
     return disk.storage
 
 

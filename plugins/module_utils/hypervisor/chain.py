@@ -106,6 +106,15 @@ def mentioned(layer: Layer) -> tuple[Layer, ...]:
     return tuple(Layer(path, _probe(path)) for path in paths if os.path.exists(path) and not os.path.isdir(path))
 
 
+def data_file(header: Qcow2Header) -> str | None:
+    """The local file that holds an image's data, where its header says that another one does.
+
+    A relative name is looked for in the working directory of whoever opens the image (seen with qemu-io 7.2): nobody can tell which.
+    """
+    found = _file_of(header.data_file) if header.data_file is not None else None
+    return found[0] if found is not None and os.path.isabs(found[0]) else None
+
+
 def _backing(overlay: str, header: Qcow2Header) -> Layer | None:
     if header.backing_file is None:
         return None
@@ -184,7 +193,7 @@ def _probe(path: str) -> str:
 
 def chain_of(disk: Disk) -> tuple[Layer, ...]:
     """The chain of a disk: as libvirt states it for a live disk, else by following the files."""
-    if disk.active is None or disk.active.path is None:
+    if disk.active is None or disk.active.path is None or disk.alone:
         return disk.chain
     if len(disk.chain) > 1:
         last = disk.chain[-1]

@@ -60,6 +60,24 @@ def without_media(xml: str, targets: Collection[str]) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
+def without_chains(xml: str, targets: Collection[str]) -> str:
+    """The definition without what is recorded to lie below the images of these disks; the very same text where nothing is.
+
+    libvirt puts a recorded chain below whatever image has that name, also one that stands on nothing.
+    """
+    root = ElementTree.fromstring(xml)
+    found = [
+        (disk, backing)
+        for disk in root.iterfind("devices/disk")
+        if (target := disk.find("target")) is not None and target.get("dev") in targets
+        for backing in disk.findall("backingStore")
+        if len(backing)
+    ]
+    for disk, backing in found:
+        disk.remove(backing)
+    return ElementTree.tostring(root, encoding="unicode") if found else xml
+
+
 def _record(disk: ElementTree.Element, below: Sequence[Layer]) -> None:
     above = disk
     for layer in below:

@@ -148,6 +148,9 @@ class Disk:
     volume: str | None = None
     #: The definition does not say that ``chain`` ends where it does: libvirt reads on in the images.
     open_ended: bool = False
+    #: The definition says that ``chain`` is one layer and stands on nothing, whatever the image's header says.
+    alone: bool = False
+    sliced: bool = False  #: a layer is a part of its file or device: <slices>
     storage: str | None = None  #: ``thin-lvm`` or ``zfs``: a layer is a device of a kind that is not handled
 
     @property
@@ -303,6 +306,11 @@ def _is_open_ended(element: ElementTree.Element) -> bool:
     return below is None
 
 
+def _stands_alone(element: ElementTree.Element) -> bool:
+    below = element.find("backingStore")
+    return below is not None and below.find("source") is None
+
+
 def _job(element: ElementTree.Element) -> BlockJob | None:
     mirror = element.find("mirror")
     if mirror is None:
@@ -341,6 +349,8 @@ def parse_disk(element: ElementTree.Element) -> Disk:
         bus=target.get("bus") if target is not None else None,
         chain=_chain(element),
         open_ended=_is_open_ended(element),
+        alone=_stands_alone(element),
+        sliced=element.find(".//slices") is not None,
         readonly=element.find("readonly") is not None,
         shareable=element.find("shareable") is not None,
         transient=element.find("transient") is not None,

@@ -281,6 +281,62 @@ def disks_of(xml: str) -> set[str]:
     return {str(source.get("file")) for source in found}
 
 
+def test_single_disks_in_place_lose_what_the_definition_records_below_them(kept: Kept, tmp_path: Path) -> None:
+    image, base = kept.guest.images["vda"], kept.guest.directory / "base.img"
+    points.run("qemu-img", "create", "-q", "-f", "qcow2", base, "4M")
+    points.run("qemu-io", "-f", "qcow2", "-c", "write -P 0x11 0 4M", base)
+    base.chmod(0o644)
+    points.run("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", base, image)
+    chain = f"<backingStore type='file'><format type='qcow2'/><source file='{base}'/><backingStore/></backingStore>"
+    linked = ElementTree.fromstring(kept.xml)
+    linked.find("devices/disk").append(ElementTree.fromstring(chain))
+    kept.guest.connection().defineXML(ElementTree.tostring(linked, encoding="unicode"))
+    assert str(base) in kept.guest.xml_text(inactive=True)
+    single = {**kept.in_place, "disks": ["vda"]}
+    killed = run_module_process("restore", env=points.killed_at("define", tmp_path / "steps"), **single)
+    assert killed.wait() == -signal.SIGKILL
+    # Whoever starts it now has the point's disk, and nothing of the base where that holds zeros.
+    assert str(base) not in kept.guest.xml_text(inactive=True)
+    kept.guest.start()
+    assert points.device_hash(kept.guest, "vda") == kept.then["vda"]
+    kept.guest.destroy()
+    ok("restore", **single)
+    assert points.content(image) == kept.then["vda"]
+    base.unlink()
+
+
+def test_an_image_that_others_stand_on_is_not_replaced_and_nobodys_clone_loses_its_base(
+    kept: Kept, tmp_path: Path
+) -> None:
+    image, clone = kept.guest.images["vda"], kept.guest.directory / "clone.img"
+    made = ("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", image, clone)
+    points.run(*made)
+    before = points.content(clone)
+    refused = task("restore", **kept.in_place, disks=["vda"])
+    assert refused["failed"]
+    assert f"{image} is also in use by the image {clone}" in refused["msg"], refused["msg"]
+    assert points.content(clone) == before
+    ok("restore", **kept.in_place, disks=["vdb"])
+    # Made while the point is copied, or when its files are being put in place already.
+    clone.unlink()
+    log = tmp_path / "steps"
+    held = held_at("copy", log, **kept.in_place)
+    points.run(*made)
+    os.kill(held.pid, signal.SIGCONT)
+    assert "also in use" in held.result()["msg"]
+    assert points.content(clone) == before
+    clone.unlink()
+    held = held_at("place", log, **kept.in_place)
+    points.run(*made)
+    os.kill(held.pid, signal.SIGCONT)
+    warnings = held.result()["warnings"]
+    (aside,) = kept.guest.directory.glob(f"{image.name}.before-*")
+    assert any(f"{aside}, which was {image} before, is kept" in one and str(clone) in one for one in warnings), warnings
+    assert points.content(aside) == kept.now["vda"]
+    clone.unlink()
+    aside.unlink()
+
+
 def test_a_block_device_is_not_replaced_and_the_refusal_says_what_to_do(
     module_guest_factory, make_repository, directory: Path
 ) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -122,6 +123,32 @@ def test_an_added_disk_gets_a_full_while_the_others_go_on(guest: Guest, reposito
         )
     finally:
         guest.domain().detachDeviceFlags(xml, flags)
+
+
+def test_a_raw_image_that_ends_within_a_sector_goes_on_with_zeros_as_the_guest_sees_it(
+    module_guest_factory, other: Guest, directory: Path
+) -> None:
+    disk = DiskSpec("vda", size=1 * MIB, fs=None, writer=False, format="raw")
+    stopped = module_guest_factory(GuestSpec("odd", disks=(disk,)), start=False)
+    image = stopped.images["vda"]
+    image.write_bytes(b"\x11" * 1000001)
+    seen = hashlib.sha256(b"\x11" * 1000001 + bytes(447)).hexdigest()
+    cold = point(stopped, directory)
+    assert points.content(directory_of(directory, cold) / "vda.qcow2") == seen
+    assert ok("backup_verify", repository=str(directory), id=cold["id"])["verified"]
+    image.unlink()
+    ok("restore", repository=str(directory), id=cold["id"], in_place=True, confirm=stopped.name)
+    assert points.sha256(image) == seen
+
+    image.write_bytes(b"\x11" * 1000001)
+    xml = f"<disk type='file'><driver name='qemu' type='raw'/><source file='{image}'/><target dev='vdz' bus='virtio'/></disk>"
+    other.domain().attachDeviceFlags(xml, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    try:
+        live = point(other, directory, disks=["vdz"])
+    finally:
+        other.domain().detachDeviceFlags(xml, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    assert points.content(directory_of(directory, live) / "vdz.qcow2") == seen
+    assert ok("backup_verify", repository=str(directory), id=live["id"])["verified"]
 
 
 def test_stopped_and_saved_domains_are_copied_with_the_level_they_deserve(guest: Guest, repository: Path) -> None:

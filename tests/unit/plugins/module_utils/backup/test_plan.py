@@ -323,3 +323,15 @@ def test_a_guest_that_is_frozen_already_is_not_frozen_again_and_claims_only_what
     assert (others.freeze, others.standing, others.expected_level) == (False, False, "crash")
     ours = planning.plan_point(planning.Request(), replace(known, frozen_whole=True))
     assert (ours.freeze, ours.standing, ours.expected_level) == (False, True, "filesystem")
+
+
+def test_a_chain_that_leads_elsewhere_is_read_by_the_guests_own_qemu_or_not_at_all() -> None:
+    running = facts((TOP,), recorded=(BASE,))
+    disk = replace(running.domain.disks[0], chain=(Layer("/i/top", "qcow2"), Layer(None, "qcow2", "network")))
+    remote = replace(running.disks["vda"], disk=disk)
+    running = replace(running, domain=replace(running.domain, disks=(disk,)), disks={"vda": remote})
+    plan = planning.plan_point(planning.Request(), running)
+    assert plan.disks[0].estimate >= SIZE, "nobody here knows how much the layer that is elsewhere holds"
+    off = replace(running, domain=replace(running.domain, state=DomainState("shutoff", "shutdown")))
+    with pytest.raises(Unsupported, match=r"'vda' .* no local file or device.*Start it first"):
+        planning.plan_point(planning.Request(), off)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -118,3 +119,97 @@ def test_disks_are_not_put_back_under_a_guest_that_was_started_meanwhile(tmp_pat
     assert settle.settle_restore("", pending)["action"] == "undone"
     assert path.read_text() == "before"
     assert not aside.exists()
+
+
+class Replacing:
+    """An in-place restore of one disk of a stopped domain of the test driver, whose definition records a chain."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        libvirt = pytest.importorskip("libvirt")
+        libvirt.registerErrorHandler(lambda *_: None, None)
+        self.connection = libvirt.open("test:///default")
+        monkeypatch.setattr(settle, "open_connection", lambda uri: self.connection)
+        self.image, self.part = path / "vda.qcow2", path / "vda.qcow2.part"
+        self.aside = path / "vda.qcow2.before"
+        self.image.write_bytes(b"old")
+        self.part.write_bytes(b"new")
+        self.base = path / "base.qcow2"
+        chain = f"<backingStore type='file'><format type='qcow2'/><source file='{self.base}'/></backingStore>"
+        source = f"<driver type='qcow2'/><source file='{self.image}'/>{chain}<target dev='vda'/>"
+        self.domain = self.connection.defineXML(
+            f"<domain type='test'><name>web</name><uuid>{UUID}</uuid><memory>8192</memory><os><type>hvm</type></os>"
+            f"<devices><disk type='file'>{source}</disk></devices></domain>"
+        )
+        piece = {"target": "vda", "path": str(self.image), "part": str(self.part), "aside": str(self.aside)}
+        plan = {
+            "point": ID,
+            "name": "web",
+            "uuid": UUID,
+            "in_place": True,
+            "attach": {},
+            "xml": None,
+            "running": False,
+            "pieces": [{**piece, "secret": None}],
+        }
+        self.journals = path / "journal"
+        self.journal = Journal.begin(settle.RESTORE, [(UUID, "web")], plan, directory=str(self.journals))
+        self.journal.step("place")
+
+    def recorded(self) -> bool:
+        return str(self.base) in self.domain.XMLDesc()
+
+
+@pytest.fixture
+def replacing(tmp_path: Path, monkeypatch):
+    made = Replacing(tmp_path, monkeypatch)
+    yield made
+    made.domain.undefine()
+    made.connection.close()
+
+
+def test_the_recorded_chain_is_gone_before_the_image_that_stands_on_nothing_is_there(
+    replacing: Replacing, monkeypatch
+) -> None:
+    place, seen = settle.place, []
+
+    def watched(piece) -> None:
+        seen.append(replacing.recorded())
+        place(piece)
+
+    monkeypatch.setattr(settle, "place", watched)
+    assert settle.finish_restore("", replacing.journal) == []
+    assert seen == [False]
+    assert not replacing.recorded()
+    assert replacing.image.read_bytes() == b"new"
+    assert not replacing.aside.exists()
+
+
+def test_a_restore_that_is_taken_back_records_the_chain_again_also_after_a_kill(
+    replacing: Replacing, monkeypatch
+) -> None:
+    def killed(piece) -> None:
+        raise KeyboardInterrupt
+
+    def refused(piece) -> None:
+        raise Refused("no")
+
+    monkeypatch.setattr(settle, "place", killed)
+    with pytest.raises(KeyboardInterrupt):
+        settle.finish_restore("", replacing.journal)
+    assert not replacing.recorded()
+    monkeypatch.setattr(settle, "place", refused)
+    with pytest.raises(Refused):
+        settle.finish_restore("", replacing.journal)
+    assert replacing.recorded()
+    assert replacing.image.read_bytes() == b"old"
+    assert not any(replacing.journals.iterdir())
+
+
+def test_an_image_from_before_that_somebody_has_opened_meanwhile_is_kept_and_said(replacing: Replacing) -> None:
+    with replacing.image.open("rb"):
+        (kept,) = settle.finish_restore("", replacing.journal)
+    assert f"{replacing.aside}, which was {replacing.image} before, is kept" in kept
+    assert f"process {os.getpid()}" in kept
+    assert replacing.aside.read_bytes() == b"old"
+    assert replacing.image.read_bytes() == b"new"
+    assert not any(replacing.journals.iterdir())

@@ -108,6 +108,14 @@ def test_unknown_and_contradictory_names_are_errors():
         choose(DOMAIN, disks=["vda"], exclude=["vda"])
 
 
+def test_a_slice_is_left_out_and_refused_by_name():
+    """What copies the image of a stopped domain, or stands on it, would take the whole file for the disk."""
+    domain = replace(DOMAIN, disks=(disk("vda"), disk("vdb", sliced=True)))
+    assert reasons(choose(domain))["vdb"] == "slice"
+    with pytest.raises(InvalidInput, match="only a part"):
+        choose(domain, disks=["vdb"])
+
+
 @pytest.mark.parametrize(("storage", "word"), [("thin-lvm", "thin LVM"), ("zfs", "ZFS")])
 def test_thin_and_zfs_volumes_are_left_out_and_refused_by_name(storage, word):
     domain = replace(DOMAIN, disks=(disk("vda"), disk("vdb", "/dev/vg0/web", kind="block", storage=storage)))

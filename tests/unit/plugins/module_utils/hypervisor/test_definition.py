@@ -10,6 +10,7 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.definition import (
     with_backing,
     with_disk_layers,
+    without_chains,
 )
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain_model import Layer, parse_disk
 
@@ -79,3 +80,15 @@ def test_a_chain_that_leads_to_a_block_device_is_recorded(monkeypatch, tmp_path)
         "raw",
     )
     assert len(second.find("backingStore")) == 0
+
+
+def test_only_the_chains_of_the_disks_that_are_named_are_taken_out() -> None:
+    both = XML.replace(
+        "<source file='/untouched'/>", "<source file='/o'/><backingStore><source file='/b'/></backingStore>"
+    )
+    found = disks(without_chains(both, ["vda"]))
+    assert len(disks(both)["vda"].chain) == 2
+    assert found["vda"].chain == disks(both)["vda"].chain[:1]
+    assert found["vda"].open_ended
+    assert found["vdb"] == disks(both)["vdb"]
+    assert without_chains(XML, ["vdb"]) == XML, "no other text where there is nothing to take out"

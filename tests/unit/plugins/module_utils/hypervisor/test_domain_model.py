@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain_model import (
     DomainState,
     Layer,
+    parse_disk,
     parse_domain,
     qemu_owner,
     resolve_volumes,
@@ -78,6 +80,22 @@ def test_a_disk_has_its_chain_its_job_and_its_flags(domain):
     assert domain.disk("vdd").path is None
     assert domain.disk("sda").active is None
     assert domain.disk("nope") is None
+
+
+@pytest.mark.parametrize(
+    ("below", "alone", "open_ended", "sliced"),
+    [
+        ("", False, True, False),
+        ("<backingStore/>", True, False, False),
+        ("<backingStore type='network'><source protocol='nbd'/></backingStore>", False, True, False),
+        ("<backingStore type='file'><source file='/b'/><backingStore/></backingStore>", False, False, False),
+        ("<backingStore type='file'><source file='/b'><slices/></source></backingStore>", False, True, True),
+    ],
+)
+def test_what_a_definition_says_lies_below_an_image(below, alone, open_ended, sliced):
+    element = f"<disk type='file'><source file='/o'/>{below}<target dev='vda'/></disk>"
+    found = parse_disk(ElementTree.fromstring(element))
+    assert (found.alone, found.open_ended, found.sliced) == (alone, open_ended, sliced)
 
 
 def test_a_volume_that_is_no_file_here_has_no_path():
