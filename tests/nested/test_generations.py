@@ -60,8 +60,8 @@ class Newer:
     def mark_in(self, image: str) -> str:
         """The mark in an image at rest, with all below it; libvirt and the collection have no part in it."""
         return self.guest.hypervisor.run(
-            f"qemu-img convert -O raw {image} /tmp/read.raw && e2fsck -fn /tmp/read.raw >/dev/null 2>&1;"
-            " debugfs -R 'cat /mark' /tmp/read.raw 2>/dev/null; rm -f /tmp/read.raw"
+            f"qemu-img convert -O raw {image} /tmp/read.raw"
+            " && debugfs -R 'cat /mark' /tmp/read.raw 2>/dev/null && rm /tmp/read.raw"
         ).strip()
 
     def chain(self) -> list[str]:
