@@ -107,8 +107,8 @@ class Machine:
 def start(name: str, recipe: Recipe | None = None, *, kvm_inside: bool = True) -> Machine:
     """Start a new machine and wait until it can be logged in to.
 
-    ``kvm_inside``: its CPU can virtualize, so that its guests have KVM. A kernel newer than Debian 12's does not survive them
-    on the virtualization that QEMU 7.2 emulates: it panics after minutes ("corrupted stack end detected inside scheduler").
+    ``kvm_inside``: its CPU can virtualize, so that its guests have KVM. Debian 13's kernel was seen not to survive them
+    on the virtualization that QEMU 7.2 emulates: it panicked after minutes ("corrupted stack end detected inside scheduler").
     What an interrupted run left of a machine of this name is destroyed first, and so are the disks of other such runs.
     Raises MachineError (or BuildError of the image), and then nothing of the machine is left.
     """
@@ -202,6 +202,7 @@ def _launch(machine: Machine, image: Image, kvm_inside: bool) -> None:
     if kvm:
         cpu = "host" if kvm_inside else "host,svm=off,vmx=off"
     else:
+        # On the "max" that QEMU 7.2 emulates, Debian 13's systemd reads garbage and mounts nothing.
         cpu = "max" if kvm_inside else "Nehalem"
     (directory / "port").write_text(f"{machine.port}\n")
     machine.known_hosts.write_text(f"[127.0.0.1]:{machine.port} {image.host_key}\n")

@@ -60,8 +60,8 @@ class Newer:
     def mark_in(self, image: str) -> str:
         """The mark in an image at rest, with all below it; libvirt and the collection have no part in it."""
         return self.guest.hypervisor.run(
-            f"qemu-img convert -O raw {image} /tmp/read.raw && e2fsck -fn /tmp/read.raw >/dev/null 2>&1;"
-            " debugfs -R 'cat /mark' /tmp/read.raw 2>/dev/null; rm -f /tmp/read.raw"
+            f"qemu-img convert -O raw {image} /tmp/read.raw"
+            " && debugfs -R 'cat /mark' /tmp/read.raw 2>/dev/null && rm /tmp/read.raw"
         ).strip()
 
     def chain(self) -> list[str]:
@@ -121,22 +121,22 @@ def test_a_layer_that_the_guest_was_started_on_takes_a_commit_on_libvirt_12_only
     assert newer.chain() == [overlay]
 
 
-def test_the_end_of_a_commit_below_or_of_a_backup_closes_layers_before_libvirt_12_only(newer: Newer) -> None:
+def test_the_end_of_a_commit_below_or_of_a_backup_closes_no_layer_on_libvirt_12(newer: Newer) -> None:
+    if newer.denies:
+        pytest.skip("what older libvirt does then is measured on Debian 12, by test_apparmor.py")
     confined = newer.guest
-    bottom = confined.active()
     first, second, third = (confined.snapshot(f"{confined.directory}/{number}.qcow2") for number in (1, 2, 3))
     assert confined.denied() == []
     confined.virsh("blockcommit", f"vda --base {first} --top {second} --wait")
-    assert set(confined.denied()) == ({first, bottom} if newer.denies else set())
+    assert confined.denied() == []
     confined.virsh("blockpull", "vda --wait")
     assert newer.chain() == [third]
     top = confined.snapshot(f"{confined.directory}/4.qcow2")
-    assert third not in confined.denied()
     confined.virsh("backup-begin")
     confined.hypervisor.run(
         f"for i in $(seq 300); do virsh backup-dumpxml {confined.name} >/dev/null 2>&1 || exit 0; sleep 1; done; exit 1"
     )
-    assert (third in confined.denied()) == newer.denies
+    assert confined.denied() == []
     confined.virsh("blockpull", "vda --wait")
     assert newer.chain() == [top]
 
