@@ -182,9 +182,9 @@ def test_a_definition_that_does_not_say_where_the_chain_ends_is_read_on_in_the_i
     disk = Disk("vda", "disk", "file", "virtio", said, open_ended=True)
     assert paths(chain.chain_of(disk)) == [str(top), str(middle), str(base)]
     assert chain.chain_of(replace(disk, open_ended=False)) == said
-    said = (Layer(str(top), "qcow2"),)
-    assert len(chain.chain_of(replace(disk, chain=said, open_ended=True))) > 1
-    assert chain.chain_of(replace(disk, chain=said, alone=True)) == said, "libvirt opens it with no backing file then"
+    only = (Layer(str(top), "qcow2"),)
+    assert len(chain.chain_of(replace(disk, chain=only, open_ended=True))) > 1
+    assert chain.chain_of(replace(disk, chain=only, alone=True)) == only, "libvirt opens it with no backing file then"
 
 
 def test_virtual_sizes_come_from_header_or_length(tmp_path, base):
