@@ -293,7 +293,7 @@ def test_a_point_of_a_domain_that_was_made_again_is_found_by_the_old_name(opened
 
     def found(identifier: str | None) -> tuple[str, bool] | None:
         subject = removal.find_subject(None, opened, "web", identifier)
-        return subject and (subject.uuid, subject.handle is not None)
+        return (subject.uuid, subject.handle is not None) if subject is not None else None
 
     assert found(None) == found(point(2).id) == found("20000101T000000Z-0000") == (new, True)
     assert found(point(1).id) == (UUID, False)
