@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 from .._errors import Busy, InvalidInput, Refused, Unsupported
 from ..hypervisor.agent import AgentInfo
-from ..hypervisor.capture import Capture, choose
+from ..hypervisor.capture import Capture, choose, require_local_chains
 from ..hypervisor.domain_model import Disk, Domain
 from ..hypervisor.image_node import Passphrase
 from ..safety import consistency
@@ -266,13 +266,9 @@ def plan_point(request: Request, facts: Facts) -> PointPlan:
             advice="See not_captured for the reasons",
             not_captured=[part.as_result() for part in capture.left_out],
         )
+    if not domain.state.active:
+        require_local_chains(domain, capture.disks)
     for disk in capture.disks:
-        if not domain.state.active and any(layer.path is None for layer in disk.chain):
-            raise Unsupported(
-                f"Disk {disk.target!r} of domain {domain.name!r} stands on an image that is no local file or device, which only its"
-                " QEMU reads, and the domain is not running",
-                advice="Start it first, or leave the disk out with exclude_disks",
-            )
         if disk.target not in facts.disks:
             raise Unsupported(
                 f"The image of disk {disk.target!r} of domain {domain.name!r} cannot be read",

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from .._errors import InvalidInput, NotFound
+from .._errors import InvalidInput, NotFound, Unsupported
 from .domain_model import Disk, Domain
 
 #: reason -> the sentence that a person reads
@@ -138,3 +138,14 @@ def choose(
     left += [LeftOut("filesystem", share.target or share.source, "host-shared") for share in domain.shares]
     left += [LeftOut("hostdev", name, "passthrough") for name in domain.hostdevs]
     return Capture(tuple(taken), tuple(left))
+
+
+def require_local_chains(domain: Domain, disks: Sequence[Disk]) -> None:
+    """Raise :class:`Unsupported` where a disk, of which no QEMU of the domain is to be asked, stands on what only that reads."""
+    for disk in disks:
+        if any(layer.path is None for layer in disk.chain):
+            raise Unsupported(
+                f"Disk {disk.target!r} of domain {domain.name!r} stands on an image that is no local file or device, which only its"
+                " QEMU reads, and the domain is not running",
+                advice="Start it first, or leave the disk out with exclude_disks",
+            )

@@ -17,7 +17,7 @@ from .._errors import Busy, InvalidInput, NotFound, Refused, Unsupported
 from ..hypervisor import agent, chain
 from ..hypervisor.binding import libvirt
 from ..hypervisor.block_jobs import running_job
-from ..hypervisor.capture import Capture, choose
+from ..hypervisor.capture import Capture, choose, require_local_chains
 from ..hypervisor.connection import constant, explaining
 from ..hypervisor.domain_model import Disk, Domain, DomainState, Layer, parse_domain, read_domain
 from ..hypervisor.image_node import Passphrase
@@ -353,6 +353,8 @@ def plan_export(request: Request, facts: Facts, *, direct: bool, scratch: str) -
             advice="See not_captured for the reasons",
             not_captured=[part.as_result() for part in capture.left_out],
         )
+    if not facts.live:
+        require_local_chains(domain, capture.disks)
     disks = tuple(_disk_plan(request, facts, disk) for disk in capture.disks)
     obstacle = consistency.agent_obstacle(domain, facts.agent, facts.agent_problem)
     if request.quiesce == "required":

@@ -92,6 +92,13 @@ def test_an_encrypted_disk_is_never_written_in_the_clear() -> None:
         plan(facts=replace(LIVE, domain=replace(DOMAIN, disks=(replace(DISK, encrypted=True),))))
 
 
+def test_what_only_its_own_qemu_reads_is_exported_while_that_runs() -> None:
+    disk = replace(DISK, chain=(Layer("/images/a.qcow2", "qcow2"), Layer(None, "raw", "network")))
+    assert plan(facts=replace(LIVE, domain=replace(DOMAIN, disks=(disk,)))).live
+    with pytest.raises(Unsupported, match=r"'vda' .* no local file or device.*Start it first"):
+        plan(facts=replace(CLEAN, domain=replace(CLEAN.domain, disks=(disk,))))
+
+
 def test_what_is_busy_is_left_alone() -> None:
     with pytest.raises(Busy, match="a backup"):
         plan(facts=replace(LIVE, job="a backup"))
