@@ -48,6 +48,9 @@ STATIC_STAGES = ("lint", "sanity", "units")
 STATIC_BUDGET = 6
 TRADE_BUDGETS = {"snapshots": 12, "backup": 15, "sizing": 8, "images": 8, "as_used": 3}
 
+SECOND_LANES = {"snapshots": ("test_guard",)}
+"""Modules of a trade that run beside its others, in a test host of their own: what they do most is wait for deadlines."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -187,9 +190,17 @@ def integration() -> Iterator[Stage]:
         if not LAB.exists():
             yield Stage(name, (), skipped="tests/lab/enter is not there")
             continue
-        arguments = ["--quiet", f"tests/{name}", *shlex.split(os.environ.get("PYTEST_ARGS", ""))]
-        check = pytest_check(name, arguments, prefix=[str(LAB), "--"], stream=True)
-        yield Stage(name, (check,), budget=TRADE_BUDGETS.get(trade))
+        # Whoever says what pytest is to run gets one run of it: a choice may be empty in one of two lanes.
+        chosen_by_user = shlex.split(os.environ.get("PYTEST_ARGS", ""))
+        beside = [f"tests/{name}/{module}.py" for module in SECOND_LANES.get(trade, ()) if not chosen_by_user]
+        lanes = {name: [f"tests/{name}", *chosen_by_user, *(f"--ignore={path}" for path in beside)]}
+        if beside:
+            lanes[f"{name}/beside"] = beside
+        checks = [
+            pytest_check(lane, ["--quiet", *arguments], prefix=[str(LAB), "--"], stream=True)
+            for lane, arguments in lanes.items()
+        ]
+        yield Stage(name, checks, workers=len(checks), budget=TRADE_BUDGETS.get(trade))
 
 
 def generations() -> Iterator[Stage]:

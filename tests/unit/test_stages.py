@@ -124,3 +124,18 @@ def test_the_table_shows_the_common_budget_and_what_exceeds_it():
     outcomes = [stages.Outcome(Stage(name, ()), Counts(passed=1), 130) for name in stages.STATIC_STAGES]
     lines = list(stages.table(outcomes))
     assert any("6:30" in line and "6:00" in line and "OVER BUDGET" in line for line in lines)
+
+
+@pytest.mark.parametrize("chosen", ["", "-k revert"])
+def test_each_module_of_a_trade_runs_in_one_lane_and_a_choice_in_one_alone(monkeypatch, chosen):
+    monkeypatch.setenv("TRADE", "snapshots")
+    monkeypatch.setenv("PYTEST_ARGS", chosen)
+    (stage,) = stages.integration()
+    assert stage.workers == len(stage.checks) == (1 if chosen else 2)
+    assert len({check.junit for check in stage.checks}) == len(stage.checks)
+    commands = [" ".join(check.command) for check in stage.checks]
+    guard = "tests/integration/snapshots/test_guard.py"
+    assert (stages.ROOT / guard).exists()
+    left_out = [f"--ignore={guard}" in command for command in commands]
+    assert left_out == ([False] if chosen else [True, False])
+    assert all(command.endswith(guard) for command in commands[1:])
