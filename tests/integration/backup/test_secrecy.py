@@ -252,6 +252,37 @@ def test_killed_with_the_data_on_its_way_nothing_readable_lies_anywhere(
     assert points.content(by_hand(tmp_path, repository, again, "again") / "again.vdb.qcow2") == expected
 
 
+@pytest.mark.skipif(points.SCALE == 1, reason="runs in make test-long; test_compression kills the same steps")
+@pytest.mark.timeout(3600)
+def test_killed_at_every_step_the_next_encrypted_point_is_right_and_nothing_readable_lies_anywhere(
+    chain, guest: Guest, repository: Path, directory: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "steps"
+    arguments = {
+        "domain": guest.name,
+        "repository": str(repository),
+        "encryption": ENCRYPTION,
+        "scratch": str(directory),
+        "disks": ["vdb"],
+    }
+    assert not run_module_process("backup", env=points.killed_at("", log), **arguments).result()["failed"]
+    steps = list(dict.fromkeys(log.read_text().split()))
+    assert {*_ON_ITS_WAY, "targets", "cut", "publish", "retire"} <= set(steps), steps
+    for number, step in enumerate(steps):
+        points.fill(guest, "vdb", f"{MARK}-every-{number}", number, 3)
+        log.unlink()
+        killed = run_module_process("backup", env=points.killed_at(step, log), **arguments)
+        assert killed.wait() == -signal.SIGKILL, step
+        assert log.read_text().split()[-1].startswith("!"), "the kill landed"
+        assert holding([PASSPHRASE, MARK], directory, repository, "/var/lib/vmkeeper.libvirt") == [], step
+        again = ok("backup", **arguments)["restore_point"]
+        assert list(directory.iterdir()) == [], step
+        assert guest.connection().listSecrets() == [], step
+        found = points.content(by_hand(tmp_path, repository, again, f"every-{number}") / f"every-{number}.vdb.qcow2")
+        assert found == points.device_hash(guest, "vdb"), step
+    points.assert_nothing_left(guest, repository)
+
+
 # --- a guest whose own disk is encrypted ---------------------------------------------------------------
 
 SECRET = "0b7e5f3c-8d21-4c6e-9a51-5ad1d4c0ffee"
