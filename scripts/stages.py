@@ -48,8 +48,11 @@ STATIC_STAGES = ("lint", "sanity", "units")
 STATIC_BUDGET = 6
 TRADE_BUDGETS = {"snapshots": 12, "backup": 15, "sizing": 8, "images": 8, "as_used": 3}
 
-SECOND_LANES = {"snapshots": ("test_guard",)}
-"""Modules of a trade that run beside its others, in a test host of their own: what they do most is wait for deadlines."""
+SECOND_LANES = {
+    "snapshots": ("test_guard",),
+    "backup": ("test_boot_proof", "test_cycles", "test_instant", "test_instant_encrypted", "test_secrecy"),
+}
+"""Modules of a trade that run beside its others, in a test host of their own: one guest leaves a core of two idle, or waits."""
 
 
 @dataclass(frozen=True)
