@@ -34,6 +34,11 @@ class VmkeeperError(Exception):
         parts = (self.problem, self.state, self.advice)
         return " ".join(part if part[-1] in ".!?" else f"{part}." for part in parts if part)
 
+    def now(self, state: str) -> None:
+        """Say another state: what was true when it was raised is not any more."""
+        self.state = state.strip()
+        self.args = (str(self),)
+
     def as_result(self) -> dict[str, Any]:
         """The ``error`` key of a failed module: ``{kind, problem, state, advice, ...facts}``."""
         return {

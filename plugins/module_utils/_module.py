@@ -9,6 +9,7 @@ import os
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule, missing_required_lib
@@ -46,11 +47,19 @@ class Answer:
 
 
 def run(
-    options: Mapping[str, Any], handler: Callable[[Call], Answer], *, info: bool = False, **constraints: Any
+    options: Mapping[str, Any],
+    handler: Callable[[Call], Answer],
+    *,
+    info: bool = False,
+    failure: Mapping[str, Any] = MappingProxyType({}),
+    **constraints: Any,
 ) -> None:
-    """Run a module. ``info`` modules only read and need no root; ``constraints`` go to AnsibleModule as they are."""
+    """Run a module. ``info`` modules only read and need no root; ``constraints`` go to AnsibleModule as they are.
+
+    ``failure`` is what a failure returns beside its message, as far as it says nothing else itself.
+    """
     module = AnsibleModule(argument_spec={"uri": dict(URI_OPTION), **options}, supports_check_mode=True, **constraints)
-    _need_libvirt(module)
+    _need_libvirt(module, failure)
     try:
         uri = check_local(module.params["uri"])
         if not info and os.geteuid() != 0:
@@ -65,11 +74,12 @@ def run(
         finally:
             connection.close()
     except VmkeeperError as error:
-        module.fail_json(msg=str(error), error=error.as_result(), **error.facts)
+        module.fail_json(msg=str(error), error=error.as_result(), **{**failure, **error.facts})
     except Exception as error:  # noqa: BLE001 a defect of ours; the operator still gets a sentence and the trace
         module.fail_json(
             msg=f"Unexpected {type(error).__name__}: {error}. This is a defect of vmkeeper.libvirt; run domain_info to see the state.",
             exception=traceback.format_exc(),
+            **failure,
         )
     for warning in answer.warnings:
         module.warn(warning)
@@ -89,7 +99,7 @@ def _open(uri: str, info: bool) -> Any:
     return open_connection(uri)
 
 
-def _need_libvirt(module: AnsibleModule) -> None:
+def _need_libvirt(module: AnsibleModule, failure: Mapping[str, Any]) -> None:
     if libvirt is not None:
         return
     if not has_respawned():
@@ -105,6 +115,7 @@ def _need_libvirt(module: AnsibleModule) -> None:
             "advice": "install python3-libvirt",
             "state": "Nothing was changed.",
         },
+        **failure,
     )
 
 

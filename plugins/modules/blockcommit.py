@@ -146,7 +146,7 @@ disks:
       description: Why it was not committed live although the guest runs. Empty otherwise.
       type: str
     committed_bytes:
-      description: Bytes on disk of the layers that were committed or pulled. None in check mode.
+      description: Bytes on disk of the layers that were committed or pulled. None in check mode and with O(wait=false).
       type: int
     removed:
       description: The files that were deleted.
@@ -162,6 +162,8 @@ job:
   returned: O(wait=false), where there is something to do
   type: dict
 """
+
+from typing import Any
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domains
@@ -191,20 +193,28 @@ def handle(call: _module.Call) -> _module.Answer:
     seconds = names.parse_duration(limit, "wait_timeout") if limit else None
     handles = find_domains(call.connection, call.params["domains"])
     if not call.params["wait"] and not call.check:
-        begun = start(call.uri, handles, request)
-        if "job" in begun:
-            return _module.Answer(changed=True, result={"job": begun["job"]})
-    done = commit(call.uri, handles, request, check=call.check, seconds=seconds)
-    answer = as_result(done)
+        answer = start(call.uri, handles, request)
+        if "job" in answer:
+            return _module.Answer(changed=True, result={"job": answer["job"]})
+    else:
+        answer = as_result(commit(call.uri, handles, request, check=call.check, seconds=seconds))
     return _module.Answer(
         changed=answer["changed"],
         result={"disks": answer["disks"], "snapshots_ended": answer["snapshots_ended"]},
         warnings=answer["warnings"],
         diff=(
-            {one.domain: {disk["disk"]: disk["chain_before"] for disk in one.disks} for one in done},
-            {one.domain: {disk["disk"]: disk["chain_after"] for disk in one.disks} for one in done},
+            _chains(answer["disks"], "chain_before"),
+            _chains(answer["disks"], "chain_after"),
         ),
     )
+
+
+def _chains(disks: list[dict[str, Any]], key: str) -> dict[str, dict[str, list[str]]]:
+    """One side of the diff: domain -> disk -> chain."""
+    chains: dict[str, dict[str, list[str]]] = {}
+    for disk in disks:
+        chains.setdefault(disk["domain"], {})[disk["disk"]] = disk[key]
+    return chains
 
 
 def main() -> None:

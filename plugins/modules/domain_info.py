@@ -80,7 +80,7 @@ domains:
       description: Path of the UEFI variables.
       type: str
     tpm:
-      description: Whether it has an emulated TPM.
+      description: Whether it has a TPM.
       type: bool
     vcpus:
       description: Numbers of vCPUs, V(maximum), V(configured) for the next start, V(live), and V(guest) as the guest counts them.

@@ -69,6 +69,8 @@ options:
       - An existing local directory in which a running guest's disks are copied first. QEMU's user must be able to reach it.
       - By default QEMU copies straight to O(dest) if that is a local directory that its user can reach, else to
         C(/var/lib/libvirt/images).
+      - Network and cluster filesystems and everything over FUSE, such as mergerfs, count as not local. Where a running guest's disks
+        would be copied to one, or to a directory that QEMU's user cannot reach, the task is refused before anything is changed.
       - With O(encryption) never to O(dest). Then copies that are sealed, also of a stopped domain, are made here too.
     type: path
   seal:

@@ -87,6 +87,8 @@ attributes:
     support: full
     details:
       - A domain that was launched from this very image is left alone, and started if it has to run.
+        M(vmkeeper.libvirt.resize_domain) may have changed its size since. Another O(vcpus) or O(memory) than it was launched with, or
+        has now, is refused.
 notes:
   - The host never mounts or parses the guest's filesystems.
   - A base of V(linked) disks lies in C(.vmkeeper-bases) below O(directory). It stays when the last domain on it is gone, until

@@ -170,12 +170,28 @@ EXAMPLES = r"""
     max_vcpus: 16
     max_memory: 64G
     apply: next_boot
+
+- name: Tell somebody when a domain got its old size back
+  block:
+    - name: More memory for all web servers of this host
+      vmkeeper.libvirt.resize_domain:
+        domains: [web01, web02]
+        memory: 8G
+        allow_restart: true
+  rescue:
+    - name: What came of it
+      ansible.builtin.fail:
+        msg: >-
+          {{ ansible_failed_result.rolled_back | ternary('Old size', 'Failed') }}: {{ ansible_failed_result.msg }}
+          Done before: {{ ansible_failed_result.resized | map(attribute='domain') | join(', ') }}
 """
 
 RETURN = r"""
 resized:
-  description: One entry for each domain, with the keys below and C(domain).
-  returned: success
+  description:
+    - One entry for each domain, with the keys below and C(domain).
+    - On failure, those of the domains that were done before the one that failed. They keep what was done.
+  returned: always
   type: list
   elements: dict
 changes:
@@ -226,10 +242,15 @@ restart_reasons:
   type: list
   elements: str
 rolled_back:
-  description: Whether the old size came back, because the domain was not well with the new one. Then the task has failed.
-  returned: always
+  description:
+    - Whether a domain has its old definition back, because it could not be started, or was not well, with the new one. Then the task
+      has failed.
+    - V(false) in all other results and failures, also if the way back itself failed. Of several domains, it is about the one that failed.
+  returned: always, unless Ansible itself refuses the options
   type: bool
 """
+
+from typing import Any
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domains
@@ -242,7 +263,7 @@ def handle(call: _module.Call) -> _module.Answer:
     request = check_request(call.params)
     handles = find_domains(call.connection, call.params["domains"])
     resized = resize(call.connection, call.uri, handles, request, check=call.check)
-    result = {"resized": [one.result for one in resized]}
+    result: dict[str, Any] = {"resized": [one.result for one in resized], "rolled_back": False}  # else it has failed
     if len(resized) == 1:
         result.update({key: value for key, value in resized[0].result.items() if key != "domain"})
     return _module.Answer(
@@ -281,6 +302,7 @@ def main() -> None:
             "shutdown_timeout": {"type": "str", "default": "5m"},
         },
         handle,
+        failure={"resized": [], "rolled_back": False},
     )
 
 

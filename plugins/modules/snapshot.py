@@ -305,6 +305,8 @@ job:
   type: dict
 """
 
+from typing import Any
+
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils import _module
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import InvalidInput
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.connection import find_domains
@@ -387,19 +389,17 @@ def absent(call: _module.Call) -> _module.Answer:
     seconds = names.parse_duration(params["wait_timeout"], "wait_timeout") if params["wait_timeout"] else None
     handles = find_domains(call.connection, params["domains"])
     if not params["wait"] and not call.check:
-        begun = removing.start(call.uri, handles, request)
-        if "job" in begun:
-            return _module.Answer(changed=True, result={"job": begun["job"]})
-    removed = removing.remove(call.uri, handles, request, check=call.check, seconds=seconds)
-    gone = [one.snapshot for one in removed if one.snapshot is not None]
+        answer = removing.start(call.uri, handles, request)
+        if "job" in answer:
+            return _module.Answer(changed=True, result={"job": answer["job"]})
+    else:
+        answer = removing.as_result(removing.remove(call.uri, handles, request, check=call.check, seconds=seconds))
+    nowhere: dict[str, Any] = {handle.name(): {} for handle in handles}
     return _module.Answer(
-        changed=any(one.changed for one in removed),
-        result=_module.one_or_all("snapshots", "snapshot", gone, len(handles)),
-        warnings=[warning for one in removed for warning in one.warnings],
-        diff=(
-            {one.domain: {name: one.snapshot} if one.snapshot else {} for one in removed},
-            {one.domain: {} for one in removed},
-        ),
+        changed=answer["changed"],
+        result=_module.one_or_all("snapshots", "snapshot", answer["snapshots"], len(handles)),
+        warnings=answer["warnings"],
+        diff=({**nowhere, **{one["domain"]: {name: one} for one in answer["snapshots"]}}, nowhere),
     )
 
 

@@ -120,6 +120,33 @@ def test_an_interrupt_ends_the_checks_at_once(runner, slow_stage, tmp_path):
     assert runner.stopping == "interrupted"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stage_that_is_ended_by_a_signal_ends_its_checks(monkeypatch, tmp_path, slow_stage, number):
+    for name in ("LOGS", "RESULTS"):
+        monkeypatch.setattr(stages, name, tmp_path)
+    monkeypatch.setattr(stages, "environment", dict)
+    monkeypatch.setitem(stages.STAGES, "demo", lambda: iter([slow_stage]))
+    runner = Runner()
+    monkeypatch.setattr(stages, "Runner", lambda: runner)
+    previous = {one: signal.signal(one, lambda *_: None) for one in (signal.SIGTERM, signal.SIGHUP)}
+
+    def end():
+        while not runner.stopping:
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+
+    try:
+        sender = once_started(tmp_path, end)
+        with pytest.raises(SystemExit) as ended:
+            stages.main(["demo"])
+        sender.join()
+    finally:
+        for one, handler in previous.items():
+            signal.signal(one, handler)
+    assert ended.value.code == 128 + number
+    assert runner.stopping == "interrupted"
+
+
 def test_the_table_shows_the_common_budget_and_what_exceeds_it():
     outcomes = [stages.Outcome(Stage(name, ()), Counts(passed=1), 130) for name in stages.STATIC_STAGES]
     lines = list(stages.table(outcomes))

@@ -16,12 +16,12 @@ from ..hypervisor import definition
 from ..hypervisor.connection import constant, dotted, explaining, version_triple
 from ..hypervisor.domain_model import read_domain
 from ..hypervisor.image_node import Image
-from ..safety import places
+from ..safety import places, reservation, targets
 from ..safety.space import allocated
-from . import checkpoints, digests, manifest, reservation, stored
+from . import checkpoints, digests, manifest, stored
 from .manifest import Point, StoredDisk
 from .plan import REASONS, DiskPlan, PointPlan, Request, source_layers
-from .repository import History, Repository, is_local
+from .repository import History, Repository
 
 #: An NVRAM larger than this is none.
 _NVRAM_LIMIT = 64 << 20
@@ -80,7 +80,7 @@ def complete(connection: Any, handle: Any, repository: Repository, written: Writ
     )
     for entry in os.scandir(directory):
         status = entry.stat(follow_symlinks=False)
-        if (status.st_uid, status.st_gid) != (0, 0) and is_local(directory):
+        if (status.st_uid, status.st_gid) != (0, 0) and targets.is_local(directory):
             os.chown(entry.path, 0, 0)  # a server may have made somebody else of root, and not let go
         os.chmod(entry.path, 0o600)
     places.write_json(os.path.join(directory, "manifest.json"), manifest.to_json(point))

@@ -21,6 +21,7 @@ from typing import Any
 
 from .._errors import LibvirtFailed, Refused, VmkeeperError
 from ..hypervisor import block_jobs, chain, definition, image_node, libvirt_secret, qemu_img
+from ..hypervisor.backup_job import DAEMON_PATIENCE
 from ..hypervisor.binding import libvirt
 from ..hypervisor.block_jobs import TookTooLong
 from ..hypervisor.connection import constant, explaining, find_by_uuid, open_connection
@@ -31,7 +32,6 @@ from ..safety import host_graph, locks, places, views, worker
 from ..safety import journal as journals
 from ..safety.journal import Journal, Operation
 from . import settle
-from .job import DAEMON_PATIENCE
 from .lending import Loan, lend, let_open
 
 KIND = "instant-restore"
@@ -121,8 +121,7 @@ def _undo_after(error: BaseException, uri: str, pending: Journal) -> None:
             undo(uri, pending)
     except (VmkeeperError, libvirt.libvirtError, OSError) as trouble:
         if isinstance(error, VmkeeperError):
-            error.state = f"Undoing it failed ({trouble}); the next run goes on with that."
-            error.args = (str(error),)
+            error.now(f"Undoing it failed ({trouble}); the next run goes on with that.")
 
 
 def _goes_back(connection: Any, operation: Operation) -> bool:

@@ -251,6 +251,9 @@ _ITS_OWN = {
     "lease": "a lock of its cluster",
 }
 
+#: Backends of a TPM that is no copy's to have, by type; said of it in a note.
+_OTHERS_TPM = {"passthrough": "the TPM of the host", "external": "the TPM of a process besides libvirt"}
+
 #: Interfaces that are a device or socket of the original's own.
 _EXCLUSIVE_INTERFACES = ("hostdev", "vdpa", "vhostuser")
 
@@ -283,8 +286,9 @@ def _unshare(root: ElementTree.Element, target: Target, notes: list[str]) -> Non
             leave_out(memory, f"the persistent memory {memory.findtext('source/path', '')}")
     for tpm in devices.findall("tpm"):
         for backend in tpm.findall("backend"):
-            if backend.get("type") == "passthrough":
-                leave_out(tpm, "the TPM of the host")
+            if whose := _OTHERS_TPM.get(backend.get("type", "")):
+                leave_out(tpm, whose)
+                continue
             for source in backend.findall("source"):
                 backend.remove(source)
                 notes.append("its TPM is a new one")

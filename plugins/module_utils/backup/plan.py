@@ -30,11 +30,6 @@ SLACK_SHARE = 20
 #: What LUKS puts in front of an image: room for eight keys.
 LUKS_TABLES = 3 << 20
 
-#: Room that is left on the target at all times; below it the backup is aborted.
-FLOOR_LEAST = 16 << 20
-FLOOR_MOST = 256 << 20
-FLOOR_SHARE = 20
-
 #: reason -> the sentence that a person reads
 REASONS = {
     "asked for": "a full was asked for",
@@ -375,11 +370,6 @@ def room_for(data: int, size: int) -> int:
     """Most bytes of a qcow2 file that holds ``data`` bytes of a disk of ``size`` bytes, cut a little later."""
     slack = max(SLACK_LEAST, data // SLACK_SHARE)
     return min(data + slack, size + SLACK_LEAST) + size // 4096 + (1 << 20)
-
-
-def floor_of(filesystem_size: int) -> int:
-    """Bytes that must stay free on the repository's filesystem."""
-    return max(FLOOR_LEAST, min(FLOOR_MOST, filesystem_size // FLOOR_SHARE))
 
 
 def bitmap_obstacle(domain: Domain, disk: DiskFacts) -> str | None:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._errors import NoSpace
-from ..safety import places, space
-from . import manifest, reservation, stored
+from ..safety import places, reservation, space, targets
+from . import manifest, stored
 from .manifest import Point, StoredDisk
-from .plan import REASONS, Facts, PointPlan, Request, floor_of, must_stage
-from .repository import Repository, check_target, is_local
+from .plan import REASONS, Facts, PointPlan, Request, must_stage
+from .repository import Repository
 
 
 @dataclass
@@ -31,9 +31,9 @@ def scratch_directory(
     request: Request, repository: Repository, plans: Sequence[PointPlan], owner: tuple[int, int], *, check: bool
 ) -> str | None:
     """Where QEMU writes to, when that is not the repository."""
-    if not must_stage(request, plans, local=is_local(repository.path)):
+    if not must_stage(request, plans, local=targets.is_local(repository.path)):
         if any(plan.live for plan in plans):
-            check_target(repository.path, owner)
+            targets.check(repository.path, owner, "repository")
         return None
     if request.scratch is None and not check:
         places.passable_directory(places.SCRATCH)
@@ -41,7 +41,7 @@ def scratch_directory(
     while request.scratch is None and check and not os.path.isdir(directory):
         directory = os.path.dirname(directory)
     if request.scratch is not None or not check:
-        check_target(directory, owner, "scratch directory")
+        targets.check(directory, owner, "scratch directory")
     return directory
 
 
@@ -60,29 +60,18 @@ def require_opening(repository: Repository, facts: Sequence[Facts], plans: Seque
                 )
 
 
-def floor(path: str) -> int:
-    """Bytes that stay free on the filesystem of ``path``, so that no write of a guest can fail."""
-    status = os.statvfs(path)
-    return floor_of(status.f_blocks * status.f_frsize)
-
-
-def share_of(targets: int, *, set_aside: bool) -> int:
-    """How many times the floor has to be free: each target of a running domain has one of its own where room is set aside for it."""
-    return max(1, targets) if set_aside else 1
-
-
 def require_space(repository: Repository, plans: Sequence[PointPlan], kept_free: int, scratch: str | None) -> None:
     """Refuse before anything is written what would not fit."""
     pushing = scratch or repository.path
     needs = [(repository.path, sum(plan.estimate for plan in plans))]
     if scratch is not None:
         needs.insert(0, (scratch, sum(plan.estimate for plan in plans if plan.live)))
-    targets = sum(len(plan.disks) for plan in plans if plan.live)
+    pushed = sum(len(plan.disks) for plan in plans if plan.live)
     least = kept_free
     for directory, needed in space.total_by_filesystem(needs).items():
         free = space.free_bytes(directory)
-        on_it = targets if os.stat(directory).st_dev == os.stat(pushing).st_dev else 0
-        kept_free = least * share_of(on_it, set_aside=on_it > 1 and reservation.is_possible(directory))
+        on_it = pushed if os.stat(directory).st_dev == os.stat(pushing).st_dev else 0
+        kept_free = least * reservation.share_of(on_it, directory)
         if free < needed + kept_free:
             what = "repository" if directory == repository.path else "scratch directory"
             raise NoSpace(

@@ -125,8 +125,7 @@ def remove_points(
     try:
         settle.carry_out_removal(subject.handle, repository, subject.uuid, journal, passphrase)
     except VmkeeperError as error:
-        error.state = _STATE
-        error.args = (str(error),)
+        error.now(_STATE)
         raise
     except OSError as error:
         kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else VmkeeperError

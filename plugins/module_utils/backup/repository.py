@@ -10,12 +10,11 @@ import os
 import re
 import secrets
 import shutil
-import stat
 import uuid as uuids
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .._errors import InvalidInput, NotFound, Refused, Unsupported, VmkeeperError
+from .._errors import NotFound, Refused, Unsupported, VmkeeperError
 from ..hypervisor.image_header import BadHeader, read_qcow2
 from ..safety import locks, places
 from ..safety.names import check_directory
@@ -37,10 +36,6 @@ _LINK = re.compile(rf"\.\./({ID.pattern})/[^/]+")
 
 #: A mounted filesystem may bring these along.
 _NOT_CONTENT = ("lost+found",)
-
-#: Filesystems whose writes may fail or stall for reasons that this host does not control. A failing target fails the
-#: guest's own writes (QEMU before 10), so nothing is pushed there.
-_REMOTE = re.compile(r"(nfs4?|cifs|smb3|smbfs|ceph|9p|afs|lustre|beegfs|ncpfs|virtiofs|fuse\..*|fuse)")
 
 
 @dataclass(frozen=True)
@@ -318,55 +313,6 @@ def new_id(taken: Sequence[str] = ()) -> str:
         identifier = f"{manifest.now_utc():%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
         if identifier not in taken:
             return identifier
-
-
-def filesystem_type(path: str, *, mountinfo: str = "/proc/self/mountinfo") -> str:
-    """The type of the filesystem that holds ``path``, as the kernel names it; empty when it cannot be told."""
-    device = os.stat(path).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    found = ""
-    with contextlib.suppress(OSError), open(mountinfo, encoding="utf-8") as stream:
-        for line in stream:
-            fields = line.split()
-            if fields[2] == wanted:
-                found = fields[fields.index("-") + 1]
-    return found
-
-
-def is_local(path: str) -> bool:
-    """Whether QEMU may push into it: see :data:`_REMOTE`."""
-    return _REMOTE.fullmatch(filesystem_type(path)) is None
-
-
-def check_target(directory: str, owner: tuple[int, int], what: str = "repository") -> None:
-    """Refuse, before anything is frozen, a directory that QEMU could not write to, or that could stall it."""
-    if not is_local(directory):
-        raise Unsupported(
-            f"The {what} {directory} is on {filesystem_type(directory)}, which is not local to this host:"
-            " while a backup runs, a stalled or failing target would stall or fail the guest's own writes",
-            advice="Give a directory on a local filesystem",
-        )
-    path = directory
-    while True:
-        status = os.stat(path)
-        if not _may_enter(status, owner):
-            raise InvalidInput(
-                f"QEMU (uid {owner[0]}) cannot reach the {what} {directory}: {path} does not let it through",
-                advice=f"chmod o+x {path}, or choose another directory",
-            )
-        if path == "/":
-            return
-        path = os.path.dirname(path)
-
-
-def _may_enter(status: os.stat_result, owner: tuple[int, int]) -> bool:
-    if owner[0] == 0:
-        return True
-    if status.st_uid == owner[0]:
-        return bool(status.st_mode & stat.S_IXUSR)
-    if status.st_gid == owner[1]:
-        return bool(status.st_mode & stat.S_IXGRP)
-    return bool(status.st_mode & stat.S_IXOTH)
 
 
 def make_domain_directory(repository: Repository, domain_uuid: str) -> str:

@@ -273,8 +273,7 @@ class _Restoring:
                 settle.undo_restore(self._uri, journal)
             except (VmkeeperError, libvirt.libvirtError, OSError) as trouble:
                 if isinstance(error, VmkeeperError):
-                    error.state = f"Undoing it failed ({trouble}); the next run goes on with that."
-                    error.args = (str(error),)
+                    error.now(f"Undoing it failed ({trouble}); the next run goes on with that.")
             raise
         # Every file is complete and checked; an interruption from here on is finished, not undone.
         journal.step("place")

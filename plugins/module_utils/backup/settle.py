@@ -17,16 +17,16 @@ from typing import Any
 from xml.etree import ElementTree
 
 from .._errors import LibvirtFailed, Refused, VmkeeperError
-from ..hypervisor import block_jobs, definition, libvirt_secret
+from ..hypervisor import backup_job, block_jobs, definition, libvirt_secret
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import constant, explaining, find_by_uuid, of_every_domain, open_connection
 from ..hypervisor.domain_model import read_domain
 from ..hypervisor.image_node import Passphrase
-from ..safety import places, processes, settlement
+from ..safety import places, processes, sentry, settlement
 from ..safety import ticket as tickets
 from ..safety.host_graph import read_graph
 from ..safety.journal import Journal, Operation
-from . import checkpoints, folding, job, sentry
+from . import checkpoints, folding
 from .repository import Repository, discard, is_there
 from .restore_plan import users_besides
 
@@ -86,7 +86,7 @@ def finish(uri: str, pending: Journal) -> None:
         if handle is not None:
             checkpoints.remove(handle, [name for name in part["retire"] if name != part["checkpoint"]])
     _clear_scratch(connection, plan)
-    _dismiss_sentry(pending)
+    sentry.dismiss_posted(pending)
     pending.finish()
 
 
@@ -119,7 +119,7 @@ def undo(uri: str, pending: Journal) -> None:
     for uuid, part in plan["domains"].items():
         handle = find_by_uuid(connection, uuid)
         if handle is not None:
-            job.abort(handle, part["scratch"] or unmounted.new_directory(uuid, part["id"]))
+            backup_job.abort(handle, part["scratch"] or unmounted.new_directory(uuid, part["id"]))
             block_jobs.resume_starved(handle)
             if part["checkpoint"]:
                 checkpoints.remove(handle, [part["checkpoint"]])
@@ -128,7 +128,7 @@ def undo(uri: str, pending: Journal) -> None:
     repository = repository_of(plan)
     for uuid, part in plan["domains"].items():
         _discard(repository.new_directory(uuid, part["id"]))
-    _dismiss_sentry(pending)
+    sentry.dismiss_posted(pending)
     pending.finish()
 
 
@@ -156,12 +156,6 @@ def _discard(directory: str) -> None:
                 advice="Wait for it, or end it if it is left over, then run this again",
             )
     discard(directory)
-
-
-def _dismiss_sentry(pending: Journal) -> None:
-    posted = pending.operation.last("watch")
-    if posted and posted.get("sentry"):
-        sentry.dismiss(posted["sentry"])
 
 
 def settle_removal(uri: str, pending: Journal) -> dict[str, str]:
@@ -314,10 +308,9 @@ def _give_up(uri: str, pending: Journal, error: VmkeeperError) -> None:
     try:
         kept = take_back(uri, pending)
         if kept:
-            error.state = kept
+            error.now(kept)
     except (VmkeeperError, libvirt.libvirtError, OSError) as trouble:
-        error.state = f"Taking it back failed ({trouble}); the next run, or recover_domain, goes on with that."
-    error.args = (str(error),)
+        error.now(f"Taking it back failed ({trouble}); the next run, or recover_domain, goes on with that.")
 
 
 def require_stopped(connection: Any, plan: Mapping[str, Any], *, state: str, advice: str) -> None:

@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from .._errors import LibvirtFailed, NoSpace, VmkeeperError
-from ..hypervisor import block_jobs, image_node, libvirt_secret, qemu_img
+from ..hypervisor import backup_job, block_jobs, image_node, libvirt_secret, qemu_img
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import constant, explaining, message_of
 from ..hypervisor.domain_model import qemu_owner, read_domain
 from ..hypervisor.image_node import Image
-from ..safety import consistency, instant, processes, settlement
+from ..safety import consistency, instant, processes, reservation, sentry, settlement
 from ..safety.journal import Journal
-from . import describing, job, listing, manifest, preflight, reservation, settle, settlers, stillness, stored
+from ..safety.sentry import Sentry, Watch
+from . import describing, listing, manifest, preflight, settle, settlers, stillness, stored
 from . import facts as reading
 from .manifest import Point
 from .plan import (
@@ -42,7 +43,6 @@ from .repository import (
     open_repository,
     sweep,
 )
-from .sentry import Sentry, Watch
 
 
 def take(
@@ -69,7 +69,7 @@ def take(
         plans = [plan_point(request, one) for one in facts]
         scratch = preflight.scratch_directory(request, repository, plans, owner, check=check)
         preflight.require_opening(repository, facts, plans)
-        floor = preflight.floor(scratch or repository.path)
+        floor = sentry.floor(scratch or repository.path)
         preflight.require_space(repository, plans, floor, scratch)
         if check:
             return [preflight.predict(plan, request) for plan in plans]
@@ -241,11 +241,11 @@ class _Taking:
                 ephemeral=True,
             )
         watches = [Watch(plan.domain.uuid, self._push_directory(plan), self._reserve(plan)) for plan in self._live]
-        self._sentry = sentry = Sentry(self._uri, watches, floor)
-        self._journal.step("watch", sentry=sentry.directory)
-        sentry.post()
+        self._sentry = Sentry(self._uri, watches, floor)
+        self._journal.step("watch", sentry=self._sentry.directory)
+        self._sentry.post()
         for plan in self._live:
-            job.forget_last(self._handles[plan.domain.uuid])
+            backup_job.forget_last(self._handles[plan.domain.uuid])
         outcomes: dict[str, instant.Outcome[None]] = instant.take(
             self._uri,
             self._members(),
@@ -260,7 +260,7 @@ class _Taking:
             self._limit(plan)
         for plan in self._live:
             self._wait(plan)
-        sentry.dismiss()
+        self._sentry.dismiss()
         self._journal.step("copied")
         if self._scratch is not None:
             self._journal.step("store")
@@ -402,7 +402,7 @@ class _Taking:
 
     def _wait(self, plan: PointPlan) -> None:
         directory = self._push_directory(plan)
-        end = job.wait(self._uri, self._handles[plan.domain.uuid], directory, self._sentry.verdict)
+        end = backup_job.wait(self._uri, self._handles[plan.domain.uuid], directory, self._sentry.verdict)
         self._obey(plan)
         if not end.success:
             raise VmkeeperError(
@@ -495,8 +495,7 @@ class _Taking:
             settle.undo(self._uri, self._journal)
         except (VmkeeperError, libvirt.libvirtError, OSError) as trouble:
             if isinstance(error, VmkeeperError):
-                error.state = f"Undoing it failed ({trouble}); the next run, or recover_domain, goes on with that."
-                error.args = (str(error),)
+                error.now(f"Undoing it failed ({trouble}); the next run, or recover_domain, goes on with that.")
 
 
 def _source(disk: DiskPlan) -> list[Image]:

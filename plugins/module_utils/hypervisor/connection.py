@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -21,6 +22,10 @@ DEFAULT_URI = "qemu:///system"
 
 #: Below this the backup API, agent timeouts and checkpoints are incomplete (libvirt NEWS 7.6.0).
 MINIMUM_LIBVIRT = (7, 6, 0)
+
+#: How long a daemon that is restarted may take to answer again.
+_DAEMON_SECONDS = 60.0
+_POLL_SECONDS = 0.5
 
 #: Transports of a URI that stay on this machine (https://libvirt.org/uri.html).
 _LOCAL_TRANSPORTS = ("", "unix")
@@ -81,6 +86,19 @@ def open_connection(uri: str = DEFAULT_URI, *, readonly: bool = False) -> Any:
             libvirt_version=dotted(version),
         )
     return connection
+
+
+def wait_for_daemon(uri: str, seconds: float = _DAEMON_SECONDS) -> None:
+    """Wait until a daemon answers again that went away; raises like :func:`open_connection` when none does within ``seconds``."""
+    give_up = time.monotonic() + seconds
+    while True:
+        try:
+            open_connection(uri).close()
+            return
+        except LibvirtFailed:
+            if time.monotonic() > give_up:
+                raise
+        time.sleep(_POLL_SECONDS)
 
 
 def dotted(version: tuple[int, ...]) -> str:

@@ -441,7 +441,7 @@ def parse_domain(xml: str, state: DomainState, *, persistent: bool = True, **con
         nvram=nvram,
         nvram_elsewhere=nvram_elsewhere,
         firmware="uefi" if uefi else "bios",
-        has_tpm=root.find("devices/tpm/backend[@type='emulator']") is not None,
+        has_tpm=root.find("devices/tpm") is not None,  # emulated, the host's, or another process's: it has a state
         shares=tuple(_share(element) for element in root.iterfind("devices/filesystem")),
         hostdevs=tuple(_hostdev_name(element) for element in root.iterfind("devices/hostdev")),
         persistent_memory=tuple(

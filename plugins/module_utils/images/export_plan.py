@@ -29,9 +29,6 @@ from .manifest import Machine
 #: Where a running guest's disks are copied to when the destination is not for QEMU to write.
 SCRATCH = "/var/lib/libvirt/images"
 
-#: Filesystems whose failure or slowness must not become the guest's: they are written from a local copy only.
-_REMOTE = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "afs", "ocfs2", "gfs2", "lustre")
-
 #: Our labels in a snapshot's XML, which carry its true level.
 _SNAPSHOT_LABELS = "domain/metadata/{urn:vmkeeper:libvirt:snapshot:1}snapshot"
 
@@ -252,8 +249,8 @@ class ExportPlan:
         """Whether the image is made of copies of the disks, not of the disks."""
         return self.live or self.inside is not None
 
-    def needs(self, dest: str) -> list[tuple[str, int]]:
-        """``(directory, bytes)`` that must be free."""
+    def needs(self, dest: str, kept_free: int = 0) -> list[tuple[str, int]]:
+        """``(directory, bytes)`` that must be free, with ``kept_free`` where QEMU copies a running guest's disks to."""
         total = sum(disk.estimate for disk in self.disks) + (64 << 20)
         copies = self.copy_directory or dest
         needs = [(dest, total)]
@@ -261,39 +258,9 @@ class ExportPlan:
             needs.append((copies, total))
         if self.seals:
             needs.append((copies, total))
+        if self.live:
+            needs.append((copies, kept_free))
         return needs
-
-
-def is_remote(directory: str, mounts: str | None = None) -> bool:
-    """Whether a directory lies on a network filesystem, by /proc/self/mounts (given as text in tests)."""
-    if mounts is None:
-        with open("/proc/self/mounts", encoding="utf-8", errors="replace") as stream:
-            mounts = stream.read()
-    best, kind = "", ""
-    real = os.path.realpath(directory)
-    for line in mounts.splitlines():
-        fields = line.split(" ")
-        if len(fields) < 3:
-            continue
-        point = fields[1].replace("\\040", " ")
-        inside = real == point or real.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):
-            best, kind = point, fields[2]
-    return kind in _REMOTE or kind.startswith("fuse.")
-
-
-def reachable_by(directory: str, uid: int, gid: int) -> bool:
-    """Whether a process of ``uid`` and ``gid`` may pass through every directory down to ``directory``."""
-    path = os.path.realpath(directory)
-    while True:
-        status = os.stat(path)
-        shift = 6 if status.st_uid == uid else 3 if status.st_gid == gid else 0
-        if uid != 0 and not status.st_mode >> shift & 1:
-            return False
-        parent = os.path.dirname(path)
-        if parent == path:
-            return True
-        path = parent
 
 
 def check_request(request: Request) -> None:

@@ -13,18 +13,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._errors import Conflict, LibvirtFailed, VmkeeperError
-from ..hypervisor import appliance, qemu_img
-from ..hypervisor.binding import libvirt
-from ..hypervisor.connection import message_of
+from .._errors import Conflict, LibvirtFailed, NoSpace, VmkeeperError
+from ..hypervisor import appliance, backup_job, qemu_img
+from ..hypervisor.connection import explaining, message_of
 from ..hypervisor.domain_model import Layer, qemu_owner, read_domain
 from ..hypervisor.image_node import Image
-from ..safety import consistency, instant, places, settlement, space, worker
+from ..safety import consistency, instant, names, places, reservation, sentry, settlement, space, targets, worker
 from ..safety.journal import Journal
+from ..safety.sentry import Sentry, Watch
 from . import bundle, conversion, export_plan, foreign_header, live_copy, sealing, settle
 from .bundle import lock_key
 from .export_plan import DiskPlan, ExportPlan, Facts, Request
 from .manifest import LARGEST_NVRAM, NVRAM_FILE, ImageDisk, Manifest, Nvram, Source
+
+_NO_IMAGE = "No image was made."
 
 
 @dataclass
@@ -54,16 +56,29 @@ def export(connection: Any, uri: str, handle: Any, request: Request, *, check: b
         direct = (
             request.scratch is None
             and request.passphrase is None  # what is to be encrypted is nowhere in the destination as it is
-            and not export_plan.is_remote(request.dest)
-            and export_plan.reachable_by(request.dest, *owner)
+            and targets.is_local(request.dest)
+            and places.reachable_by(request.dest, owner)
         )
         plan = export_plan.plan_export(request, facts, direct=direct, scratch=scratch)
         if os.path.lexists(request.path):
             return _compare_existing(request, facts, plan)
-        space.require(plan.needs(request.dest), f"Exporting domain {plan.domain.name!r}")
+        if plan.copy_directory is not None:
+            names.check_directory(scratch, "scratch")
+            if plan.live:
+                targets.check(scratch, owner, "scratch directory")
+        kept_free = _kept_free(plan, request.dest)
+        space.require(plan.needs(request.dest, kept_free), f"Exporting domain {plan.domain.name!r}")
         if check:
             return _predict(request, plan)
         return _Export(uri, handle, request, facts, plan, owner).run()
+
+
+def _kept_free(plan: ExportPlan, dest: str) -> int:
+    """Bytes that stay free where QEMU copies a running guest's disks to, with what is set aside there for each."""
+    if not plan.live:
+        return 0
+    directory = plan.copy_directory or dest
+    return sentry.floor(directory) * reservation.share_of(len(plan.disks), directory)
 
 
 def existing(path: str) -> dict[str, Any]:
@@ -240,6 +255,36 @@ def _warnings(request: Request, plan: ExportPlan, level: str, why_not_frozen: st
     return warnings
 
 
+def level_of_cut(outcome: instant.Outcome[None]) -> str:
+    """The consistency level of a copy that has begun. Raises where it must not go on, so that it is told before hours of copying."""
+    name = outcome.member.name
+    if not outcome.thawed or not outcome.resumed:
+        raise VmkeeperError(
+            f"It is not confirmed that {name!r} is thawed and running",
+            state="No image was made, and nothing is copied."
+            " The guard on this host goes on thawing until the agent confirms it or the domain stops.",
+            advice="Look at the guest; if it hangs, restart its qemu-guest-agent",
+        )
+    if isinstance(outcome.error, NoSpace):
+        raise outcome.error
+    if outcome.error is not None:
+        raise LibvirtFailed(
+            f"Copying the disks of domain {name!r} could not begin: {message_of(outcome.error)}",
+            state="No image was made; the guest is as it was before.",
+            libvirt=message_of(outcome.error),
+        )
+    level = consistency.level(
+        outcome.member.state, frozen_over_cut=outcome.frozen_over_cut, hook_proved=outcome.hook_proved
+    )
+    if outcome.member.required and level not in consistency.QUIESCED:
+        raise VmkeeperError(
+            f"Domain {name!r} did not stay frozen until its disks were cut, and quiesce is required",
+            state="No image was made; the guest is as it was before.",
+            advice="Look at what thawed it (the agent's log), or give a longer deadline",
+        )
+    return level
+
+
 class _Export:
     """One run, from the journal's first step to its last."""
 
@@ -260,6 +305,10 @@ class _Export:
             if plan.copy_directory
             else self._staging
         )
+
+    @property
+    def _floor(self) -> int:
+        return sentry.floor(self._copies)
 
     def run(self) -> Exported:
         domain = self._plan.domain
@@ -290,20 +339,22 @@ class _Export:
                 warnings=_warnings(self._request, self._plan, level, why_not),
             )
         except BaseException as error:
-            self._undo(journal, error)
+            settle.undo(settle.settle_export, self._uri, journal, error)
             raise
 
     def _copy_live(self, journal: Journal) -> tuple[str, int | None, str | None]:
         """Copy the disks of one instant; returns the level, how long the guest was frozen, and why it was not."""
         plan = self._plan
-        os.chmod(self._copies, 0o711)  # QEMU passes through; the files are its own, 0600
-        targets = {disk.target: self._copy_of(disk.target) for disk in plan.disks}
         journal.step("targets")
-        for disk in plan.disks:
-            size = int(self._handle.blockInfo(disk.target)[0])  # read again under the lock: it must match exactly
-            qemu_img.create(targets[disk.target], size, self._owner)
+        files = self._make_targets()
+        watching = Sentry(self._uri, [Watch(plan.domain.uuid, self._copies, self._reserve())], self._floor)
+        journal.step("watch", sentry=watching.directory)
+        watching.post()
+        backup_job.forget_last(self._handle)
         now = read_domain(self._handle)
-        xml = live_copy.backup_xml(targets, [disk.target for disk in now.disks if disk.chain])
+        if not now.state.active:
+            raise VmkeeperError(f"Domain {now.name!r} has stopped meanwhile", state=_NO_IMAGE, advice="Run this again")
+        xml = live_copy.backup_xml(files, [disk.target for disk in now.disks if disk.chain])
         member = instant.Member(
             handle=self._handle,
             uuid=now.uuid,
@@ -317,9 +368,10 @@ class _Export:
         )
 
         def begin(one: instant.Member) -> None:
+            live_copy.obey(watching, one.name, self._copies)
             live_copy.begin(one.handle, xml)
             with contextlib.suppress(LibvirtFailed):  # tried again when the guest is on its way
-                self._limit(targets)
+                self._limit(files)
 
         outcome = instant.take(
             self._uri,
@@ -329,31 +381,35 @@ class _Export:
             purpose=f"export of image {self._request.name!r}",
             journal=journal,
         )[now.uuid]
-        if outcome.error is not None:
-            raise LibvirtFailed(
-                f"Copying the disks of domain {now.name!r} could not begin: {message_of(outcome.error)}",
-                state="No image was made; the guest is as it was before.",
-                libvirt=message_of(outcome.error),
-            )
-        level = consistency.level(
-            outcome.member.state, frozen_over_cut=outcome.frozen_over_cut, hook_proved=outcome.hook_proved
-        )
-        if self._request.quiesce == "required" and level not in consistency.QUIESCED:
-            raise VmkeeperError(
-                f"Domain {now.name!r} did not stay frozen until its disks were cut, and quiesce is required",
-                state="No image was made; the guest is as it was before.",
-                advice="Look at what thawed it (the agent's log), or give a longer deadline",
-            )
+        level = level_of_cut(outcome)
         journal.step("copy")
-        self._limit(targets)
-        live_copy.finish(self._handle, self._copies)
-        if not outcome.thawed:
-            raise VmkeeperError(
-                f"The guest agent of {now.name!r} did not confirm the thaw",
-                state="No image was made. The guard on this host goes on thawing until the agent confirms it or the domain stops.",
-                advice="Look at the guest; if it hangs, restart its qemu-guest-agent",
-            )
+        self._limit(files)
+        live_copy.finish(self._uri, self._handle, self._copies, watching)
+        watching.dismiss()
+        for path in files.values():
+            reservation.release(path)
         return level, outcome.frozen_ms, outcome.why_not_frozen or plan.why_not_frozen
+
+    def _make_targets(self) -> dict[str, str]:
+        """What QEMU writes each disk to, by target."""
+        os.chmod(self._copies, 0o711)  # QEMU passes through; the files are its own, 0600
+        files = {}
+        for disk in self._plan.disks:
+            with explaining(
+                f"Reading the size of disk {disk.target!r} of domain {self._plan.domain.name!r}", state=_NO_IMAGE
+            ):
+                size = int(self._handle.blockInfo(disk.target)[0])  # read again under the lock: it must match exactly
+            files[disk.target] = self._copy_of(disk.target)
+            qemu_img.create(files[disk.target], size, self._owner)
+        return files
+
+    def _reserve(self) -> dict[str, int]:
+        """Set room aside for each of them; bytes by file, 0 where the filesystem cannot do that."""
+        reserved = {}
+        for disk in self._plan.disks:
+            path, size = self._copy_of(disk.target), disk.estimate + self._floor
+            reserved[os.path.basename(path)] = size if reservation.reserve(path, size) else 0
+        return reserved
 
     def _take_out(self, journal: Journal, snapshot: str) -> None:
         """Copy what the images hold of an internal snapshot."""
@@ -406,7 +462,7 @@ class _Export:
             self._request.seal,
             doing=doing,
             scratch=self._copies,
-            discards=not export_plan.is_remote(self._copies),
+            discards=targets.is_local(self._copies),
         )
         return digests
 
@@ -485,12 +541,3 @@ class _Export:
             tags=self._request.tags,
             sealed=self._request.seal,
         )
-
-    def _undo(self, journal: Journal, error: BaseException) -> None:
-        """Back to how it was; what cannot be undone now stays in the journal for the next run."""
-        try:
-            settle.settle_export(self._uri, journal)
-        except (VmkeeperError, OSError, libvirt.libvirtError) as trouble:
-            if isinstance(error, VmkeeperError):
-                error.state = f"Undoing it failed ({trouble}); the next run goes on with that."
-                error.args = (str(error),)

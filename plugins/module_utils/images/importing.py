@@ -17,7 +17,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._errors import Conflict, InvalidInput, NotFound, Unsupported, VmkeeperError
+from .._errors import Conflict, InvalidInput, NotFound, Unsupported
 from ..hypervisor import definition as definitions
 from ..hypervisor import qemu_img
 from ..hypervisor.binding import libvirt
@@ -193,11 +193,12 @@ def _keep(handle: Any, request: Request, digest: str, image: dict[str, Any], *, 
             f"There is a domain {request.domain!r}, and it was not launched from {request.src} as it is now",
             advice="Choose another name for the new domain",
         )
-    result = _result(handle)
+    result, launched = _result(handle), machine.launched_with(xml)
     for what, wanted in (("vcpus", request.vcpus), ("memory", request.memory)):
-        if wanted is not None and result[what] != wanted:
+        # It may have another size by now: that is resize_domain's business, and does not make the launch another one.
+        if wanted is not None and what in launched and wanted not in (launched[what], result[what]):
             raise Conflict(
-                f"Domain {request.domain!r} was launched from this image with {what} {result[what]} and not {wanted}",
+                f"Domain {request.domain!r} was launched from this image with {what} {launched[what]} and not {wanted}",
                 advice="Change it with vmkeeper.libvirt.resize_domain",
             )
     changed = request.running and not read_state(handle).active
@@ -232,8 +233,8 @@ def _result(handle: Any) -> dict[str, Any]:
         "name": model.name,
         "uuid": model.uuid,
         "state": read_state(handle).name,
-        "vcpus": model.vcpus_max,
-        "memory": model.memory_max,
+        "vcpus": model.vcpus_current,
+        "memory": model.memory_current,
         "disks": [{"target": disk.target, "path": disk.path} for disk in model.disks],
     }
 
@@ -303,7 +304,7 @@ class _Import:
             journal.step("defined")
             journal.finish()
         except BaseException as error:
-            self._undo(journal, error)
+            settle.undo(settle.settle_import, self._uri, journal, error)
             raise
         handle = self._connection.lookupByUUIDString(launch.uuid)
         if self._request.running:
@@ -380,15 +381,6 @@ class _Import:
             owner=self._owner,
         )
         return path
-
-    def _undo(self, journal: Journal, error: BaseException) -> None:
-        """Back to how it was; what cannot be undone now stays in the journal for the next run."""
-        try:
-            settle.settle_import(self._uri, journal)
-        except (VmkeeperError, OSError, libvirt.libvirtError) as trouble:
-            if isinstance(error, VmkeeperError):
-                error.state = f"Undoing it failed ({trouble}); the next run goes on with that."
-                error.args = (str(error),)
 
 
 def inode_of(path: str) -> list[int]:

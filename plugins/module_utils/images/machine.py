@@ -20,7 +20,7 @@ from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import explaining
 from .manifest import ImageDisk, Machine
 
-#: Our element in the domain's metadata: which image it was launched from.
+#: Our element in the domain's metadata: which image it was launched from, and with what.
 NAMESPACE = "urn:vmkeeper:libvirt:image:1"
 
 #: The disk controller for each bus that needs one spelled out.
@@ -99,7 +99,8 @@ def definition(launch: Launch, machine: Machine, disks: Sequence[ImageDisk], hos
     ElementTree.SubElement(root, "uuid").text = launch.uuid
     metadata = ElementTree.SubElement(root, "metadata")
     ElementTree.register_namespace("vmkeeper-image", NAMESPACE)
-    ElementTree.SubElement(metadata, f"{{{NAMESPACE}}}image").text = launch.digest
+    size = {"vcpus": str(launch.vcpus), "memory": str(launch.memory)}
+    ElementTree.SubElement(metadata, f"{{{NAMESPACE}}}image", size).text = launch.digest
     ElementTree.SubElement(root, "memory", unit="KiB").text = str(launch.memory // 1024)
     ElementTree.SubElement(root, "vcpu").text = str(launch.vcpus)
     system = ElementTree.SubElement(root, "os")
@@ -183,3 +184,10 @@ def launched_from(xml: str) -> str | None:
     """The digest of the image that a domain was launched from, or None."""
     text = ElementTree.fromstring(xml).findtext(f"metadata/{{{NAMESPACE}}}image")
     return text.strip() if text else None
+
+
+def launched_with(xml: str) -> dict[str, int]:
+    """The ``vcpus`` and ``memory`` (bytes) of a domain's launch; nothing where an earlier version launched it."""
+    element = ElementTree.fromstring(xml).find(f"metadata/{{{NAMESPACE}}}image")
+    recorded = element.attrib if element is not None else {}
+    return {what: int(value) for what, value in recorded.items() if what in ("vcpus", "memory") and value.isdecimal()}

@@ -10,12 +10,14 @@ removed that the run did not make.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from .._errors import VmkeeperError
+from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import find_by_uuid, open_connection
 from ..safety import journal as journals
-from ..safety import places, release
+from ..safety import places, release, sentry
 from ..safety import ticket as tickets
 from ..safety.journal import Journal, Operation
 from . import bundle, live_copy, machine
@@ -41,6 +43,7 @@ def settle_export(uri: str, pending: Journal) -> dict[str, str]:
         live_copy.stop(handle, plan["directories"])
     for directory in plan["directories"]:
         bundle.remove(directory)
+    sentry.dismiss_posted(pending)
     armed = pending.operation.last("armed")
     pending.finish()
     if armed:
@@ -51,6 +54,15 @@ def settle_export(uri: str, pending: Journal) -> dict[str, str]:
         if whole
         else {"what": what, "action": "taken back"}
     )
+
+
+def undo(settler: Callable[[str, Journal], Any], uri: str, pending: Journal, error: BaseException) -> None:
+    """Back to how it was before ``error``; what cannot be undone now stays in the journal for the next run."""
+    try:
+        settler(uri, pending)
+    except (VmkeeperError, OSError, libvirt.libvirtError) as trouble:
+        if isinstance(error, VmkeeperError):
+            error.now(f"Undoing it failed ({trouble}); the next run goes on with that.")
 
 
 def settle_import(uri: str, pending: Journal) -> dict[str, str]:

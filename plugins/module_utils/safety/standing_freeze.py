@@ -242,10 +242,8 @@ def thaw(handles: Sequence[Any], *, check: bool = False) -> list[Condition]:
         if failed:
             done = ", ".join(one.domain for one in thawed if one.changed)
             first = failed[0]
-            if done and not check:
-                first.state = f"{first.state} Thawed: {done}.".strip()
             first.problem = "; ".join(one.problem for one in failed)
-            first.args = (str(first),)
+            first.now(f"{first.state} Thawed: {done}." if done and not check else first.state)
             raise first
         return thawed
 

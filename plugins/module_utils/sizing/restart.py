@@ -24,6 +24,11 @@ from .definition import is_resized
 _OLD_SIZE_SECONDS = 300.0
 
 
+#: What is true of a guest that does not shut down: for its restart, and when one that was off has proved its smaller disks.
+_GOES_ON = "It goes on running, unless it is late and still shuts down; its next start has its old size."
+_STAYS_ON = "It is well with its smaller disks and goes on running, unless it is late and still shuts down."
+
+
 class RolledBack(VmkeeperError):
     """The new size did not work; the domain runs, or lies, as it was before."""
 
@@ -40,12 +45,15 @@ def restart(connection: Any, handle: Any, journal: Journal, new_xml: str) -> int
     if new_xml != plan["old_xml"]:
         journal.step("define")
         define(
-            connection, new_xml, doing=f"Defining domain {handle.name()!r} with its new size", state="It is as it was."
+            connection,
+            new_xml,
+            doing=f"Defining domain {handle.name()!r} with its new size",
+            state="Its definition is as it was.",
         )
     began = time.monotonic()
     journal.step("shutdown")
     try:
-        shut_down(handle, plan["shutdown_timeout"])
+        shut_down(handle, plan["shutdown_timeout"], state=_GOES_ON)
         # Looked at again, under the lock: saved RAM would resume on other hardware.
         if read_domain(handle).managed_save:
             raise Refused(
@@ -54,7 +62,8 @@ def restart(connection: Any, handle: Any, journal: Journal, new_xml: str) -> int
                 state="Its definition is as it was; it is saved, not running.",
             )
     except VmkeeperError:
-        _define_old(connection, handle, plan)
+        if connection.isAlive():  # else the whole restart is settled over another one
+            _define_old(connection, handle, plan)
         raise
     _shrink(connection, handle, journal)
     journal.step("start")
@@ -146,8 +155,7 @@ def _shrink(connection: Any, handle: Any, journal: Journal) -> None:
             state = "It was started again, with its disks as they were."
         journal.finish()
         if isinstance(error, VmkeeperError):
-            error.state = state
-            error.args = (str(error),)
+            error.now(state)
         raise
 
 
@@ -176,15 +184,15 @@ def keep(handle: Any, journal: Journal, *, leave_running: bool = False) -> None:
     shrinking.drop_originals(plan["shrinks"])
     if not plan["was_running"] and not leave_running:
         journal.step("stop")
-        shut_down(handle, plan["shutdown_timeout"])
+        shut_down(handle, plan["shutdown_timeout"], state=_STAYS_ON)
 
 
-def shut_down(handle: Any, seconds: float) -> None:
-    """Ask the guest to shut down and wait; it goes on running when it does not."""
-    if power.shut_down([handle], seconds=seconds):
+def shut_down(handle: Any, seconds: float, *, state: str) -> None:
+    """Ask the guest to shut down and wait; it goes on running when it does not, which is what ``state`` says."""
+    if power.shut_down([handle], seconds=seconds, state=state):
         raise VmkeeperError(
             f"Domain {handle.name()!r} did not shut down within {seconds:.0f} s",
-            state="It runs with its old size, and may still be shutting down.",
+            state=state,
             advice="See that the guest reacts to the ACPI power button or has its agent running, or give more shutdown_timeout",
         )
 

@@ -11,13 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .._errors import AgentSilent, VmkeeperError
+from .._errors import UNCHANGED, AgentSilent, LibvirtFailed, VmkeeperError
 from ..hypervisor import appliance, checkpoints
+from ..hypervisor.binding import libvirt
+from ..hypervisor.connection import explaining, wait_for_daemon
 from ..hypervisor.definition import define
 from ..hypervisor.domain_model import DomainState, parse_domain
 from ..safety import settlement
 from ..safety.journal import Journal
 from ..safety.space import human
+from ..safety.turns import in_turn
 from . import disks, guest_filesystem, memory, shrinking, vcpus
 from .change import (
     LIVE,
@@ -41,11 +44,16 @@ from .outcome import GUEST_SECONDS, Outcome, wait_for
 from .preconditions import check_host, check_restart
 from .request import Request
 from .restart import RolledBack, restart
-from .settle import OPERATION, SETTLERS
+from .settle import OPERATION, SETTLERS, settle
 
 #: Buses whose controllers do not tell a guest that a disk has grown, and how long one looks all the same.
 _SILENT_BUSES = ("sata", "ide", "usb")
 _SILENT_SECONDS = 3.0
+
+#: What is known of a domain whose restart ended anywhere, and the way out.
+_HALF = "What was begun is as far as it had got."
+_IN_BETWEEN = "It may be off, and have either definition."
+_GO_ON = "Run this again, or recover_domain, which finishes the restart or takes it back"
 
 #: How long a balloon may take to reach its size after a boot.
 _BOOT_SECONDS = 20.0
@@ -66,31 +74,51 @@ class Resized:
 def resize(
     connection: Any, uri: str, handles: Sequence[Any], request: Request, *, check: bool = False
 ) -> list[Resized]:
-    """Bring the domains to the asked size. Nothing is changed with ``check``; all are planned before one is changed."""
+    """Bring the domains to the asked size, one after the other; nothing is changed with ``check``.
+
+    All are planned before the first is changed.  A failure has the results of those before it as ``facts['resized']``.
+    """
     named = [(handle.UUIDString(), handle.name()) for handle in handles]
     with contextlib.ExitStack() as stack:
         if not check:
             stack.enter_context(settlement.hold(named, "resize"))
         findings = settlement.settle_before_change(uri, handles, SETTLERS, check=check)
-        planned = []
-        for handle in handles:
-            facts = _facts(handle, request)
-            change_set = compute(request, facts)
-            if change_set.shrinks:
-                appliance.require("Making a disk smaller")
-            planned.append((handle, facts, change_set))
-        check_host(request, [(facts, change_set.changes) for _handle, facts, change_set in planned])
-        for handle, facts, change_set in planned:
+        planned = [_plan(handle, request) for handle in handles]
+        check_host(request, [(facts, change_set.changes) for facts, change_set in planned])
+        for handle, (facts, change_set) in zip(handles, planned):
             _check_shrinks(handle, facts, change_set)
-        results = []
-        for handle, facts, change_set in planned:
-            run = _Run(connection, handle, request, facts, change_set)
-            results.append(run.predict() if check else run.carry_out())
+        if check:
+            results = [
+                _Run(connection, uri, handle, request, *plan).predict() for handle, plan in zip(handles, planned)
+            ]
+        else:
+            results = in_turn(
+                handles,
+                planned,
+                lambda handle, plan: _Run(connection, uri, handle, request, *plan).carry_out(),
+                read=lambda handle: _plan_anew(handle, request),
+                tell=lambda done: {"resized": [one.result for one in done]},
+            )
         for finding in findings:
             for one in results:
                 if one.domain == finding["domain"]:
                     one.warnings.append(f"{one.domain}: {finding['what']} was {finding['action']}")
         return results
+
+
+def _plan(handle: Any, request: Request) -> tuple[Facts, ChangeSet]:
+    facts = _facts(handle, request)
+    change_set = compute(request, facts)
+    if change_set.shrinks:
+        appliance.require("Making a disk smaller")
+    return facts, change_set
+
+
+def _plan_anew(handle: Any, request: Request) -> tuple[Facts, ChangeSet]:
+    """The plan of a domain that waited for others, by what is true now; what was checked of it then is checked again."""
+    facts, change_set = _plan(handle, request)
+    _check_shrinks(handle, facts, change_set)
+    return facts, change_set
 
 
 def _check_shrinks(handle: Any, facts: Facts, change_set: ChangeSet) -> None:
@@ -139,8 +167,11 @@ def sizes(facts: Facts) -> dict[str, Any]:
 class _Run:
     """One domain, from its change set to its result."""
 
-    def __init__(self, connection: Any, handle: Any, request: Request, facts: Facts, change_set: ChangeSet) -> None:
+    def __init__(
+        self, connection: Any, uri: str, handle: Any, request: Request, facts: Facts, change_set: ChangeSet
+    ) -> None:
         self._connection = connection
+        self._uri = uri
         self._handle = handle
         self._request = request
         self._facts = facts
@@ -175,27 +206,35 @@ class _Run:
             OPERATION, [(self._facts.configured.uuid, self._facts.name)], self._intention(old_xml, new_xml)
         )
         try:
-            self._live_changes()
-            if self._set.restart and new_xml is not None:
-                self._restart(new_xml)
-            elif redefine and new_xml is not None:
-                self._journal.step("definition")
-                self._altered = True
-                define(
-                    self._connection,
-                    new_xml,
-                    doing=f"Storing the new size in the definition of domain {self._facts.name!r}",
-                    state="The guest has its new size; the next start would have the old one.",
-                )
+            with explaining(f"Changing the size of domain {self._facts.name!r}", state=_HALF, advice="Run this again"):
+                self._live_changes()
+                if self._set.restart and new_xml is not None:
+                    self._restart(new_xml)
+                elif redefine and new_xml is not None:
+                    self._journal.step("definition")
+                    self._altered = True
+                    define(
+                        self._connection,
+                        new_xml,
+                        doing=f"Storing the new size in the definition of domain {self._facts.name!r}",
+                        state="The guest has its new size; the next start would have the old one.",
+                    )
         except BaseException as error:
             self._give_up(error)
+            self._tell_done(error)
             self._tell_ended(error)
             raise
         self._journal.finish()
         if self._refused is not None:
             self._tell_ended(self._refused)
             raise self._refused
-        after = sizes(_facts(self._handle, self._request))
+        try:
+            with explaining(f"Reading domain {self._facts.name!r} after it was changed"):
+                after = sizes(_facts(self._handle, self._request))
+        except VmkeeperError as error:
+            error.now("All of it was changed as planned.")
+            self._tell_ended(error)
+            raise
         return self._resized(before, after, changed=self._altered, restarted=self._set.restart)
 
     def _intention(self, old_xml: str | None, new_xml: str | None) -> dict[str, Any]:
@@ -232,6 +271,8 @@ class _Run:
 
     def _give_up(self, error: BaseException) -> None:
         """A failure leaves the journal only while something is still to be settled: the guest may be shutting down."""
+        if not self._connection.isAlive():
+            return  # it was settled over another connection, or the next run does that
         operation = self._journal.operation
         # A definition that libvirt refuses; a signal then says nothing of it.
         begun = operation.reached("shutdown") or (operation.reached("define") and not isinstance(error, VmkeeperError))
@@ -262,11 +303,24 @@ class _Run:
             )
             self._ended += change.ends_checkpoints
 
+    def _tell_done(self, error: BaseException) -> None:
+        """What a failed task has changed already, and no way back undoes: disks stay as large as they are."""
+        done = [what for what, how in self._applied.items() if how in (LIVE, OFFLINE) and self._stays(what)]
+        if isinstance(error, VmkeeperError) and self._downtime is not None and error.state in (UNCHANGED, _HALF):
+            error.now("It was restarted with its new size.")
+        elif done and isinstance(error, VmkeeperError):
+            state = "" if error.state == UNCHANGED else f"{error.state} "
+            error.now(f"{state}What was changed before stays: {', '.join(done)}.")
+
+    def _stays(self, what: str) -> bool:
+        return what.startswith(("disk ", "filesystem ")) or not self._journal.operation.reached("shutdown")
+
     def _tell_ended(self, error: BaseException) -> None:
         """A failed task shows no warnings."""
         if self._ended and isinstance(error, VmkeeperError):
-            error.state += f" Checkpoints {', '.join(self._ended)} have ended, so the next backup is a full one."
-            error.args = (str(error),)
+            error.now(
+                f"{error.state} Checkpoints {', '.join(self._ended)} have ended, so the next backup is a full one."
+            )
 
     def _note(self, change: Change, outcome: Outcome) -> None:
         self._outcomes[change.what] = outcome
@@ -340,7 +394,7 @@ class _Run:
             if change.how == RESTART and isinstance(change.action, DiskShrink):
                 self._end_checkpoints(change)
         self._altered = True
-        self._downtime = restart(self._connection, self._handle, self._journal, new_xml)
+        self._downtime = self._restarted(new_xml)
         facts = _facts(self._handle, self._request)
         for change in self._set.due:
             if change.how == RESTART:
@@ -350,6 +404,32 @@ class _Run:
             if isinstance(change.action, FilesystemGrowth) and not self._outcomes[change.what].taken:
                 self._note(change, self._grow_what_is_noticed_now(change.action, facts))
                 self._applied[change.what] = RESTART if self._outcomes[change.what].altered else NONE
+
+    def _restarted(self, new_xml: str) -> int:
+        """The downtime. A restart in which libvirtd went away is finished, or taken back, as the next run would: its guest may be off."""
+        try:
+            with explaining(
+                f"Restarting domain {self._facts.name!r} with its new size", state=_IN_BETWEEN, advice=_GO_ON
+            ):
+                return restart(self._connection, self._handle, self._journal, new_xml)
+        except LibvirtFailed as error:
+            if not self._connection.isAlive():
+                self._settle_now(error)
+            elif error.state == UNCHANGED:
+                error.state, error.advice = _IN_BETWEEN, _GO_ON
+            raise
+
+    def _settle_now(self, error: LibvirtFailed) -> None:
+        try:
+            wait_for_daemon(self._uri)
+            found = settle(self._uri, self._journal)
+        except (VmkeeperError, libvirt.libvirtError, OSError) as trouble:
+            error.now(f"{_IN_BETWEEN} Settling that failed: {trouble}")
+            error.advice = f"Once libvirt answers: {_GO_ON[0].lower()}{_GO_ON[1:]}"
+        else:
+            error.now(f"Once libvirt answered again, the interrupted resize was {found['action']}.")
+            error.advice = "Run this again"
+            error.facts["rolled_back"] = self._journal.operation.reached("put-back")
 
     def _after_restart(self, change: Change, facts: Facts) -> Outcome:
         """What the guest says after it was started with its new size."""

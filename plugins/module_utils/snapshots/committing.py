@@ -13,9 +13,10 @@ from ..hypervisor.connection import open_connection
 from ..safety import long_operation, settlement
 from ..safety.journal import Journal
 from ..safety.long_operation import Answer, Operation, Waiting
+from ..safety.turns import in_turn
 from . import merging
 from .commit_plan import CommitPlan, Request, plan_commit
-from .ground import Ground, after, read_ground
+from .ground import Ground, read_ground
 from .merging import COMMIT
 from .remains import Merged
 from .settlers import SETTLERS, within
@@ -43,13 +44,15 @@ def commit(
     with settlement.hold(named, "blockcommit"):
         settled = settlement.settle_before_change(uri, handles, within(seconds))
         resumed = {finding["domain"] for finding in settled}
-        for ground in map(read_ground, handles):
+        grounds = [read_ground(handle) for handle in handles]
+        for ground in grounds:
             plan_commit(request, ground)
-        done: list[Committed] = []
-        for handle in handles:
-            with after([one.domain for one in done]):
-                ground = read_ground(handle)  # once more: those before may have taken hours
-                done.append(_run(handle, ground, plan_commit(request, ground), seconds))
+        done = in_turn(
+            handles,
+            grounds,
+            lambda handle, ground: _run(handle, ground, plan_commit(request, ground), seconds),
+            read=read_ground,
+        )
     for one in done:
         if one.domain in resumed:
             one.changed = True

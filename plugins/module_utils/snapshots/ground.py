@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -134,17 +134,6 @@ def _image(path: str, image_format: str | None) -> Image:
     return replace(
         image, internal_snapshots=header.internal_snapshots, bitmaps=tuple(one.name for one in header.bitmaps)
     )
-
-
-@contextlib.contextmanager
-def after(domains: Sequence[str]) -> Iterator[None]:
-    """Say of a failure before the first change of a domain that others of the same task were worked on before it."""
-    try:
-        yield
-    except VmkeeperError as error:
-        if domains and error.state == UNCHANGED:
-            error.state = f"Nothing was changed on it; what was done on {', '.join(domains)} before stays."
-        raise
 
 
 def refuse_saved(domain: Domain, *, state: str = UNCHANGED) -> None:

@@ -219,10 +219,11 @@ def _shut_down(handle: Any, journal: Journal) -> None:
     if journal.operation.reached("shut-off") or not handle.isActive():
         return  # somebody who started it since then wants it to run: what is denied then says so
     journal.step("shutdown")
-    if power.shut_down([handle]):
+    state = "No layer was merged. A guest that is late may still go down."
+    if power.shut_down([handle], state=state):
         raise VmkeeperError(
             f"Domain {handle.name()!r} did not shut down within {power.SHUTDOWN_SECONDS:.0f} s",
-            state="No layer was merged. A guest that is late may still go down.",
+            state=state,
             advice="See that the guest reacts to the ACPI power button or has its agent running",
         )
     journal.step("shut-off")

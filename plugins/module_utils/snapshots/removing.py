@@ -13,8 +13,9 @@ from ..hypervisor.connection import open_connection
 from ..safety import long_operation, settlement
 from ..safety.journal import Journal
 from ..safety.long_operation import Answer, Operation, Waiting
+from ..safety.turns import in_turn
 from . import merging
-from .ground import Ground, after, read_ground
+from .ground import Ground, read_ground
 from .merging import REMOVAL
 from .remains import Merged
 from .removal_plan import RemovalPlan, plan_removal
@@ -53,13 +54,15 @@ def remove(
         return [_result(ground, _plan(request, ground), None) for ground in map(read_ground, handles)]
     with settlement.hold(named, f"removal of snapshot {request.name!r}"):
         settled = {one["domain"] for one in settlement.settle_before_change(uri, handles, within(seconds))}
-        for ground in map(read_ground, handles):
+        grounds = [read_ground(handle) for handle in handles]
+        for ground in grounds:
             _plan(request, ground)
-        removed: list[Removed] = []
-        for handle in handles:
-            with after([one.domain for one in removed]):
-                ground = read_ground(handle)  # once more: those before may have taken hours
-                removed.append(_run(handle, ground, _plan(request, ground), seconds))
+        removed = in_turn(
+            handles,
+            grounds,
+            lambda handle, ground: _run(handle, ground, _plan(request, ground), seconds),
+            read=read_ground,
+        )
     for one in removed:
         one.changed = one.changed or one.domain in settled
     return removed
@@ -81,7 +84,7 @@ def start(uri: str, handles: Sequence[Any], request: Request) -> Answer:
     """Let a worker do it; what can be refused is refused now. The answer has a ``job`` unless there is nothing to do."""
 
     def here(check: bool) -> Answer:
-        return _as_result(remove(uri, handles, request, check=check))
+        return as_result(remove(uri, handles, request, check=check))
 
     domains = [(handle.UUIDString(), handle.name()) for handle in handles]
     operation = Operation(REMOVAL, "snapshots.removing", {"domains": domains, "request": asdict(request)})
@@ -92,10 +95,11 @@ def work(uri: str, request: Mapping[str, Any]) -> Answer:
     """What the worker does."""
     connection = open_connection(uri)
     handles = [connection.lookupByUUIDString(uuid) for uuid, _name in request["domains"]]
-    return _as_result(remove(uri, handles, Request(**request["request"])))
+    return as_result(remove(uri, handles, Request(**request["request"])))
 
 
-def _as_result(removed: Sequence[Removed]) -> Answer:
+def as_result(removed: Sequence[Removed]) -> Answer:
+    """What the task answers."""
     return {
         "changed": any(one.changed for one in removed),
         "snapshots": [one.snapshot for one in removed if one.snapshot is not None],

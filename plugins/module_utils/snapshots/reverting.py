@@ -13,8 +13,9 @@ from .._errors import Busy, Conflict, LibvirtFailed
 from ..hypervisor.domain_model import read_domain
 from ..safety import journal, settlement, space
 from ..safety.journal import Operation
+from ..safety.turns import in_turn
 from . import taking, way_back
-from .ground import Ground, after, read_ground
+from .ground import Ground, read_ground
 from .model import Snapshot, by_name, read_snapshots
 from .plan import Request as TakeRequest
 from .remains import Merged
@@ -50,21 +51,23 @@ def revert(
     going = [handle for handle in handles if handle.UUIDString() not in over]
     if request.keep_present_as:
         _keep_present(connection, uri, going, request)
-    done: dict[str, Reverted] = {}
+    alone = len(handles) == 1
+
+    def go_back(handle: Any, ground: Ground) -> Reverted:
+        plan = replace(plan_revert(request, ground), alone=alone)
+        return _result(ground, plan, way_back.run(handle, ground, plan))
+
     with settlement.hold(named, f"revert to snapshot {request.name!r}"):
         settlement.settle_before_change(uri, handles, SETTLERS)
         grounds = [_read(handle, request) for handle in going]
         plans = [plan_revert(request, ground) for ground in grounds]
         _check_kept(request, grounds)
         space.require([need for plan in plans for need in plan.needs()], f"Going back to snapshot {request.name!r}")
-        for handle in going:
-            with after([one.domain for one in done.values()]):
-                ground = _read(handle, request)  # once more, after those before
-                plan = replace(plan_revert(request, ground), alone=len(handles) == 1)
-                done[ground.domain.uuid] = _result(ground, plan, way_back.run(handle, ground, plan))
+        results = in_turn(going, grounds, go_back, read=lambda handle: _read(handle, request))
         for handle in handles:
             if request.keep_present_as:
                 way_back.unmark(handle, request.keep_present_as)
+    done = {handle.UUIDString(): result for handle, result in zip(going, results)}
     return [done.get(handle.UUIDString()) or _result_of_earlier(handle, request) for handle in handles]
 
 

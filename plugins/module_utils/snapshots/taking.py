@@ -249,11 +249,12 @@ class _Taking:
         if not going:
             return
         self._journal.step("shutdown")
-        still = power.shut_down([handle for handle, _plan in going])
+        state = "No snapshot was taken; what had shut down is started again. A guest that is late may still go down."
+        still = power.shut_down([handle for handle, _plan in going], state=state)
         if still:
             raise VmkeeperError(
                 f"{', '.join(still)} did not shut down within {power.SHUTDOWN_SECONDS:.0f} s",
-                state="No snapshot was taken; what had shut down is started again. A guest that is late may still go down.",
+                state=state,
                 advice="See that the guest reacts to the ACPI power button or has its agent running",
             )
         self._journal.step("shut-off")
@@ -412,18 +413,16 @@ class _Taking:
             kept = settle.undo(self._uri, self._journal)
         except (VmkeeperError, libvirt.libvirtError, OSError) as trouble:
             if isinstance(error, VmkeeperError):
-                error.state = f"Undoing it failed ({trouble}); the next run, or recover_domain, goes on with that."
-                error.args = (str(error),)
+                error.now(f"Undoing it failed ({trouble}); the next run, or recover_domain, goes on with that.")
             # Whatever is left to undo, every chain is whole, and can be undone below a guest that runs.
             with contextlib.suppress(VmkeeperError, libvirt.libvirtError):
                 settle.start_again(open_connection(self._uri), self._journal.operation)
         else:
             if kept and isinstance(error, VmkeeperError):
-                error.state = (
+                error.now(
                     f"The snapshot stays on {', '.join(kept)}, as a crash-consistent one: nothing may be written below its"
                     " overlays while the guest runs. Every guest runs."
                 )
-                error.args = (str(error),)
 
 
 def _refuse_changed(member: instant.Member) -> None:

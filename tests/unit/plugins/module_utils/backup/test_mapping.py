@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
+import pytest
+
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup.mapping import Host, Target, fit
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain_model import Layer
 
@@ -99,6 +101,13 @@ ATTACHED = """<domain type='kvm'><name>web</name><uuid>8b2f4a3e-0000-4000-8000-0
 <parallel type='file'><source path='/out/lpt'/><target port='0'/></parallel>
 <channel type='unix'><source mode='bind' path='/run/agent'/><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
 </devices></domain>"""
+
+
+@pytest.mark.parametrize("backend", ["passthrough", "external"])
+def test_a_tpm_that_is_not_libvirts_stays_with_the_original(backend: str) -> None:
+    mapped = fit(ATTACHED.replace("<backend type='emulator'>", f"<backend type='{backend}'>"), target(nvram=None), SAME)
+    assert ElementTree.fromstring(mapped.xml).find("devices/tpm") is None
+    assert any("the TPM of" in note for note in mapped.notes)
 
 
 def test_a_copy_is_attached_to_nothing_that_the_original_writes() -> None:

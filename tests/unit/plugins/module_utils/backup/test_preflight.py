@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import NoSpace
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import preflight, repository, reservation
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import space
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import preflight, repository
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import reservation, space
 
 MIB = 1 << 20
 

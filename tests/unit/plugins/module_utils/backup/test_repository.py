@@ -2,7 +2,6 @@
 # Copyright: vmkeeper.libvirt contributors
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import (
     Conflict,
-    InvalidInput,
     NotFound,
     Refused,
     Unsupported,
@@ -240,29 +238,6 @@ def test_an_interrupted_removal_is_swept_and_new_ones_are_no_points(opened) -> N
     repository.sweep(opened, UUID)
     assert [path.name for path in base.iterdir()] == [f"{repository.NEW}{point(1).id}"]
     assert opened.history(UUID) == repository.History()
-
-
-@pytest.mark.parametrize(
-    ("name", "remote"), [("ext4", False), ("xfs", False), ("nfs4", True), ("fuse.sshfs", True), ("cifs", True)]
-)
-def test_remote_filesystems_are_told_by_their_name(tmp_path: Path, monkeypatch, name: str, remote: bool) -> None:
-    monkeypatch.setattr(repository, "filesystem_type", lambda _path: name)
-    assert repository.is_local(str(tmp_path)) is not remote
-
-
-def test_the_type_of_a_filesystem_is_read_from_mountinfo(tmp_path: Path) -> None:
-    device = os.stat(tmp_path).st_dev
-    info = tmp_path / "mountinfo"
-    info.write_text(f"1 0 {os.major(device)}:{os.minor(device)} / /x rw shared:1 - nfs4 server:/x rw\n")
-    assert repository.filesystem_type(str(tmp_path), mountinfo=str(info)) == "nfs4"
-
-
-def test_a_directory_that_qemu_cannot_enter_is_named(opened, monkeypatch) -> None:
-    monkeypatch.setattr(repository, "is_local", lambda _path: True)
-    os.chmod(opened.path, 0o700)
-    with pytest.raises(InvalidInput, match="let it through"):
-        repository.check_target(opened.path, (64055, 64055))
-    repository.check_target(opened.path, (0, 0))
 
 
 def test_a_gib_for_thirty_days_is_one_gib_month() -> None:

@@ -42,7 +42,7 @@ class Interrupted:
         self.dropped: list[str] = []
         monkeypatch.setattr(settle, "open_connection", lambda uri: None)
         monkeypatch.setattr(settle, "find_by_uuid", lambda connection, uuid: uuid)
-        monkeypatch.setattr(settle.job, "abort", lambda handle, directory: None)
+        monkeypatch.setattr(settle.backup_job, "abort", lambda handle, directory: None)
         monkeypatch.setattr(settle.block_jobs, "resume_starved", lambda handle: None)
         monkeypatch.setattr(settle.checkpoints, "remove", lambda handle, names: self.dropped.extend(names))
 

@@ -49,6 +49,11 @@ def domain():
     return parse_domain(XML, DomainState("running"))
 
 
+@pytest.mark.parametrize("backend", ["emulator", "passthrough", "external"])
+def test_every_tpm_has_a_state(backend):
+    assert parse_domain(XML.replace("type='emulator'", f"type='{backend}'"), DomainState("running")).has_tpm
+
+
 def test_the_definition_becomes_data(domain):
     assert (domain.name, domain.runtime_id, domain.firmware) == ("web", 7, "uefi")
     assert (domain.memory_max, domain.memory_current) == (2 << 30, 1 << 30)

@@ -61,6 +61,13 @@ def test_the_copy_of_a_remote_destination_lies_in_the_scratch() -> None:
     assert {directory for directory, _size in made.needs("/srv")} == {"/srv", "/scratch"}
 
 
+def test_room_that_no_write_of_the_guest_may_lack_is_kept_where_qemu_copies_to() -> None:
+    assert ("/scratch", 5 << 20) in plan(direct=False).needs("/srv", 5 << 20)
+    assert ("/srv", 5 << 20) in plan().needs("/srv", 5 << 20)
+    stopped = replace(LIVE, live=False, domain=replace(LIVE.domain, state=DomainState("shutoff", "shutdown")))
+    assert plan(facts=stopped).needs("/srv", 5 << 20) == plan(facts=stopped).needs("/srv")
+
+
 @pytest.mark.parametrize(
     ("state", "reason", "saved", "level"),
     [
@@ -127,24 +134,6 @@ def test_an_exotic_machine_type_is_refused() -> None:
 def test_a_compression_that_a_format_lacks_is_refused(image_format: str, compression: str) -> None:
     with pytest.raises(InvalidInput):
         export_plan.check_request(replace(REQUEST, format=image_format, compression=compression))
-
-
-MOUNTS = "/dev/sda / ext4 rw 0 0\nnas:/x /srv nfs4 rw 0 0\nfs /srv/fuse\\040dir fuse.sshfs rw 0 0\n/dev/sdb /srv/local xfs rw 0 0\n"
-
-
-@pytest.mark.parametrize(
-    ("directory", "remote"),
-    [
-        ("/", False),
-        ("/srv", True),
-        ("/srv/images", True),
-        ("/srv/fuse dir/x", True),
-        ("/srv/local/x", False),
-        ("/srvlocal", False),
-    ],
-)
-def test_a_network_filesystem_is_known(directory: str, remote: bool) -> None:
-    assert export_plan.is_remote(directory, MOUNTS) is remote
 
 
 def test_a_guest_that_is_frozen_already_is_not_frozen_again_and_claims_only_what_is_proved() -> None:

@@ -36,7 +36,10 @@ def test_a_definition_is_built_from_the_launch_s_own_values() -> None:
     assert (root.findtext("name"), root.findtext("uuid"), root.findtext("vcpu")) == ("new", UUID, "4")
     assert root.findtext("memory") == str(2 << 20)
     assert root.find("devices/interface") is None
-    assert machine.launched_from(ElementTree.tostring(root, encoding="unicode")) == "d" * 64
+    xml = ElementTree.tostring(root, encoding="unicode")
+    assert machine.launched_from(xml) == "d" * 64
+    root.find("vcpu").text = "8"
+    assert machine.launched_with(ElementTree.tostring(root, encoding="unicode")) == {"vcpus": 4, "memory": 2 << 30}
 
 
 def test_nothing_that_runs_or_reaches_the_host_is_in_it() -> None:
@@ -90,3 +93,9 @@ def test_a_linked_disk_leaves_its_base_s_owner_alone() -> None:
 
 def test_a_domain_of_somebody_else_was_not_launched_from_an_image() -> None:
     assert machine.launched_from("<domain><name>x</name></domain>") is None
+    assert machine.launched_with("<domain><name>x</name></domain>") == {}
+
+
+def test_a_launch_of_an_older_version_does_not_tell_its_size() -> None:
+    image = f"<image xmlns='{machine.NAMESPACE}'>{'d' * 64}</image>"
+    assert machine.launched_with(f"<domain><metadata>{image}</metadata></domain>") == {}

@@ -102,7 +102,7 @@ def test_more_vcpus_than_the_machine_type_takes_are_refused_before_anything_is_s
 
 def foreseen(request: Request, known):
     change_set = compute(request, known)
-    return scaling._Run(None, None, request, known, change_set).predict().after
+    return scaling._Run(None, "", None, request, known, change_set).predict().after
 
 
 def test_check_mode_foresees_live_vcpus_and_room_as_they_will_be():

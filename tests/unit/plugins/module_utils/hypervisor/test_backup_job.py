@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import job
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor import backup_job
 
 
 def running(directory: str) -> str:
@@ -20,7 +20,7 @@ def running(directory: str) -> str:
 
 @pytest.mark.parametrize("directory", ["/srv/backup/.new-1", "/srv/R&D 'a' \"b\" <c>/.new-1"])
 def test_a_job_is_known_by_the_directory_that_it_writes_into(directory: str) -> None:
-    assert job.writes_into(running(directory), directory)
-    assert not job.writes_into(running(f"{directory}2"), directory)
-    assert not job.writes_into(running(f"{directory}/deeper"), directory)
-    assert not job.writes_into("<domainbackup mode='pull'><disks/></domainbackup>", directory)
+    assert backup_job.writes_into(running(directory), directory)
+    assert not backup_job.writes_into(running(f"{directory}2"), directory)
+    assert not backup_job.writes_into(running(f"{directory}/deeper"), directory)
+    assert not backup_job.writes_into("<domainbackup mode='pull'><disks/></domainbackup>", directory)

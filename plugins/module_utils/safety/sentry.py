@@ -1,11 +1,11 @@
 # Copyright: vmkeeper.libvirt contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The sentry beside a running backup: a process of its own that aborts the job before it hurts the guest.
+"""The sentry beside a running copy of a guest: a process of its own that aborts the job before it hurts the guest.
 
-While a push backup runs, QEMU copies what the guest is about to overwrite, and when that copy fails so does the guest's
-write (QEMU before 10).  So the job ends as soon as the target's filesystem runs low, or the run that would look after
-it is dead.
+While a push-mode backup job runs, for a restore point or an image, QEMU copies what the guest is about to overwrite, and
+when that copy fails so does the guest's write (QEMU before 10).  So the job ends as soon as the target's filesystem runs
+low, or the run that would look after it is dead.
 """
 
 from __future__ import annotations
@@ -21,13 +21,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .._errors import VmkeeperError
-from ..hypervisor import block_jobs
+from ..hypervisor import backup_job, block_jobs
 from ..hypervisor.binding import libvirt
 from ..hypervisor.connection import open_connection
-from ..safety import detached, places
-from ..safety.processes import ProcessIdentity, myself
-from ..safety.space import free_bytes, human
-from . import job
+from . import detached, places
+from .journal import Journal
+from .processes import ProcessIdentity, myself
+from .space import free_bytes, human
+
+#: Room that is left on the target at all times, else the job is aborted: a share of the filesystem, within limits (bytes).
+FLOOR_LEAST = 16 << 20
+FLOOR_MOST = 256 << 20
+FLOOR_SHARE = 20
 
 _POLL_SECONDS = 0.02
 _ARMING_SECONDS = 30.0
@@ -62,7 +67,7 @@ class Sentry:
     """The owner's side."""
 
     def __init__(self, uri: str, watches: Sequence[Watch], floor: int) -> None:
-        self._directory = detached.worker_directory(f"backup-{secrets.token_hex(6)}")
+        self._directory = detached.worker_directory(f"sentry-{secrets.token_hex(6)}")
         identity = myself()
         orders = Orders(uri, (identity.pid, identity.started), floor, tuple(watches))
         places.write_json(_orders(self._directory), asdict(orders))
@@ -76,18 +81,18 @@ class Sentry:
         """Start the process and wait until it is on watch."""
         payload = detached.keep_payload(os.path.join(self._directory, "payload.zip"))
         detached.launch(
-            detached.module_name("backup.sentry"),
+            detached.module_name("safety.sentry"),
             self._directory,
             payload=payload,
             unit=f"vmkeeper-{os.path.basename(self._directory)}",
-            description="watch over a backup",
+            description="watch over the copy of a running guest",
         )
         give_up = time.monotonic() + _ARMING_SECONDS
         while not places.is_held(_orders(self._directory)):
             if time.monotonic() > give_up:
                 raise VmkeeperError(
-                    f"The process that watches over the backup did not come up within {_ARMING_SECONDS:.0f} s",
-                    advice="See the system log for vmkeeper-backup",
+                    f"The process that watches over the copy did not come up within {_ARMING_SECONDS:.0f} s",
+                    advice="See the system log for vmkeeper-sentry",
                 )
             time.sleep(0.005)
 
@@ -108,6 +113,19 @@ def dismiss(directory: str) -> None:
     """Send a sentry home, also one of a run that is dead, and forget it."""
     places.unlink_quietly(_orders(directory))
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def dismiss_posted(pending: Journal) -> None:
+    """The same for the sentry that an operation has posted at its step ``watch``."""
+    posted = pending.operation.last("watch")
+    if posted and posted.get("sentry"):
+        dismiss(posted["sentry"])
+
+
+def floor(directory: str) -> int:
+    """Bytes that stay free on the filesystem of ``directory``, so that no write of a guest can fail."""
+    status = os.statvfs(directory)
+    return max(FLOOR_LEAST, min(FLOOR_MOST, status.f_blocks * status.f_frsize // FLOOR_SHARE))
 
 
 def _orders(directory: str) -> str:
@@ -142,7 +160,7 @@ def _stand(path: str, orders: Orders, connection: Any, directory: str) -> None:
     while os.path.exists(path):
         reason = None
         if not owner.alive:
-            reason = "the run that made the backup is dead"
+            reason = "the run that made the copy is dead"
         for watch in orders.watches:
             with contextlib.suppress(OSError):
                 free = free_bytes(watch.directory)
@@ -188,7 +206,7 @@ def _abort_all(orders: Orders, connection: Any) -> bool:
                 if connection.isAlive():
                     continue
                 return False
-            job.abort(handle, watch.directory, seconds=5.0)
+            backup_job.abort(handle, watch.directory, seconds=5.0)
             block_jobs.resume_starved(handle, seconds=0.0)
     except (libvirt.libvirtError, VmkeeperError):
         return False

@@ -16,9 +16,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 from .._errors import LibvirtFailed, VmkeeperError
-from ..hypervisor import block_jobs
-from ..hypervisor.binding import libvirt
-from ..hypervisor.connection import code_of, constant, message_of, open_connection
+from . import block_jobs
+from .binding import libvirt
+from .connection import code_of, constant, message_of, open_connection
 
 #: How long a restarting libvirtd may be away before the job is given up.
 DAEMON_PATIENCE = 120.0
@@ -92,14 +92,14 @@ def wait(uri: str, handle: Any, directory: str, interrupted: Callable[[], str | 
         except libvirt.libvirtError as error:
             if handle.connect().isAlive() and code_of(error) not in [constant(one) for one in _LOST]:
                 raise LibvirtFailed(
-                    f"Watching the backup of domain {name!r}: {message_of(error)}", state="The backup is aborted."
+                    f"Watching the backup job of domain {name!r}: {message_of(error)}", state="The job is aborted."
                 ) from error
             restarted = True
             away_since = away_since or time.monotonic()
             if time.monotonic() - away_since > DAEMON_PATIENCE:
                 raise LibvirtFailed(
-                    f"libvirtd went away during the backup of domain {name!r} and did not come back",
-                    state="The backup is abandoned; its job is aborted as soon as libvirtd answers.",
+                    f"libvirtd went away during the backup job of domain {name!r} and did not come back",
+                    state="The copy is abandoned; its job is aborted as soon as libvirtd answers.",
                     advice="Start libvirtd, then run this again",
                 ) from error
             handle = _again(uri, uuid) or handle
@@ -118,7 +118,7 @@ def _judge(handle: Any, restarted: bool) -> End:
     flags = (constant("VIR_DOMAIN_JOB_STATS_COMPLETED") or 0) | (constant("VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED") or 0)
     try:
         if not handle.isActive():
-            return End(False, "the guest stopped during the backup")
+            return End(False, "the guest stopped while its disks were copied")
         stats = handle.jobStats(flags)
     except libvirt.libvirtError as error:
         return End(False, message_of(error))
@@ -138,7 +138,7 @@ def abort(handle: Any, directory: str, *, seconds: float = 60.0) -> None:
         block_jobs.abort_backup(handle)
         if time.monotonic() > give_up:
             raise LibvirtFailed(
-                f"The backup of domain {handle.name()!r} could not be aborted within {seconds:.0f} s",
+                f"The backup job of domain {handle.name()!r} could not be aborted within {seconds:.0f} s",
                 state="It goes on; nothing of it is kept.",
                 advice=f"virsh domjobabort {handle.name()}, then run this again",
             )

@@ -11,7 +11,7 @@ import errno
 import os
 
 from .._errors import NoSpace
-from ..safety.space import human
+from .space import human
 
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE: blocks beyond the end of the file, whose length stays
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -27,6 +27,11 @@ def is_possible(directory: str) -> bool:
         return _fallocate(descriptor, 1) not in _UNSUPPORTED
     finally:
         os.close(descriptor)
+
+
+def share_of(targets: int, directory: str) -> int:
+    """How many times the floor has to be free: each target has one of its own where room is set aside for it."""
+    return targets if targets > 1 and is_possible(directory) else 1
 
 
 def reserve(path: str, size: int) -> bool:

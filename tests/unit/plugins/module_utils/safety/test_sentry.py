@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import reservation, sentry
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import reservation, sentry
 
 MIB = 1 << 20
 
