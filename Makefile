@@ -16,15 +16,14 @@ bootstrap:  ## install what is missing: Debian packages (as root) and .venv
 demo: bootstrap  ## a real guest: snapshot, disaster, revert, flat chain, backup, restore, and the proof; removes what it made
 	@tests/lab/enter --name demo -- .venv/bin/python tests/demo/run.py
 
-test: bootstrap  ## all that CI runs: lint, sanity, units, integration
-	@$(stages) lint sanity units integration
+test: bootstrap  ## all that CI runs: lint, sanity, units, integration, and the quick part of test-nested
+	@$(stages) lint sanity units integration nested-quick
 
 test-long: export VMK_SCALE ?= 20
 test-long: test  ## the same with the randomised tests VMK_SCALE (20) times as large
 
 test-nested: bootstrap  ## roles and AppArmor in whole Debian machines with libvirt inside; newer libvirt and QEMU; docs/generations.md
-	@$(stages) generations nested
-	@.venv/bin/python tests/generations/table.py
+	@$(stages) generations nested; status=$$?; .venv/bin/python tests/generations/table.py && exit $$status
 
 lint: bootstrap  ## style, types, documentation, change log
 	@$(stages) lint

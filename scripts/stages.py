@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Run stages of the test suite: `.venv/bin/python scripts/stages.py lint sanity units integration`.
 
-Three more stages, `generations`, `nested` and `nested-quick`, are not part of `make test`: they build and boot whole Debian machines.
+`nested-quick`, `nested` and `generations` build and boot whole Debian machines; the last two are not part of `make test`.
 
 All stages run, whatever fails before them. Each check writes its whole output to `.cache/logs/`; the
 end of it is shown when the check fails. A table of times follows, then `N passed, N failed`, where a
@@ -46,6 +46,7 @@ GENERATIONS = ("trixie", "sid")
 # Minutes on two cores. The first three stages share one budget.
 STATIC_STAGES = ("lint", "sanity", "units")
 STATIC_BUDGET = 6
+NESTED_BUDGET = 10
 TRADE_BUDGETS = {"snapshots": 12, "backup": 15, "sizing": 8, "images": 8, "as_used": 3}
 
 SECOND_LANES = {
@@ -53,6 +54,11 @@ SECOND_LANES = {
     "backup": ("test_boot_proof", "test_cycles", "test_instant", "test_instant_encrypted", "test_secrecy"),
 }
 """Modules of a trade that run beside its others, in a test host of their own: one guest leaves a core of two idle, or waits."""
+
+IN_NESTED_LAB = (str(LAB), "--name", "nested", "--")
+
+QUICK_SCENARIOS = ("ad_hoc", "vertical_scale")
+"""Those of molecule's that run in `make test`: every login, a merge under AppArmor, a role. The rest takes an hour."""
 
 
 @dataclass(frozen=True)
@@ -220,23 +226,25 @@ def nested() -> Iterator[Stage]:
 
     In a private test host: whatever ends this, the machines end with it.
     """
-    inside = [str(LAB), "--name", "nested", "--"]
-    yield Stage("nested", (pytest_check("nested", ["--quiet", "tests/nested"], prefix=inside, stream=True),))
-    ephemeral = CACHE / "molecule"
-    # What molecule remembers of an interrupted run would make it skip what has to be done.
-    molecule = (
-        'rm -rf "$1" && mkdir -p "$1" && MOLECULE_EPHEMERAL_DIRECTORY=$1 exec .venv/bin/molecule test --all --report'
-    )
-    command = [*inside, "sh", "-c", molecule, "molecule", str(ephemeral)]
-    yield Stage("molecule", (Check("scenarios", command, stream=True),))
+    yield Stage("nested", (pytest_check("nested", ["--quiet", "tests/nested"], prefix=IN_NESTED_LAB, stream=True),))
+    yield Stage("molecule", (scenarios("--all"),))
 
 
 def nested_quick() -> Iterator[Stage]:
-    """One nested hypervisor, and what an operator does most under AppArmor; skipped where none runs."""
-    chosen = ("a_guest_is_confined", "takes_a_commit", "a_flat_chain_by_a_pull")
-    arguments = ["--quiet", "tests/nested/test_apparmor.py", "-k", " or ".join(chosen)]
-    prefix = [str(LAB), "--name", "nested", "--", "env", "VMK_NESTED_OPTIONAL=1"]
-    yield Stage("nested-quick", (pytest_check("nested-quick", arguments, prefix=prefix, stream=True),), budget=10)
+    """Run what an operator does most, on nested hypervisors."""
+    chosen = [word for name in QUICK_SCENARIOS for word in ("--scenario-name", name)]
+    yield Stage("nested-quick", (scenarios(*chosen),), budget=NESTED_BUDGET)
+
+
+def scenarios(*chosen: str) -> Check:
+    """Return a run of molecule's scenarios."""
+    # Below the host's root, it goes with the host: what is left of an interrupted run would make molecule skip what has to be done.
+    molecule = (
+        'export MOLECULE_EPHEMERAL_DIRECTORY=$VMK_LAB_HOST_ROOT/molecule && mkdir "$MOLECULE_EPHEMERAL_DIRECTORY" && '
+    )
+    molecule += 'exec .venv/bin/molecule test --report "$@"'
+    command = [*IN_NESTED_LAB, "sh", "-c", molecule, "molecule", *chosen]
+    return Check("scenarios", command, stream=True)
 
 
 STAGES = {
@@ -418,7 +426,14 @@ def main(names: Sequence[str]) -> int:
     timer.daemon = True
     if limit:
         timer.start()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+    def interrupted(number: int, _frame: object) -> None:
+        if not runner.stopping:  # everything ends already: a lost session sends more than one
+            sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, interrupted)
     outcomes = []
     try:
         for name in names:

@@ -7,13 +7,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lab.ansible import CHECKOUT, INTERPRETER
+from lab import probe
+from lab.ansible import INTERPRETER
+from lab.host import is_inside
 
+from ansible_collections.vmkeeper.libvirt.tests.generations.table import RESULTS, joined
 from ansible_collections.vmkeeper.libvirt.tests.integration.conftest import (
     guest_factory,
     host,
@@ -24,34 +28,58 @@ from ansible_collections.vmkeeper.libvirt.tests.integration.conftest import (
 #: pytest finds the fixtures here by their names.
 __all__ = ["guest_factory", "host", "module_guest_factory", "pytest_terminal_summary"]
 
-RESULTS = CHECKOUT / ".cache" / "results" / "generations"
+HERE = Path(__file__).parent
 
 _ROWS: dict[str, dict[str, Any]] = {}
+_DESELECTED: list[pytest.Item] = []
+
+
+@pytest.fixture
+def note(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Say what the table is to show instead of "works"."""
+    return lambda text: request.node.user_properties.append(("note", text))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Function, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Keep the outcome: the row is called as the test's docstring says."""
+    """Keep the outcome: the row is called as the test's docstring says; its time is that of its fixtures, too.
+
+    Where "works" would hide something, the test says so by its fixture ``note``.
+    """
     report = yield
-    row = (item.obj.__doc__ or item.name).strip()
-    if report.when == "call" or report.outcome != "passed":
-        notes = [value for name, value in item.user_properties if name == "note"]
-        _ROWS[row] = {"outcome": report.outcome, "note": str(notes[0]) if notes else "", "seconds": report.duration}
+    row = _ROWS.setdefault((item.obj.__doc__ or item.name).strip(), {"outcome": "passed", "note": "", "seconds": 0.0})
+    row["seconds"] += report.duration
+    row["note"] = str(dict(item.user_properties).get("note", ""))
+    if report.outcome != "passed":
+        row["outcome"] = report.outcome
     return report
 
 
-def pytest_sessionfinish() -> None:
-    """Write the rows and the versions that they are true of. What ran earlier on the same versions stays."""
-    if not _ROWS:
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Remember that this is not the whole run."""
+    _DESELECTED.extend(items)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Write the rows, the day and the versions that they are true of."""
+    if not _ROWS or not is_inside():
         return
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    everything = {item.path for item in session.items} == set(HERE.glob("test_*.py")) and not _DESELECTED
+    named = any("::" in argument for argument in session.config.args)
+    ended = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+    run = {
+        "versions": _versions(),
+        "day": datetime.now(timezone.utc).date().isoformat(),
+        "whole": everything and not named and ended,
+        "acceleration": probe.acceleration(),
+        "rows": _ROWS,
+    }
     kept = RESULTS / f"{os.environ.get('VMK_LAB_GENERATION') or 'machine'}.json"
-    versions, rows = _versions(), _ROWS
-    if kept.exists() and (earlier := json.loads(kept.read_text()))["versions"] == versions:
-        rows = earlier["rows"] | _ROWS
-    kept.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
+    earlier = json.loads(kept.read_text()) if kept.exists() else None
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(joined(earlier, run), indent=1) + "\n")
 
 
 def _versions() -> dict[str, str]:

@@ -14,14 +14,16 @@ from xml.etree import ElementTree
 import libvirt
 import pytest
 from lab import evidence, kernel
-from lab.ansible import Result, run_module
 from lab.guest import DiskSpec, Guest, GuestSpec
 from lab.host import TestHost
 from lab.spec import MIB
 
+from ansible_collections.vmkeeper.libvirt.tests.generations.task import ok
 from ansible_collections.vmkeeper.libvirt.tests.integration.conftest import GuestFactory
 
 TARGETS = ("vda", "vdb", "vdc", "vdd")
+#: Of the UEFI variables: the end, a part of the flash that OVMF keeps as spare room.
+MARK_LENGTH = 64
 
 
 def bare(target: str, **options: object) -> DiskSpec:
@@ -50,12 +52,6 @@ def forgotten(host: TestHost) -> Iterator[list[str]]:
             host.connect().lookupByName(name).undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM)
 
 
-def ok(module: str, **arguments: object) -> Result:
-    result = run_module(module, **arguments)
-    assert not result["failed"], (result["msg"], result.get("exception"))
-    return result
-
-
 def fill(guest: Guest, letter: str) -> None:
     """Have the guest write a megabyte of the letter to each disk, each at a place of its own."""
     for number, target in enumerate(TARGETS):
@@ -73,6 +69,21 @@ def as_the_guest_sees_it(guest: Guest, target: str) -> bytes:
     return guest.exec(f"{find}; echo 3 >/proc/sys/vm/drop_caches; head -c 5242880 /dev/$d | sha256sum").stdout
 
 
+def variables(guest: Guest, name: str) -> Path:
+    """The file with a domain's UEFI variables."""
+    definition = guest.connection().lookupByName(name).XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    return Path(ElementTree.fromstring(definition).findtext("os/nvram"))
+
+
+def mark_variables(guest: Guest, text: str) -> bytes:
+    """Let the guest's UEFI variables differ from its firmware's template, and from before; all of them."""
+    path = variables(guest, guest.name)
+    with path.open("r+b") as stream:
+        stream.seek(-MARK_LENGTH, os.SEEK_END)
+        stream.write(text.encode().ljust(MARK_LENGTH, b"\0"))
+    return path.read_bytes()
+
+
 def digest(image: Path) -> bytes:
     """The same of an image at rest."""
     with evidence.flattened(image) as raw, open(raw, "rb") as stream:
@@ -80,14 +91,19 @@ def digest(image: Path) -> bytes:
 
 
 def test_snapshot_revert_flatten(guest: Guest) -> None:
-    """file, raw file, block device, volume: snapshot, revert, flatten"""
+    """file, raw file, block device, volume, UEFI variables: snapshot, revert, flatten"""
     fill(guest, "a")
+    held = mark_variables(guest, "snapshot")
     before = [as_the_guest_sees_it(guest, target) for target in TARGETS]
     taken = ok("snapshot", domain=guest.name, name="kinds", quiesce="never")["snapshot"]
     assert {disk["target"] for disk in taken["disks"]} == set(TARGETS)
+    assert Path(taken["nvram"]).read_bytes() == held
     fill(guest, "b")
+    mark_variables(guest, "later")
     ok("snapshot", domain=guest.name, name="kinds", state="reverted", allow_restart=True)
     guest.wait_ready()
+    # not all of them: the firmware has written to its own by now
+    assert variables(guest, guest.name).read_bytes()[-MARK_LENGTH:] == held[-MARK_LENGTH:]
     assert [as_the_guest_sees_it(guest, target) for target in TARGETS] == before
     ok("snapshot", domain=guest.name, name="kinds", state="absent")
     assert [len(guest.chain(target)) for target in TARGETS] == [1, 1, 1, 1]
@@ -100,8 +116,10 @@ def test_backup_and_restore(guest: Guest, forgotten: list[str]) -> None:
     repository.mkdir(mode=0o711)
     fill(guest, "c")
     seen = [as_the_guest_sees_it(guest, target) for target in TARGETS]
+    held = mark_variables(guest, "backup")
     made = ok("backup", domain=guest.name, repository=str(repository), quiesce="never")["restore_point"]
     fill(guest, "d")
+    mark_variables(guest, "later")
     forgotten.append("lab-storage-again")
     place = guest.directory / "again"
     place.mkdir(mode=0o711)
@@ -110,19 +128,16 @@ def test_backup_and_restore(guest: Guest, forgotten: list[str]) -> None:
     for target, there in zip(TARGETS, seen):
         (image,) = place.glob(f"*.{target}.*")
         assert digest(image) == there, target
-    variables = libvirt_xml(guest, "lab-storage-again").findtext("os/nvram")
-    assert Path(variables).stat().st_size == Path(guest.xml().findtext("os/nvram")).stat().st_size
-
-
-def libvirt_xml(guest: Guest, name: str) -> ElementTree.Element:
-    """A domain's definition."""
-    return ElementTree.fromstring(guest.connection().lookupByName(name).XMLDesc())
+    assert variables(guest, "lab-storage-again") != variables(guest, guest.name)
+    assert variables(guest, "lab-storage-again").read_bytes() == held
 
 
 def test_export_and_import(guest: Guest, forgotten: list[str]) -> None:
     """file, raw file, block device, volume, UEFI variables: export, import"""
     seen = [as_the_guest_sees_it(guest, target) for target in TARGETS]
+    held = mark_variables(guest, "image")
     ok("export_image", domain=guest.name, dest=str(guest.directory), name="kinds", quiesce="never")
+    mark_variables(guest, "later")
     forgotten.append("lab-storage-copy")
     place = guest.directory / "copy"
     place.mkdir(mode=0o711)
@@ -136,6 +151,8 @@ def test_export_and_import(guest: Guest, forgotten: list[str]) -> None:
     for target, there in zip(TARGETS, seen):
         (image,) = place.glob(f"*{target}*")
         assert digest(image) == there, target
+    assert variables(guest, "lab-storage-copy").parent == place
+    assert variables(guest, "lab-storage-copy").read_bytes() == held
 
 
 def test_resize(guest: Guest) -> None:

@@ -7,17 +7,13 @@ The command of such a host, the tests and the controller stay on the machine's o
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
 import shutil
 import stat
 import subprocess
-import tempfile
-import time
 from pathlib import Path
 
-from . import assets
+from . import assets, releases
 
 PACKAGES = (
     "libvirt-daemon-system",
@@ -33,11 +29,6 @@ PACKAGES = (
     "util-linux",
 )
 
-# sid's archive is declared valid for a week only, and a mirror may stand still; signatures are checked all the same.
-_FROZEN = ('--aptopt=Acquire::Check-Valid-Until "false"',)
-
-_KEPT_SECONDS = 14 * 24 * 3600
-
 
 class GenerationError(RuntimeError):
     """The root file system could not be built; the message says why."""
@@ -49,45 +40,28 @@ def built_root(suite: str) -> Path:
     Safe to call from several processes at once. Raises GenerationError.
     """
     roots = assets.cache_directory().resolve() / "roots"
-    roots.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256("\0".join((suite, *PACKAGES, Path(__file__).read_text())).encode()).hexdigest()[:12]
-    root = roots / f"{suite}-{digest}"
-    with (roots / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not root.exists():
-            _forget_old(roots)
-            _build(suite, root)
-        os.utime(root)
-    return root
+    return releases.kept(roots, suite, digest, lambda scratch: _build(suite, scratch / "root"))
 
 
-def _forget_old(roots: Path) -> None:
-    for entry in roots.iterdir():
-        abandoned = entry.name.startswith("building-")  # who builds holds the lock, and that is this process
-        if entry.is_dir() and (abandoned or time.time() - entry.stat().st_mtime > _KEPT_SECONDS):
-            shutil.rmtree(entry)
-
-
-def _build(suite: str, root: Path) -> None:
+def _build(suite: str, root: Path) -> Path:
     if shutil.which("mmdebstrap") is None:
         raise GenerationError("another release's root file system is built by mmdebstrap: apt-get install mmdebstrap")
-    with tempfile.TemporaryDirectory(prefix="building-", dir=root.parent) as scratch:
-        made = Path(scratch) / "root"
-        left_out = [f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in ("doc", "man", "locale", "info")]
-        command = ["unshare", "--mount", "mmdebstrap", "--quiet", "--mode=root", "--variant=minbase"]
-        command += ["--format=directory", "--components=main", *_FROZEN, f"--include={','.join(PACKAGES)}", *left_out]
-        run = subprocess.run(
-            [*command, suite, str(made)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        if run.returncode != 0:
-            raise GenerationError(f"mmdebstrap {suite} failed:\n" + "\n".join(run.stdout.splitlines()[-30:]))
-        made.chmod(0o755)
-        made.rename(root)
+    left_out = [f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in ("doc", "man", "locale", "info")]
+    command = ["unshare", "--mount", "mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", "--format=directory"]
+    command += ["--components=main", *releases.STANDING_STILL, f"--include={','.join(PACKAGES)}", *left_out]
+    run = subprocess.run(
+        [*command, suite, str(root)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if run.returncode != 0:
+        raise GenerationError(f"mmdebstrap {suite} failed:\n" + "\n".join(run.stdout.splitlines()[-30:]))
+    root.chmod(0o755)
+    return root
 
 
 def python_of(root: Path, directory: Path) -> Path:

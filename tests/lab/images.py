@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import struct
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 from . import assets
@@ -125,6 +127,23 @@ def _mkfs(fs: str, path: Path) -> None:
     else:
         # Tables written now: otherwise the guest's kernel writes them in the background, into every increment.
         run("mkfs.ext4", "-q", "-F", "-i", "65536", "-E", "lazy_itable_init=0,lazy_journal_init=0", path)
+
+
+@contextlib.contextmanager
+def filesystem(directory: Path, size: int) -> Iterator[Path]:
+    """A small filesystem of its own below ``directory``: ext4 without extents, where fallocate is not supported."""
+    image = directory / "small.img"
+    with image.open("wb") as stream:
+        stream.truncate(size)
+    run("mkfs.ext4", "-q", "-F", "-O", "^extents,^64bit", image)
+    where = directory / "small"
+    where.mkdir()
+    run("mount", "-o", "loop", image, where)
+    try:
+        where.chmod(0o755)
+        yield where
+    finally:
+        run("umount", where)
 
 
 def attach_loop(path: Path) -> str:

@@ -28,9 +28,9 @@ def main(arguments: Sequence[str]) -> int:
     up.add_argument(
         "--molecule", type=Path, metavar="DIRECTORY", help="write instance_config.yml and known_hosts there"
     )
-    down = commands.add_parser("down", help="destroy machines; without a name, all of this cache")
+    down = commands.add_parser("down", help="destroy machines; without a name, all there are")
     down.add_argument("names", nargs="*", metavar="NAME")
-    commands.add_parser("list", help="names of all machines of this cache")
+    commands.add_parser("list", help="names of all machines of this test host, or of this cache")
     shell = commands.add_parser("ssh", help="log in, or run a command line")
     shell.add_argument("--user", default="root", choices=("root", "operator", "observer"))
     shell.add_argument("name")

@@ -12,13 +12,17 @@ from lab import assets, images
 from lab.spec import PREFIX, Boot, GuestSpec, command_line, domain_xml
 from lab.waiting import until
 
-from .machine import Machine
+from .machine import Machine, MachineError
 
 IMAGES = "/var/lib/libvirt/images/lab"
 IN_GUEST = Path(__file__).resolve().parents[2] / "extensions/molecule/shared/in_guest.py"
 BOOT = "/var/lib/libvirt/boot"
 KEPT = ("/srv/backup", "/srv/images", "/tmp/*.raw")
 """Where scenarios keep what is not a guest's."""
+
+JOURNAL = "/var/lib/vmkeeper.libvirt/journal"
+OURS = ("/var/lib/vmkeeper.libvirt", "/var/lib/libvirt/vmkeeper")
+"""Where the collection keeps what is its own."""
 
 BOOT_SECONDS = 1800.0
 """How long guests may take to boot: half a minute in an emulated hypervisor on an idle computer, many minutes on a busy one."""
@@ -79,13 +83,29 @@ def running(machine: Machine) -> list[str]:
 
 
 def clear(machine: Machine) -> None:
-    """Remove all guests, as an operator would who has to, and what was kept beside them."""
+    """Remove all guests, as an operator would who has to, what was kept beside them, and all that the collection remembers.
+
+    Raises MachineError, once that is done, when tasks had left something unfinished: no scenario ends so.
+    """
+    left = unfinished(machine)
     machine.run(
         f"for domain in $(virsh list --all --name | grep ^{PREFIX}); do"
         "  virsh destroy $domain >/dev/null 2>&1;"
         "  virsh undefine $domain --managed-save --snapshots-metadata --checkpoints-metadata --nvram || exit 1;"
-        f"done; rm -rf {IMAGES}/* {' '.join(KEPT)} /var/log/libvirt/qemu/{PREFIX}*"
+        "done; findmnt --noheadings --raw --output TARGET | grep ^/var/lib/libvirt/vmkeeper/ | xargs -r umount;"
+        f"rm -rf {IMAGES} {' '.join((*KEPT, *OURS))} /var/log/libvirt/qemu/{PREFIX}*"
     )
+    if left:
+        raise MachineError(f"{machine.name}: tasks had left this unfinished, which is removed now:\n{left}")
+
+
+def unfinished(machine: Machine) -> str:
+    """What tasks have left: journals, and guards that do not go home within a minute; empty where that is nothing."""
+    guards = "systemctl list-units --plain --no-legend --state=active 'vmkeeper-guard-*'"
+    return machine.run(
+        f"find {JOURNAL} -type f -exec grep -H . {{}} + 2>/dev/null;"
+        f'for i in $(seq 60); do guards=$({guards}); [ -n "$guards" ] || exit 0; sleep 1; done; echo "$guards"'
+    ).strip()
 
 
 def serial_log(name: str) -> Path:

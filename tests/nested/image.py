@@ -4,25 +4,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import shlex
 import shutil
 import subprocess
-import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from lab import assets
+from lab import assets, releases
 
 PROVISION = Path(__file__).with_name("provision.sh")
 DISK_BYTES = 20 << 30  # sparse
-UNUSED_DAYS = 14
 
 PACKAGES = (
     # the system
@@ -52,9 +46,6 @@ PACKAGES = (
     "ovmf",
     "apparmor",
 )
-
-# sid's archive is declared valid for a week only, and a mirror may stand still; signatures are checked all the same.
-_FROZEN = {"sid": ('--aptopt=Acquire::Check-Valid-Until "false"',)}
 
 
 class BuildError(RuntimeError):
@@ -103,7 +94,7 @@ def cache_directory() -> Path:
 def ssh_key() -> Path:
     """The private key that opens every machine of this cache; made on first use, never part of the project."""
     key = cache_directory() / "id_ed25519"
-    with _locked(key.with_suffix(".lock")):
+    with assets.locked(key.with_suffix(".lock")):
         if not key.exists():
             # ssh-keygen writes the public half last: a key without it was interrupted
             temporary = key.with_suffix(".new")
@@ -121,15 +112,8 @@ def built_image(recipe: Recipe | None = None) -> Image:
     """
     recipe = recipe or Recipe()
     public_key = ssh_key().with_suffix(".pub").read_text().strip()
-    images = cache_directory() / "images"
-    images.mkdir(exist_ok=True)
-    directory = images / f"{recipe.suite}-{_digest(recipe, public_key)}"
-    with _locked(images / "lock"):
-        if not directory.exists():
-            _remove_unused(images)
-            _build(recipe, public_key, directory)
-        os.utime(directory)
-    return Image(directory)
+    images, digest = cache_directory() / "images", _digest(recipe, public_key)
+    return Image(releases.kept(images, recipe.suite, digest, lambda scratch: _build(recipe, public_key, scratch)))
 
 
 def _digest(recipe: Recipe, public_key: str) -> str:
@@ -137,42 +121,34 @@ def _digest(recipe: Recipe, public_key: str) -> str:
     return hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
 
 
-def _build(recipe: Recipe, public_key: str, directory: Path) -> None:
+def _build(recipe: Recipe, public_key: str, scratch: Path) -> Path:
     if os.geteuid() != 0:
         raise BuildError("building a nested hypervisor's image needs root")
     if shutil.which("mmdebstrap") is None:
         raise BuildError("a nested hypervisor's image is built by mmdebstrap: apt-get install mmdebstrap")
-    with tempfile.TemporaryDirectory(prefix="building-", dir=directory.parent) as scratch_name:
-        root, content = Path(scratch_name) / "root", Path(scratch_name) / "content"
-        content.mkdir()
-        left_out = [f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in ("doc", "man", "locale", "info")]
-        _run(
-            # A mount namespace of its own: were mmdebstrap killed, no mount stays below what is removed then.
-            *("unshare", "--mount"),
-            *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", "--format=directory"),
-            *("--components=main", f"--include={','.join(recipe.packages)}", *left_out),
-            *_FROZEN.get(recipe.suite, ()),
-            f'--customize-hook={shlex.quote(str(PROVISION))} "$1"',
-            *(recipe.suite, str(root)),
-            environment={"VMK_AUTHORIZED_KEY": public_key},
-        )
-        for name, pattern in (("vmlinuz", "boot/vmlinuz-*"), ("initrd.img", "boot/initrd.img-*")):
-            (only,) = root.glob(pattern)
-            shutil.copyfile(only, content / name)
-        shutil.copyfile(root / "etc/ssh/ssh_host_ed25519_key.pub", content / "ssh_host_ed25519_key.pub")
-        raw = Path(scratch_name) / "disk.raw"
-        with raw.open("wb") as file:
-            file.truncate(DISK_BYTES)
-        _run("mke2fs", "-q", "-t", "ext4", "-N", "200000", "-d", str(root), str(raw))
-        _run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(content / "disk.qcow2"))
-        content.rename(directory)
-
-
-def _remove_unused(images: Path) -> None:
-    for entry in images.iterdir():
-        abandoned = entry.name.startswith("building-")  # who builds holds the lock, and that is this process
-        if entry.is_dir() and (abandoned or time.time() - entry.stat().st_mtime > UNUSED_DAYS * 86400):
-            shutil.rmtree(entry)
+    root, content = scratch / "root", scratch / "content"
+    content.mkdir()
+    left_out = [f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in ("doc", "man", "locale", "info")]
+    _run(
+        # A mount namespace of its own: were mmdebstrap killed, no mount stays below what is removed then.
+        *("unshare", "--mount"),
+        *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", "--format=directory"),
+        *("--components=main", f"--include={','.join(recipe.packages)}", *left_out),
+        *releases.STANDING_STILL,
+        f'--customize-hook={shlex.quote(str(PROVISION))} "$1"',
+        *(recipe.suite, str(root)),
+        environment={"VMK_AUTHORIZED_KEY": public_key},
+    )
+    for name, pattern in (("vmlinuz", "boot/vmlinuz-*"), ("initrd.img", "boot/initrd.img-*")):
+        (only,) = root.glob(pattern)
+        shutil.copyfile(only, content / name)
+    shutil.copyfile(root / "etc/ssh/ssh_host_ed25519_key.pub", content / "ssh_host_ed25519_key.pub")
+    raw = scratch / "disk.raw"
+    with raw.open("wb") as file:
+        file.truncate(DISK_BYTES)
+    _run("mke2fs", "-q", "-t", "ext4", "-N", "200000", "-d", str(root), str(raw))
+    _run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(content / "disk.qcow2"))
+    return content
 
 
 def _run(*argv: str, environment: dict[str, str] | None = None) -> None:
@@ -189,10 +165,3 @@ def _run(*argv: str, environment: dict[str, str] | None = None) -> None:
     if result.returncode != 0:
         output = "\n".join(result.stdout.splitlines()[-30:])
         raise BuildError(f"{argv[0]} failed with exit code {result.returncode}:\n{output}")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

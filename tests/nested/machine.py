@@ -139,8 +139,8 @@ def running(name: str) -> Machine:
 
 
 def names() -> list[str]:
-    """The names of all machines of this cache, also of what an interrupted run left."""
-    return sorted(path.name for path in (cache_directory() / "machines").glob("*"))
+    """The names of all machines of this test host, or of this cache, also of what an interrupted run left."""
+    return sorted(path.name for path in _machines().glob("*"))
 
 
 def destroy(name: str) -> None:
@@ -153,22 +153,32 @@ def destroy(name: str) -> None:
 
 
 def _remove_abandoned() -> None:
-    """Remove what is left of machines whose QEMU is gone, which may have run in another process namespace.
+    """Remove what is left of machines whose QEMU is gone or never began; it may have run in another process namespace.
 
     QEMU holds a lock on the disk that it writes, which qemu-img respects.
     """
-    for directory in (cache_directory() / "machines").glob("*"):
+    for directory in _machines().glob("*"):
         try:
             young = time.time() - directory.stat().st_mtime < _ABANDONED_SECONDS
         except FileNotFoundError:
             continue  # its own run has just removed it
-        look = ["qemu-img", "info", "--output=json", str(_disk(directory))]
-        if not young and subprocess.run(look, capture_output=True, check=False).returncode == 0:
+        if not young and not _in_use(_disk(directory)):
             shutil.rmtree(directory, ignore_errors=True)
 
 
+def _in_use(disk: Path) -> bool:
+    look = ["qemu-img", "info", "--output=json", str(disk)]
+    return disk.exists() and subprocess.run(look, capture_output=True, check=False).returncode != 0
+
+
+def _machines() -> Path:
+    """Where machines are: below the root of the private test host, which goes with it however it ends; without one, in the cache."""
+    host = os.environ.get("VMK_LAB_HOST_ROOT")
+    return (Path(host) if host else cache_directory()) / "machines"
+
+
 def _directory(name: str) -> Path:
-    return cache_directory() / "machines" / name
+    return _machines() / name
 
 
 def _disk(directory: Path) -> Path:
@@ -246,8 +256,9 @@ def _wait_for_login(machine: Machine) -> None:
         except subprocess.TimeoutExpired:
             problem = "ssh is connected but gets no answer"
             return False
-        problem = answer.stderr.strip()
-        return answer.returncode == 0
+        welcome = answer.returncode == 0
+        problem = "" if welcome else answer.stderr.strip()  # ssh also says there what is no failure
+        return welcome
 
     try:
         until(settled, f"login to machine {machine.name}", timeout=BOOT_SECONDS, interval=1)

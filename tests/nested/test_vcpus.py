@@ -12,14 +12,19 @@ from lab.spec import GuestSpec
 from nested import guest, task
 from nested.machine import Machine
 
+#: Seconds, with the fixtures: on a busy machine a boot alone may take most of it.
+pytestmark = pytest.mark.timeout(3600)
+
 
 @pytest.fixture
 def roomy(hypervisor: Machine) -> Iterator[str]:
     """One vCPU of two."""
     name = guest.place(hypervisor, GuestSpec("vcpus", vcpus=1, max_vcpus=2))
-    guest.wait_agent(hypervisor, name)
-    yield name
-    hypervisor.run(f"virsh destroy {name}; virsh undefine {name}; rm -rf {guest.IMAGES}/vcpus")
+    try:
+        guest.wait_agent(hypervisor, name)
+        yield name
+    finally:
+        hypervisor.run(f"virsh destroy {name}; virsh undefine {name}; rm -rf {guest.IMAGES}/vcpus")
 
 
 def test_a_vcpu_is_plugged_and_unplugged_again(hypervisor: Machine, roomy: str) -> None:

@@ -20,8 +20,6 @@ BIN = Path(sys.executable).parent
 
 LIMIT = 600.0
 
-PLAYBOOKS = ("backup", "flatten", "launch", "restore", "scale", "share", "snapshot", "verify")
-
 
 def install_artifact(directory: Path) -> Path:
     """Build the collection and install it from its artifact; the collections path."""
@@ -84,7 +82,10 @@ class Controller:
         plays = [{"import_playbook": f"vmkeeper.libvirt.{playbook}"}] if isinstance(playbook, str) else playbook
         _write(directory / "project" / "site.yml", list(plays))
         variables = {"ansible_connection": "local", "ansible_python_interpreter": INTERPRETER}
-        inventory = {"all": {"children": {"hypervisors": {"hosts": {"kvm01": variables}}}}}
+        # another name of this host, which is in no group
+        inventory = {
+            "all": {"children": {"hypervisors": {"hosts": {"kvm01": variables}}}, "hosts": {"kvm02": variables}}
+        }
         _write(directory / "inventory" / "hosts.json", inventory)
         # AWX marks what a user has typed, so that it is never taken for a template.
         answers = "".join(f"{name}: !unsafe {json.dumps(answer)}\n" for name, answer in survey.items())

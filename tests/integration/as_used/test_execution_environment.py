@@ -16,6 +16,7 @@ from ansible_collections.vmkeeper.libvirt.tests.integration.as_used.runner impor
 def builder(*arguments: str | Path) -> str:
     run = subprocess.run([BIN / "ansible-builder", *arguments], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
+    assert "outdated" not in run.stdout + run.stderr, "of the base image"
     return run.stdout
 
 

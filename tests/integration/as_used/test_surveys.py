@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,7 +16,7 @@ from lab.ansible import CHECKOUT
 from lab.guest import DiskSpec, Guest, GuestSpec
 from lab.spec import MIB
 
-from ansible_collections.vmkeeper.libvirt.tests.integration.as_used.runner import PLAYBOOKS, Controller
+from ansible_collections.vmkeeper.libvirt.tests.integration.as_used.runner import Controller
 from ansible_collections.vmkeeper.libvirt.tests.integration.conftest import GuestFactory
 
 
@@ -28,18 +29,20 @@ def server(module_guest_factory: GuestFactory) -> Guest:
 @pytest.fixture(scope="module")
 def archive(module_guest_factory: GuestFactory) -> Guest:
     """A machine that is shut off."""
-    disk = DiskSpec("vda", size=8 * MIB, fs=None, writer=False)
-    return module_guest_factory(GuestSpec("archive", disks=(disk,)), start=False)
+    disks = tuple(DiskSpec(target, size=8 * MIB, fs=None, writer=False) for target in ("vda", "vdb"))
+    return module_guest_factory(GuestSpec("archive", disks=disks), start=False)
 
 
 def test_all_playbooks_are_tried_here() -> None:
-    assert sorted(path.stem for path in (CHECKOUT / "playbooks").glob("*.yml")) == sorted(PLAYBOOKS)
+    calls = re.findall(r'controller\.(?:run|succeed|launch)\(\s*"(\w+)"', Path(__file__).read_text(encoding="utf-8"))
+    assert set(calls) == {path.stem for path in (CHECKOUT / "playbooks").glob("*.yml")}
 
 
 def test_snapshot_and_revert_and_flatten(controller: Controller, server: Guest, archive: Guest) -> None:
     server.write_file("/disk/vda/kept", b"before")
     both = f"{server.name}, {archive.name}"
-    job = controller.succeed("snapshot", domains=both, snapshot="before-upgrade", keep_present_as="")
+    unsaid = dict.fromkeys(("target", "state", "quiesce", "allow_restart", "keep_present_as"), "")
+    job = controller.succeed("snapshot", domains=f"{both},", snapshot="before-upgrade", **unsaid)
     assert {item["msg"] for item in job.results("Tell what it is worth")} == {
         f"{server.name}: before-upgrade, consistency filesystem",
         f"{archive.name}: before-upgrade, consistency crash",
@@ -52,8 +55,10 @@ def test_snapshot_and_revert_and_flatten(controller: Controller, server: Guest, 
     controller.succeed("snapshot", **{**reverted, "allow_restart": "yes"})
     server.wait_ready()
     assert server.read_file("/disk/vda/kept") == b"before"
-    job = controller.succeed("flatten", domains=both, keep="1", bandwidth="")
-    assert len(job.results("Tell how long the chains are")) == 2
+    refused = controller.run("flatten", domains=both, keep="0")
+    assert (refused.rc, refused.status) == (2, "failed")
+    job = controller.succeed("flatten", domains=f"{both}, ", keep="", bandwidth="", allow_restart="")
+    assert len(job.results("Tell how long the chains are")) == 3
     for guest in (server, archive):
         assert len(guest.chain("vda")) == 1
     evidence.check(archive.images["vda"])
@@ -64,9 +69,11 @@ def test_backup_and_restore(controller: Controller, server: Guest, archive: Gues
     repository = archive.directory / "repository"
     repository.mkdir(mode=0o711)
     survey = {
-        "hosts": "hypervisors",
+        "target": "hypervisors",
+        "batch": "",
         "consistent_backup_repository": str(repository),
         "consistent_backup_domains": f"{server.name},{archive.name}",
+        "consistent_backup_exclude_disks": "vdz, vdb,",
         "consistent_backup_exclude": server.name,
         "consistent_backup_groups": json.dumps([[server.name]]),
         "consistent_backup_tags": json.dumps({"ticket": "1234"}),
@@ -83,6 +90,7 @@ def test_backup_and_restore(controller: Controller, server: Guest, archive: Gues
         (archive.name, "crash"),
     }
     assert all(point["tags"] == {"ticket": "1234"} for point in points)
+    assert not list(repository.glob("*/*/vdb.*")), "a disk that one of the two has was to be left out"
     assert [proof["verified"] for proof in job.results("Prove the points that no proof has passed yet")] == [True, True]
 
     unsaid = ("type", "quiesce", "tags", "compression", "verify", "keep", "fold", "jobs_per_repository")
@@ -91,6 +99,15 @@ def test_backup_and_restore(controller: Controller, server: Guest, archive: Gues
     assert not any(made["changed"] for made in kept.results("Back up"))
     wrong = controller.run("backup", **{**survey, "consistent_backup_keep": json.dumps({"latest": 3})})
     assert (wrong.rc, wrong.status) == (2, "failed")
+    misspelt = {
+        "target": "hypervisors",
+        "consistent_backup_repository": str(repository),
+        "consistent_backup_select": "[?name=='lab-nobody']",
+    }
+    nothing = controller.run("backup", **misspelt)
+    assert (nothing.rc, nothing.status) == (2, "failed")
+    assert "There is no domain to back up" in nothing.output
+    controller.succeed("backup", **misspelt, consistent_backup_allow_none="yes")
 
     survey = {"target": "hypervisors", "repository": str(repository), "level": "", "boot_check": "", "passphrase": ""}
     proofs = controller.succeed("verify", domains=f"{server.name}, {archive.name}", **survey).results("Prove them")
@@ -101,7 +118,7 @@ def test_backup_and_restore(controller: Controller, server: Guest, archive: Gues
 
     launched.append("lab-archive-again")
     survey = {
-        "hosts": "hypervisors",
+        "target": "hypervisors",
         "restore_domain_repository": str(repository),
         "restore_domain_source": archive.name,
         "restore_domain_id": "",
@@ -111,8 +128,13 @@ def test_backup_and_restore(controller: Controller, server: Guest, archive: Gues
         "restore_domain_network": "disconnected",
         "restore_domain_in_place": "false",
         "restore_domain_confirm": "",
-        **{f"restore_domain_{name}": "" for name in ("mode", "wait", "state", "verify", "select", "bandwidth")},
+        **{f"restore_domain_{name}": "" for name in ("mode", "wait", "state", "select", "bandwidth")},
+        **{f"restore_domain_{name}": "" for name in ("verify", "passphrase", "boot_check")},
     }
+    several = controller.run("restore", **{**survey, "target": ""})
+    assert (several.rc, several.status) == (2, "failed")
+    assert "This play has 2 hosts (" in several.output
+    assert not several.results("Find the points"), "nothing was begun"
     controller.succeed("restore", **survey)
     restored = archive.directory / "lab-archive-again.vda.qcow2"
     assert evidence.same_content(restored, archive.images["vda"])
@@ -122,6 +144,7 @@ def test_scale(controller: Controller, server: Guest) -> None:
     survey = {
         "target": "hypervisors",
         "vertical_scale_domains": server.name,
+        "scale_serial": "",
         "vertical_scale_vcpus": "2",
         "vertical_scale_disks": json.dumps([{"target": "vda", "size": "80M"}]),
         "vertical_scale_overcommit": "true",
@@ -191,11 +214,14 @@ def test_share_and_launch(controller: Controller, archive: Guest, launched: list
         "image_share_quiesce": "never",
         "image_share_disks": "vda",
         "image_share_tags": json.dumps({"release": "7"}),
-        "image_share_with": "user:nobody, group:nogroup",
-        "image_share_reference": "",
+        "image_share_with": "user:nobody, group:nogroup,",
+        **{f"image_share_{name}": "" for name in ("reference", "format", "compression", "bandwidth", "snapshot")},
     }
+    library.mkdir()
+    library.chmod(0o755)
     controller.succeed("share", **survey)
     assert {"user:nobody", "group:nogroup"} <= acl(library / "golden" / "manifest.json")
+    assert library.stat().st_mode & 0o7777 == 0o755, "a library that was there keeps the mode that somebody chose"
     launched.append("lab-clone")
     survey = {
         "image_share_library": str(library),
@@ -204,8 +230,10 @@ def test_share_and_launch(controller: Controller, archive: Guest, launched: list
         "image_share_directory": str(archive.directory),
         "image_share_vcpus": "2",
         "image_share_memory": "192M",
-        "image_share_network": "",
-        "image_share_reference": "",
+        **{
+            f"image_share_{name}": ""
+            for name in ("network", "reference", "mode", "virt_type", "registry_validate_certs")
+        },
         "image_share_state": "defined",
     }
     controller.succeed("launch", **survey)

@@ -4,12 +4,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,23 +149,6 @@ def manifest(repository: Path, made: dict[str, Any]) -> dict[str, Any]:
 def run(*words: str | Path) -> str:
     """Run a program of the host; its output."""
     return subprocess.run([str(word) for word in words], check=True, capture_output=True, text=True).stdout
-
-
-@contextlib.contextmanager
-def filesystem(directory: Path, size: int) -> Iterator[Path]:
-    """A small filesystem of its own: ext4 without extents, where fallocate is not supported."""
-    image = directory / "small.img"
-    with image.open("wb") as stream:
-        stream.truncate(size)
-    run("mkfs.ext4", "-q", "-F", "-O", "^extents,^64bit", image)
-    where = directory / "small"
-    where.mkdir()
-    run("mount", "-o", "loop", image, where)
-    try:
-        where.chmod(0o755)
-        yield where
-    finally:
-        run("umount", where)
 
 
 def killed_at(step: str, log: Path, how: str = "kill") -> dict[str, str]:

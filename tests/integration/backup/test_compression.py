@@ -16,6 +16,7 @@ import pytest
 from lab import evidence
 from lab.ansible import run_module_process
 from lab.guest import DiskSpec, Guest, GuestSpec
+from lab.images import filesystem
 from lab.spec import MIB
 from lab.waiting import until
 
@@ -192,7 +193,7 @@ def test_no_write_of_the_guest_fails_when_the_scratch_fills_up(guest: Guest, dir
     node = guest.exec("cat /run/disk/vdb").text
     guest.exec(f"dd if=/dev/urandom of={node} bs=1M count=30 oflag=direct 2>/dev/null")
     log = tmp_path / "steps"
-    with points.filesystem(directory, 120 * MIB) as scratch:
+    with filesystem(directory, 120 * MIB) as scratch:
         held = run_module_process(
             "backup",
             env=points.killed_at("cut", log, how="stop"),

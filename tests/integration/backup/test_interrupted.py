@@ -16,6 +16,7 @@ import libvirt
 import pytest
 from lab.ansible import run_module_process
 from lab.guest import DiskSpec, Guest, GuestSpec
+from lab.images import filesystem
 from lab.spec import MIB
 from lab.waiting import until
 
@@ -178,7 +179,7 @@ def test_qemu_killed_during_the_copy_and_the_next_point_is_a_full_that_says_so(
 @pytest.fixture
 def small(directory: Path) -> Iterator[Path]:
     """A repository on a filesystem of 160 MiB that cannot set blocks aside."""
-    with points.filesystem(directory, 160 * MIB) as where:
+    with filesystem(directory, 160 * MIB) as where:
         yield where
 
 
@@ -233,7 +234,7 @@ def test_no_write_of_the_guest_fails_when_the_target_fills_up(
 @pytest.fixture
 def medium(directory: Path) -> Iterator[Path]:
     """Like ``small``, of 800 MiB."""
-    with points.filesystem(directory, 800 * MIB) as where:
+    with filesystem(directory, 800 * MIB) as where:
         yield where
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -217,6 +218,17 @@ def test_encryption_that_comes_or_goes_begins_a_new_chain_and_says_so(chain, gue
     assert any("in the clear" in warning for warning in opened["warnings"]), opened["warnings"]
 
 
+def _encrypted_by_way_of(scratch: Path, guest: Guest, repository: Path) -> dict[str, Any]:
+    """An encrypted backup of one disk, with the scratch images where the test looks for them."""
+    return {
+        "domain": guest.name,
+        "repository": str(repository),
+        "encryption": ENCRYPTION,
+        "scratch": str(scratch),
+        "disks": ["vdb"],
+    }
+
+
 #: Steps at which the data is on its way between the guest's disk and the repository.
 _ON_ITS_WAY = ("copy", "store", "describe")
 
@@ -226,13 +238,7 @@ def test_killed_with_the_data_on_its_way_nothing_readable_lies_anywhere(
     chain, guest: Guest, repository: Path, directory: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "steps"
-    arguments = {
-        "domain": guest.name,
-        "repository": str(repository),
-        "encryption": ENCRYPTION,
-        "scratch": str(directory),
-        "disks": ["vdb"],
-    }
+    arguments = _encrypted_by_way_of(directory, guest, repository)
     for number, step in enumerate(_ON_ITS_WAY):
         points.fill(guest, "vdb", f"{MARK}-{number}", number, 3)
         expected = points.device_hash(guest, "vdb")
@@ -258,13 +264,7 @@ def test_killed_at_every_step_the_next_encrypted_point_is_right_and_nothing_read
     chain, guest: Guest, repository: Path, directory: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "steps"
-    arguments = {
-        "domain": guest.name,
-        "repository": str(repository),
-        "encryption": ENCRYPTION,
-        "scratch": str(directory),
-        "disks": ["vdb"],
-    }
+    arguments = _encrypted_by_way_of(directory, guest, repository)
     assert not run_module_process("backup", env=points.killed_at("", log), **arguments).result()["failed"]
     steps = list(dict.fromkeys(log.read_text().split()))
     assert {*_ON_ITS_WAY, "targets", "cut", "publish", "retire"} <= set(steps), steps

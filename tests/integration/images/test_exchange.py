@@ -403,6 +403,21 @@ def test_an_import_that_is_killed_at_any_step_is_finished_by_the_same_task(
         assert tasks.ok("recover_domain", check=True)["findings"] == []
 
 
+def test_a_launched_machine_that_was_resized_since_is_left_alone(
+    still: Guest, library: Path, launched: list[str]
+) -> None:
+    tasks.ok("export_image", domain=still.name, dest=str(library), name="one", disks=["vdb"])
+    options = {"src": str(library / "one"), "domain": "lab-grown", "virt_type": "qemu"}
+    launched.append("lab-grown")
+    assert tasks.ok("import_image", **options, vcpus=1, memory="128M").changed
+    assert tasks.ok("resize_domain", domain="lab-grown", vcpus=2, memory="192M").changed
+    assert not tasks.ok("import_image", **options, vcpus=1, memory="128M").changed
+    kept = tasks.ok("import_image", **options, vcpus=2, memory="192M")
+    assert not kept.changed
+    assert (kept["domain"]["vcpus"], kept["domain"]["memory"]) == (2, 192 << 20)
+    tasks.refused("import_image", "with vcpus 1 and not 3", **options, vcpus=3)
+
+
 def test_a_uefi_machine_takes_its_variables_along(
     guest_factory: Callable[..., Guest], host: TestHost, library: Path, launched: list[str]
 ) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import libvirt
 import pytest
 from lab import images
 from lab.guest import DiskSpec, Guest, GuestSpec
+from lab.host import TestHost
 from lab.images import run
 from lab.waiting import until
 
@@ -101,12 +103,27 @@ def test_what_qemu_refuses_live_waits_for_the_next_boot_and_the_rest_is_stored(s
     assert small.is_running()
 
 
-def test_a_size_that_cannot_boot_comes_back_by_itself(small: Guest) -> None:
+@pytest.fixture(scope="module")
+def stopped(module_guest_factory: GuestFactory) -> Guest:
+    """Never started."""
+    return module_guest_factory(
+        GuestSpec("stopped", vcpus=1, memory=160, disks=(DiskSpec("vda", writer=False),)), start=False
+    )
+
+
+def test_a_size_that_cannot_boot_comes_back_by_itself_and_the_domain_before_it_is_told(
+    small: Guest, stopped: Guest
+) -> None:
     before = small.xml_text(inactive=True)
-    result = start(small, memory="48M", allow_restart=True, apply="auto", health_timeout="20s").result()
-    assert result["failed"]
-    assert result["rolled_back"]
-    assert "old definition is back" in result["msg"]
+    wanted = {"memory": "48M", "allow_restart": True, "health_timeout": "20s", "overcommit": True}
+    result = tasks.run("resize_domain", domains=[stopped.name, small.name], **wanted)
+    assert result.failed
+    assert result["rolled_back"] is True
+    assert "old definition is back" in result.message
+    assert f"What was done on {stopped.name} before stays." in result.message
+    (done,) = result["resized"]
+    assert (done["domain"], [one["what"] for one in done["changes"]]) == (stopped.name, ["memory"])
+    assert stopped.xml(inactive=True).findtext("currentMemory") == str(48 * 1024)
     assert small.xml_text(inactive=True) == before
     small.wait_ready()
     assert memory_total(small) > 64 * MIB
@@ -114,12 +131,55 @@ def test_a_size_that_cannot_boot_comes_back_by_itself(small: Guest) -> None:
     assert not unfinished(small)
 
 
+def test_a_definition_that_is_edited_while_another_domain_of_the_task_is_changed_keeps_the_edit(
+    guest_factory: GuestFactory, stopped: Guest, tmp_path: Path
+) -> None:
+    disks = (DiskSpec("vda", writer=False),)
+    second = guest_factory(GuestSpec("edited", vcpus=1, memory=160, disks=disks), start=False)
+    names = [stopped.name, second.name]
+    process = tasks.killed_at("definition", "resize_domain", tmp_path / "steps", how="stop", domains=names, vcpus=2)
+    until(lambda: "!definition" in tasks.steps_in(tmp_path / "steps"), "the change of the first")
+    second.connection().defineXML(
+        second.xml_text(inactive=True).replace("</name>", "</name><title>edited since</title>", 1)
+    )
+    os.kill(process.pid, signal.SIGCONT)
+    resized = tasks.finish(process)
+    assert not resized.failed, resized.message
+    assert resized["rolled_back"] is False
+    assert [one["domain"] for one in resized["resized"]] == names
+    assert (second.xml(inactive=True).findtext("title"), second.xml(inactive=True).findtext("vcpu")) == (
+        "edited since",
+        "2",
+    )
+
+
+def test_a_guest_that_is_off_when_libvirtd_comes_back_is_started_again_by_the_task(
+    small: Guest, host: TestHost, tmp_path: Path
+) -> None:
+    before = small.xml_text(inactive=True)
+    wanted = {"domain": small.name, "max_vcpus": 8, "allow_restart": True, "overcommit": True}
+    process = tasks.killed_at("start", "resize_domain", tmp_path / "steps", how="stop", **wanted)
+    until(lambda: "!start" in tasks.steps_in(tmp_path / "steps"), "the guest being off", 120)
+    assert not small.is_running()
+    host.restart_libvirtd()
+    os.kill(process.pid, signal.SIGCONT)
+    lost = tasks.finish(process)
+    assert lost.failed
+    assert "defect" not in lost.message
+    assert "Once libvirt answered again" in lost.message, lost.message
+    assert lost["rolled_back"] is False, lost.message
+    small.wait_ready()
+    assert not unfinished(small)
+    assert small.writer_log("vda").is_intact
+    small.connection().defineXML(before)
+
+
 def test_a_definition_that_libvirt_refuses_leaves_the_guest_running(small: Guest) -> None:
     before, number = small.xml_text(inactive=True), small.domain().ID()
     # Above 255, QEMU's q35 needs an interrupt remapping that this domain has not.
     result = start(small, max_vcpus=280, allow_restart=True).result()
     assert result["failed"]
-    assert "It is as it was" in result["msg"], result["msg"]
+    assert "Its definition is as it was" in result["msg"], result["msg"]
     assert small.domain().ID() == number
     assert small.xml_text(inactive=True) == before
     assert not unfinished(small)
@@ -272,7 +332,7 @@ def test_a_guest_that_somebody_starts_while_its_disk_is_copied_is_not_stopped_an
 
     swap, late = shrinking.swap, _Late(small.domain())
     monkeypatch.setattr(shrinking, "make_copy", copied)
-    monkeypatch.setattr(restart, "shut_down", lambda handle, seconds: None)
+    monkeypatch.setattr(restart, "shut_down", lambda handle, seconds, *, state: None)
     journal = _begun_shrink(small)
     with pytest.raises(Refused, match="somebody has started"):
         restart.restart(connection, small.domain(), journal, journal.operation.plan["new_xml"])
@@ -352,6 +412,8 @@ def test_a_saved_domain_is_refused(small: Guest) -> None:
     result = start(small, vcpus=2).result()
     assert result["failed"]
     assert "saved state" in result["msg"]
+    assert result["rolled_back"] is False
+    assert result["resized"] == []
     small.start()
 
 

@@ -575,7 +575,7 @@ def test_a_domain_that_is_saved_while_another_of_the_task_is_committed_is_left_a
     os.kill(process.pid, signal.SIGCONT)
     refused = tasks.finish(process)
     assert "managed-save" in refused.message
-    assert f"what was done on {names[0]} before stays" in refused.message
+    assert f"What was done on {names[0]} before stays" in refused.message
     assert ways.files(pair[0]) == {"vda.qcow2"}
     assert pair[1].active_paths() == before
     assert ways.snapshots(pair[1]) == {"one": None}

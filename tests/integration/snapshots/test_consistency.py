@@ -52,9 +52,9 @@ def test_ten_quiesced_snapshots_are_clean_and_of_one_instant_and_tell_how_long_t
         taken = tasks.ok("snapshot", domains=[guest.name], name=f"n{number}", quiesce="required")["snapshot"]
         assert taken["consistency"] in ("filesystem", "application")
         assert taken["paused_ms"] is None
-        gaps.append(
-            max(gap.ns / 1e6 for disk in ("vda", "vdb") for gap in guest.gaps(disk).largest if gap.tick > before)
-        )
+        largest = [gap for disk in ("vda", "vdb") for gap in guest.gaps(disk).largest]
+        # Where a busy machine made longer ones before, that of the freeze was at most as long as the shortest kept.
+        gaps.append(max((gap.ns for gap in largest if gap.tick > before), default=min(gap.ns for gap in largest)) / 1e6)
         frozen.append(taken["frozen_ms"])
         ends = [proof.clean(disk["base"]).last.tick for disk in taken["disks"]]
         skews.append(max(ends) - min(ends))

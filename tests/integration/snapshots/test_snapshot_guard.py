@@ -88,13 +88,14 @@ def guard(
         snapshot_guard_select=f"[?name=='{guest.name}' && persistent]",
         snapshot_guard_tasks_file=str(where / "change.yml"),
         snapshot_guard_check_file=str(where / "check.yml"),
-        snapshot_guard_report_file=str(where / "report.yml"),
+        snapshot_guard_report_file=str(where / "report-{host}.yml"),
         new_content=str(where / "new"),
         bad=bad,
         **options,
     )
-    report = where / "report.yml"
-    return done, report.read_text() if report.exists() else ""
+    report = "".join(path.read_text() for path in where.glob("report-*.yml"))
+    assert not (where / "report-{host}.yml").exists()
+    return done, report
 
 
 def test_a_change_that_fails_its_check_is_taken_back_and_told(stopped: Guest, tmp_path: Path) -> None:

@@ -1,0 +1,104 @@
+# Copyright: vmkeeper.libvirt contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""While QEMU copies a running guest's disks, the guest depends on the target: it must be reachable, and a full one must not fail writes."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import libvirt
+import pytest
+
+from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
+from ansible_collections.vmkeeper.libvirt.tests.lab.images import filesystem
+from ansible_collections.vmkeeper.libvirt.tests.lab.tasks import kill_environment, steps_in
+from ansible_collections.vmkeeper.libvirt.tests.lab.waiting import until
+
+from . import tasks
+
+JOURNAL = Path("/var/lib/vmkeeper.libvirt/journal")
+WORKERS = Path("/var/lib/vmkeeper.libvirt/workers")
+
+
+@pytest.fixture
+def small(library: Path) -> Iterator[Path]:
+    """A filesystem of 160 MiB that cannot set blocks aside. A guest that was started before does not see it."""
+    with filesystem(library, 160 << 20) as where:
+        yield where
+
+
+def has_job(guest: Guest) -> bool:
+    """Whether libvirt has a backup job for the domain."""
+    try:
+        guest.domain().backupGetXMLDesc(0)
+    except libvirt.libvirtError:
+        return False
+    return True
+
+
+def fill(ballast: Path) -> None:
+    """Until nothing more fits."""
+    subprocess.run(["dd", "if=/dev/zero", f"of={ballast}", "bs=1M"], capture_output=True, check=False)
+
+
+def assert_writes_on(guest: Guest) -> None:
+    """It runs, and none of its writes fails, nor waits."""
+    written = guest.gaps("vda").count
+    until(lambda: guest.gaps("vda").count > written + 20, "the guest writing on")
+    assert guest.writer_errors("vda") == []
+    assert guest.exec("dmesg | grep -ci 'I/O error' || true").text == "0"
+    assert guest.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+
+
+def test_a_scratch_directory_that_qemu_cannot_reach_is_refused_before_the_freeze(
+    running: Guest, library: Path, tmp_path: Path
+) -> None:
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    options = {"domain": running.name, "dest": str(library), "name": "one", "scratch": str(private)}
+    for check in (True, False):
+        tasks.refused("export_image", "cannot reach the scratch directory", "choose another", check=check, **options)
+    assert list(library.iterdir()) == list(private.iterdir()) == list(JOURNAL.glob("*")) == []
+
+
+def test_a_guest_writes_on_when_the_target_of_its_export_fills_up_and_nobody_else_is_there_to_see(
+    guest_factory: Callable[..., Guest], small: Path, tmp_path: Path
+) -> None:
+    guest = guest_factory(GuestSpec("filling", disks=(DiskSpec("vda", size=64 << 20),)))
+    guest.exec(
+        "dd if=/dev/urandom of=/disk/vda/data bs=1M count=24 2>/dev/null && sync"
+    )  # minutes of copying at that speed
+    options = {"domain": guest.name, "dest": str(small), "name": "one", "quiesce": "never"}
+    slow = {**options, "bandwidth": "256K"}
+    # A guest that may be frozen is not left alone with a copy of many minutes, and the guard goes on.
+    guest.replace_agent("fake:thaw-fails:6")
+    log = tmp_path / "log"
+    tasks.refused("export_image", "not confirmed", env=kill_environment(log), **{**slow, "quiesce": "required"})
+    assert "thawed" in steps_in(log)
+    assert "copy" not in steps_in(log)
+    assert not has_job(guest)
+    until(lambda: guest.frozen_filesystems() == [], "the guard thawing")
+
+    ballast = small / "ballast"
+    tasks.kill_at("copy", "export_image", log, **slow)
+    fill(ballast)
+    assert_writes_on(guest)
+    until(lambda: not has_job(guest), "the sentry ending the job of a run that is dead", 30)
+    ballast.unlink()
+
+    export = tasks.start("export_image", **slow)
+    until(lambda: has_job(guest) or export.poll() is not None, "the copy beginning")
+    fill(ballast)
+    ended = tasks.finish(export)
+    assert ended.answer.get("error", {}).get("kind") == "no_space", ended
+    assert not has_job(guest)
+    assert_writes_on(guest)
+    assert not list(JOURNAL.iterdir())
+    ballast.unlink()
+
+    assert tasks.ok("export_image", **options).changed
+    assert sorted(path.name for path in small.iterdir()) == ["lost+found", "one"]
+    until(lambda: not list(WORKERS.glob("sentry-*")), "the sentry going home", 60)
