@@ -124,6 +124,8 @@ options:
       - Limit of the copy in bytes per second, such as V(100M), for each disk. No limit when left out.
       - What the guest is about to overwrite is copied at full speed all the same, so that its writes do not wait. The limit holds for
         the way from O(scratch) into the repository too.
+      - Of a running guest the first tenths of a second are copied at full speed, since libvirt takes the limit of a backup only once
+        that has begun.
     type: str
   wait:
     description:

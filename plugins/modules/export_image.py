@@ -111,6 +111,8 @@ options:
     description:
       - Limit of the copy in bytes per second, such as V(100M), for each disk. No limit when left out.
       - What a running guest is about to overwrite is copied at full speed all the same, so that its writes do not wait.
+      - Of a running guest the first tenths of a second are copied at full speed, since libvirt takes the limit of a copy only once
+        that has begun.
     type: str
   wait:
     description:

@@ -425,9 +425,11 @@ class _Export:
             )
 
     def _limit(self, targets: Iterable[str]) -> None:
-        """Slow the copy down. What the guest is about to overwrite is copied at full speed all the same."""
+        """Slow the copy down, the largest disk first. What the guest is about to overwrite is copied at full speed all the same."""
         uuid = self._plan.domain.uuid
-        live_copy.limit(self._handle, targets, worker.limit_for(uuid, self._request.bandwidth))
+        estimates = {disk.target: disk.estimate for disk in self._plan.disks}
+        largest_first = sorted(targets, key=lambda target: -estimates[target])
+        live_copy.limit(self._handle, largest_first, worker.limit_for(uuid, self._request.bandwidth))
 
     def _copy_of(self, target: str) -> str:
         if not self._plan.converts:

@@ -26,10 +26,15 @@ PASSPHRASE = "correct-horse-battery-staple"
 
 @pytest.fixture(scope="module")
 def guest(module_guest_factory) -> Guest:
-    """Its disk vdb holds more than is copied before a limit gets hold of it."""
-    disks = (DiskSpec("vda", size=32 * MIB), DiskSpec("vdb", size=192 * MIB, fs=None, writer=False))
+    """Its disk vdc holds more than is copied before a limit gets hold of it, however fast the host's disks are."""
+    disks = (
+        DiskSpec("vda", size=32 * MIB),
+        DiskSpec("vdb", size=192 * MIB, fs=None, writer=False),
+        DiskSpec("vdc", size=768 * MIB, fs=None, writer=False),
+    )
     made: Guest = module_guest_factory(GuestSpec("worked", disks=disks), start=False)
-    points.run("qemu-io", "-f", "qcow2", "-c", "write -P 0x41 0 192M", made.images["vdb"])
+    for target, size in (("vdb", 192), ("vdc", 768)):
+        points.run("qemu-io", "-f", "qcow2", "-c", f"write -P 0x41 0 {size}M", made.images[target])
     made.start()
     return made
 
@@ -71,7 +76,7 @@ def test_a_backup_goes_on_without_its_task_and_can_be_limited_and_waited_for(gue
     assert late["error"]["kind"] == "timeout", late["msg"]
     assert late["job"]["state"] == "running"
     assert guest.frozen_filesystems() == []
-    until(lambda: [job["bandwidth"] for job in backup_jobs(guest.name)] == [256 << 10], "the limit")
+    until(lambda: {job["bandwidth"] for job in backup_jobs(guest.name)} == {256 << 10}, "the limit")
     again = ok("backup", **slowly, wait=False)
     assert (again["job"]["id"], again["job"]["state"]) == (late["job"]["id"], "pending"), (
         "the same task, the same worker"
@@ -217,8 +222,8 @@ def test_a_restore_goes_on_without_its_task_and_leaves_nothing_when_it_is_cancel
     os.kill(started_by(begun), signal.SIGKILL)
     until(lambda: shown("lab-worked-r")["job"]["state"] == "interrupted", "its death being seen")
     done = ok("restore", **asked, wait_timeout="10m")
-    assert [one["target"] for one in done["restored"]] == ["vda", "vdb"]
-    assert sorted(path.name for path in directory.iterdir()) == ["lab-worked-r.vda.qcow2", "lab-worked-r.vdb.qcow2"]
+    assert [one["target"] for one in done["restored"]] == ["vda", "vdb", "vdc"]
+    assert sorted(path.name for path in directory.iterdir()) == [f"lab-worked-r.vd{one}.qcow2" for one in "abc"]
     expected = points.content(directory_of(repository, made) / "vdb.qcow2")
     assert points.content(directory / "lab-worked-r.vdb.qcow2") == expected
     assert list(points.JOURNALS.glob("*")) == []
