@@ -19,7 +19,13 @@ options:
     type: raw
     required: true
 seealso:
+  - plugin: vmkeeper.libvirt.answer
+    plugin_type: filter
   - plugin: vmkeeper.libvirt.select
+    plugin_type: filter
+  - plugin: vmkeeper.libvirt.structure
+    plugin_type: filter
+  - plugin: vmkeeper.libvirt.words
     plugin_type: filter
 """
 
@@ -40,20 +46,7 @@ _value:
 from collections.abc import Callable
 from typing import Any
 
-from ansible.errors import AnsibleFilterError
-
-
-def names(given: Any) -> list[Any]:
-    """The names that were ``given``; see ``ansible-doc -t filter vmkeeper.libvirt.names``."""
-    if given is None:
-        return []
-    if isinstance(given, str):
-        return [name.strip() for name in given.split(",") if name.strip()]
-    if isinstance(given, (list, tuple)):
-        return list(given)
-    raise AnsibleFilterError(
-        f"vmkeeper.libvirt.names takes a list of names, or text with commas between them, not {given!r}"
-    )
+from ansible_collections.vmkeeper.libvirt.plugins.plugin_utils.answers import names
 
 
 class FilterModule:

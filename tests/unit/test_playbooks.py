@@ -11,23 +11,21 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible.parsing.dataloader import DataLoader
-from ansible.template import Templar, trust_as_template
+
+from ansible_collections.vmkeeper.libvirt.tests.unit.templating import OMIT, templated
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAYBOOKS = {path.stem: yaml.safe_load(path.read_text())[0] for path in sorted((ROOT / "playbooks").glob("*.yml"))}
 EVERYWHERE = ("backup", "restore")
 """These were run on all hosts before they knew ``target``, and took ``hosts`` then."""
-OMIT = "omitted"
 
 
-def templated(value: Any, **variables: Any) -> Any:
+def passed(value: Any, **variables: Any) -> Any:
     """The value as Ansible sees it with these variables; an argument that is left out is missing, an undefined one an error."""
-    templar = Templar(loader=DataLoader(), variables={"omit": OMIT, **variables})
     if isinstance(value, dict):
-        found = {name: templated(entry, **variables) for name, entry in value.items()}
+        found = {name: templated(entry, variables) for name, entry in value.items()}
         return {name: entry for name, entry in found.items() if entry != OMIT}
-    return templar.template(trust_as_template(value)) if isinstance(value, str) else value
+    return templated(value, variables)
 
 
 def task(playbook: str, module: str) -> dict[str, Any]:
@@ -40,22 +38,22 @@ def task(playbook: str, module: str) -> dict[str, Any]:
 def test_every_playbook_takes_target_and_an_empty_one_is_the_default(name: str) -> None:
     hosts = PLAYBOOKS[name]["hosts"]
     usual = "all" if name in EVERYWHERE else "hypervisors"
-    assert templated(hosts, target="kvm01") == "kvm01"
-    assert [templated(hosts), templated(hosts, target=""), templated(hosts, target=None)] == [usual] * 3
+    assert passed(hosts, target="kvm01") == "kvm01"
+    assert [passed(hosts), passed(hosts, target=""), passed(hosts, target=None)] == [usual] * 3
 
 
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_hosts_still_stands_in_for_target(name: str) -> None:
     hosts = PLAYBOOKS[name]["hosts"]
-    assert templated(hosts, hosts="kvm02") == templated(hosts, hosts="kvm02", target="") == "kvm02"
-    assert templated(hosts, hosts="kvm02", target="kvm01") == "kvm01"
+    assert passed(hosts, hosts="kvm02") == passed(hosts, hosts="kvm02", target="") == "kvm02"
+    assert passed(hosts, hosts="kvm02", target="kvm01") == "kvm01"
 
 
 @pytest.mark.parametrize("name", PLAYBOOKS)
 def test_an_empty_serial_is_the_default(name: str) -> None:
     serial = PLAYBOOKS[name].get("serial", "100%")
     empty = {"batch": "", "scale_serial": ""}
-    assert templated(serial, **empty) == templated(serial) == (1 if name == "scale" else "100%")
+    assert passed(serial, **empty) == passed(serial) == (1 if name == "scale" else "100%")
 
 
 @pytest.mark.parametrize("name", ["launch", "restore"])
@@ -63,7 +61,7 @@ def test_what_must_be_there_once_is_made_by_one_host(name: str) -> None:
     first = PLAYBOOKS[name]["tasks"][0]
     assert first["ansible.builtin.assert"]["that"] == "ansible_play_hosts_all | length == 1"
     assert first["run_once"] is True, "no host may go on alone"
-    said = templated(first["ansible.builtin.assert"]["fail_msg"], ansible_play_hosts_all=["kvm01", "kvm02"])
+    said = passed(first["ansible.builtin.assert"]["fail_msg"], ansible_play_hosts_all=["kvm01", "kvm02"])
     assert "2 hosts (kvm01, kvm02)" in said
     assert "-e target=" in said
 
@@ -87,8 +85,8 @@ def test_empty_answers_are_not_passed_on(
     assert names == "{{ domains | vmkeeper.libvirt.names }}"
     optional = ("state", "quiesce", "allow_restart", "keep_present_as", "keep", "bandwidth")
     for empty in ("", None):
-        assert templated(arguments, **{**dict.fromkeys(optional, empty), **given}) == expected
-    assert templated(arguments, **given) == expected
+        assert passed(arguments, **{**dict.fromkeys(optional, empty), **given}) == expected
+    assert passed(arguments, **given) == expected
 
 
 def test_the_guide_names_every_variable_of_the_playbooks() -> None:

@@ -6,19 +6,20 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ansible.errors import AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
-from ansible.parsing.dataloader import DataLoader
-from ansible.template import Templar, trust_as_template
+
+from ansible_collections.vmkeeper.libvirt.tests.unit.templating import OMIT, templated, templates
 
 ROLES = Path(__file__).resolve().parents[2] / "roles"
 COLLECTION = "vmkeeper.libvirt."
-OMIT = "omitted"
 EMPTY = ("", None)
 """An empty answer is text; marked as typed by a user (``!unsafe``), as AWX marks it, Ansible reads it as none."""
 
@@ -91,19 +92,6 @@ def module_calls(tasks: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, dict
                 yield name.removeprefix(COLLECTION), arguments or {}, task.get("vars", {})
 
 
-def trusted(value: Any) -> Any:
-    """The value, its texts templates. Of empty answers the filter ``names`` makes what ``default`` makes of them."""
-    if isinstance(value, dict):
-        return {name: trusted(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [trusted(entry) for entry in value]
-    return (
-        trust_as_template(value.replace("vmkeeper.libvirt.names", "default([], true)"))
-        if isinstance(value, str)
-        else value
-    )
-
-
 CALLS = [
     pytest.param(
         path.parents[1].name, module, arguments, variables, id=f"{path.parents[1].name}:{path.stem}:{module}:{number}"
@@ -127,14 +115,12 @@ def test_no_module_hears_of_empty_answers(
     }
     variables = {
         **answers,
-        **trusted(read(ROLES / role / "vars/main.yml")),
-        **trusted(task_variables),
+        **templates(read(ROLES / role / "vars/main.yml")),
+        **templates(task_variables),
         **ON_THE_WAY,
-        "omit": OMIT,
     }
-    templar = Templar(loader=DataLoader(), variables=variables)
-    templated = {name: templar.template(value) for name, value in trusted(arguments).items()}
-    given = {name: value for name, value in templated.items() if value != OMIT}
+    passed = {name: templated(value, variables) for name, value in arguments.items()}
+    given = {name: value for name, value in passed.items() if value != OMIT}
     assert [name for name, value in given.items() if value in ("", None, [])] == []
     documented = importlib.import_module(f"ansible_collections.vmkeeper.libvirt.plugins.modules.{module}").DOCUMENTATION
     options = without_documentation(yaml.safe_load(documented).get("options", {}))
@@ -146,9 +132,8 @@ def test_no_module_hears_of_empty_answers(
 
 def role_variable(role: str, name: str, **given: Any) -> Any:
     """What one of the role's own variables is with these answers, and else the role's defaults."""
-    parts = [trusted(read(ROLES / role / part / "main.yml")) for part in ("defaults", "vars")]
-    templar = Templar(loader=DataLoader(), variables={**parts[0], **given, **parts[1]})
-    return templar.template(trust_as_template("{{ " + name + " }}"))
+    parts = [templates(read(ROLES / role / part / "main.yml")) for part in ("defaults", "vars")]
+    return templated("{{ " + name + " }}", {**parts[0], **given, **parts[1]})
 
 
 COMMANDS = [
@@ -177,8 +162,7 @@ def test_a_command_as_text_is_a_program_and_its_arguments(
 @pytest.mark.parametrize(("answer", "argv"), COMMANDS)
 def test_the_playbook_verify_reads_a_command_in_the_same_way(answer: Any, argv: list[str]) -> None:
     (play,) = read(ROLES.parent / "playbooks/verify.yml")
-    templar = Templar(loader=DataLoader(), variables={**trusted(play["vars"]), "boot_check": answer})
-    assert templar.template(trust_as_template("{{ verify_boot_check }}")) == argv
+    assert templated("{{ verify_boot_check }}", {**templates(play["vars"]), "boot_check": answer}) == argv
 
 
 def test_empty_sizes_are_the_standard_ones() -> None:
@@ -202,25 +186,37 @@ SEEN = [
 def test_a_backup_leaves_out_disks_that_the_domain_has(members: list[str], left_out: Any) -> None:
     (task,) = [one for one in read(ROLES / "consistent_backup/tasks/main.yml") if "vmkeeper.libvirt.backup" in one]
     variables = {
-        **trusted(task["vars"]),
+        **templates(task["vars"]),
         "consistent_backup_found": {"domains": SEEN},
         "consistent_backup_exclude_disk_list": ["vdb", "vdz"],
         "consistent_backup_members": members,
-        "omit": OMIT,
     }
-    templar = Templar(loader=DataLoader(), variables=variables)
-    assert templar.template(trust_as_template(task["vmkeeper.libvirt.backup"]["exclude_disks"])) == left_out
+    assert templated(task["vmkeeper.libvirt.backup"]["exclude_disks"], variables) == left_out
 
 
 @pytest.mark.parametrize("empty", EMPTY)
 def test_an_empty_passphrase_makes_no_readable_backup(empty: str | None) -> None:
     (task,) = [one for one in read(ROLES / "consistent_backup/tasks/main.yml") if "vmkeeper.libvirt.backup" in one]
-    encryption = trust_as_template(task["vmkeeper.libvirt.backup"]["encryption"])
-    given = {"omit": OMIT, "consistent_backup_passphrase": empty}
-    assert Templar(loader=DataLoader(), variables=given).template(encryption) == {"passphrase": ""}, (
-        "the module refuses it"
-    )
-    assert Templar(loader=DataLoader(), variables={"omit": OMIT}).template(encryption) == OMIT
+    encryption = task["vmkeeper.libvirt.backup"]["encryption"]
+    refused = {"passphrase": ""}
+    assert templated(encryption, {"consistent_backup_passphrase": empty}) == refused, "by the module"
+    assert templated(encryption, {}) == OMIT
+
+
+@pytest.mark.parametrize(
+    ("role", "name", "answer"),
+    [
+        ("consistent_backup", "consistent_backup_keep_table", '{"daily": 7,}'),
+        ("consistent_backup", "consistent_backup_group_list", "web01, db01"),
+        ("vertical_scale", "vertical_scale_disk_list", '{"target": "vda"}'),
+        ("vertical_scale", "vertical_scale_guest_table", "[]"),
+    ],
+)
+def test_a_wrong_structure_is_shown(role: str, name: str, answer: str) -> None:
+    option = name.rpartition("_")[0]
+    plural = option if option in read(ROLES / role / "defaults/main.yml") else f"{option}s"
+    with pytest.raises(AnsibleError, match=r"(?s)A (list|dictionary)( as JSON)? is wanted.*" + re.escape(repr(answer))):
+        role_variable(role, name, **{plural: answer})
 
 
 @pytest.mark.parametrize(("answer", "jobs"), [("", "2"), (None, "2"), (3, "3"), ("1", "1"), (0, "0")])
