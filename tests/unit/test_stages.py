@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.scripts import stages
 from ansible_collections.vmkeeper.libvirt.scripts.stages import Check, Counts, Runner, Stage
+
+SCRIPTS = Path(stages.__file__).parent
 
 
 @pytest.fixture
@@ -145,6 +151,21 @@ def test_a_stage_that_is_ended_by_a_signal_ends_its_checks(monkeypatch, tmp_path
             signal.signal(one, handler)
     assert ended.value.code == 128 + number
     assert runner.stopping == "interrupted"
+
+
+def test_a_check_ends_with_a_run_that_is_killed(tmp_path):
+    log = tmp_path / "log"
+    script = "from stages import *; Runner()._execute(Check('slow', ['sh', '-c', 'echo $$; exec sleep 600']), 1)"
+    with log.open("wb") as sink, subprocess.Popen([sys.executable, "-c", script], cwd=SCRIPTS, stdout=sink) as run:
+        while not log.read_text(encoding="utf-8").endswith("\n"):
+            assert run.poll() is None
+            time.sleep(0.01)
+        run.kill()
+    state = Path("/proc", log.read_text(encoding="utf-8").strip(), "stat")
+    with suppress(FileNotFoundError, ProcessLookupError):
+        # A zombie has ended, too: whoever inherits it here may not wait for it.
+        while state.read_text(encoding="utf-8").split()[2] != "Z":
+            time.sleep(0.01)
 
 
 def test_the_table_shows_the_common_budget_and_what_exceeds_it():
