@@ -52,8 +52,9 @@ NESTED_BUDGET = 10
 TRADE_BUDGETS = {"snapshots": 12, "backup": 15, "sizing": 8, "images": 8, "as_used": 3}
 
 SECOND_LANES = {
-    "snapshots": ("test_guard",),
+    "snapshots": ("test_confined", "test_guard", "test_histories"),
     "backup": ("test_boot_proof", "test_cycles", "test_instant", "test_instant_encrypted", "test_secrecy"),
+    "images": ("test_encryption", "test_sealing"),
 }
 """Modules of a trade that run beside its others, in a test host of their own: one guest leaves a core of two idle, or waits."""
 
