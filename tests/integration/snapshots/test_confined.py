@@ -290,13 +290,16 @@ def test_libvirtd_that_goes_away_while_a_guest_is_off_for_a_commit_costs_nothing
     guest: Guest, profile: Profile, host: TestHost, tmp_path: Path
 ) -> None:
     log = tmp_path / "steps"
-    for step in ("shutdown", "relink", "start"):  # going down; off, with its first disk committed; about to run again
+    commit = ("blockcommit", {"domain": guest.name, "keep": 2, "allow_restart": True})
+    removal = ("snapshot", {"domain": guest.name, "name": "one", "state": "absent", "allow_restart": True})
+    # Going down; off, with the first disk committed, or both; about to run again.
+    for step, (module, asked) in (("shutdown", commit), ("relink", commit), ("relink#2", removal), ("start", commit)):
         history(guest, "one", "two")
-        asked = {"domain": guest.name, "keep": 2, "allow_restart": True}
         env = {**profile.written_anew(), **tasks.kill_environment(log, step, "stop")}
         log.unlink(missing_ok=True)
-        process = tasks.start("blockcommit", **asked, env=env)
-        until(lambda step=step: f"!{step}" in tasks.steps_in(log), "the step")  # type: ignore[misc]
+        process = tasks.start(module, **asked, env=env)
+        fatal = f"!{step.partition('#')[0]}"
+        until(lambda fatal=fatal: fatal in tasks.steps_in(log), "the step")  # type: ignore[misc]
         host.kill_libvirtd()
         os.kill(process.pid, signal.SIGCONT)
         time.sleep(2)  # in which the task finds nobody
@@ -305,12 +308,13 @@ def test_libvirtd_that_goes_away_while_a_guest_is_off_for_a_commit_costs_nothing
         outcome = tasks.finish(process)
         assert not outcome.failed, (step, outcome.message)
         assert outcome.changed
-        assert [entry["method"] for entry in outcome["disks"]] == ["offline", "offline"]
+        merged = outcome["disks"] if module == "blockcommit" else outcome["snapshot"]["merged"]
+        assert [entry["method"] for entry in merged] == ["offline", "offline"]
         guest.wait_ready()
         assert ways.read(guest) == {"end"}, step
         assert ways.snapshots(guest) == {"two": None}, step
         assert ways.content_of(guest, "two") == {"two"}, step
-        assert not tasks.ok("blockcommit", **asked, env=profile.written_anew()).changed, step
+        assert not tasks.ok(module, **asked, env=profile.written_anew()).changed, step
         tasks.ok("blockcommit", domain=guest.name)
         ways.assert_whole(guest)
 
