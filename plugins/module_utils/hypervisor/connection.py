@@ -101,6 +101,23 @@ def wait_for_daemon(uri: str, seconds: float = _DAEMON_SECONDS) -> None:
         time.sleep(_POLL_SECONDS)
 
 
+def answering(handle: Any, uri: str) -> Any:
+    """The domain over a connection that works: ``handle`` itself, or another once a daemon that went away answers again.
+
+    A connection does not come back with its daemon.  Raises like :func:`wait_for_daemon`, and :class:`NotFound` where the
+    domain is not there any more.
+    """
+    with contextlib.suppress(libvirt.libvirtError):
+        handle.isActive()  # that its daemon has gone, a connection learns by being used
+    if handle.connect().isAlive():
+        return handle
+    wait_for_daemon(uri)
+    found = find_by_uuid(open_connection(uri), handle.UUIDString())
+    if found is None:
+        raise NotFound(f"Domain {handle.name()!r} is not defined any more", state="")
+    return found
+
+
 def dotted(version: tuple[int, ...]) -> str:
     """``(9, 0, 0)`` as ``9.0.0``."""
     return ".".join(str(number) for number in version)

@@ -30,6 +30,7 @@ def set_aside(handle: Any) -> Iterator[None]:
     if handle.isActive():
         yield
         return
+    put_back(handle)  # libvirt may have gone while they were aside: what is written now must be all of them
     with explaining(f"Reading the checkpoints of domain {handle.name()!r}"):
         found = handle.listAllCheckpoints(constant("VIR_DOMAIN_CHECKPOINT_LIST_TOPOLOGICAL") or 0)
         texts = [one.getXMLDesc(constant("VIR_DOMAIN_CHECKPOINT_XML_SECURE") or 0) for one in found]

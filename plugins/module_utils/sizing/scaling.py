@@ -270,14 +270,17 @@ class _Run:
         }
 
     def _give_up(self, error: BaseException) -> None:
-        """A failure leaves the journal only while something is still to be settled: the guest may be shutting down."""
-        if not self._connection.isAlive():
-            return  # it was settled over another connection, or the next run does that
+        """A failure leaves the journal only while something is still to be settled: the guest may be shutting down.
+
+        Then it was settled over another connection where libvirt went away, or the next run does that.
+        """
         operation = self._journal.operation
-        # A definition that libvirt refuses; a signal then says nothing of it.
-        begun = operation.reached("shutdown") or (operation.reached("define") and not isinstance(error, VmkeeperError))
+        alive = self._connection.isAlive()
+        # libvirt has refused a definition only where it said so; it may have stored one when it went away, or a signal came.
+        refused = alive and isinstance(error, VmkeeperError)
+        begun = operation.reached("shutdown") or (operation.reached("define") and not refused)
         accepted = operation.reached("start") and not self._request.rollback and isinstance(error, VmkeeperError)
-        if not begun or isinstance(error, RolledBack) or accepted:
+        if not begun or isinstance(error, RolledBack) or (alive and accepted):
             self._journal.finish()
 
     def _live_changes(self) -> None:

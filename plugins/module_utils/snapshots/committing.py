@@ -50,7 +50,7 @@ def commit(
         done = in_turn(
             handles,
             grounds,
-            lambda handle, ground: _run(handle, ground, plan_commit(request, ground), seconds),
+            lambda handle, ground: _run(handle, uri, ground, plan_commit(request, ground), seconds),
             read=read_ground,
         )
     for one in done:
@@ -59,12 +59,12 @@ def commit(
     return done
 
 
-def _run(handle: Any, ground: Ground, plan: CommitPlan, seconds: float | None) -> Committed:
+def _run(handle: Any, uri: str, ground: Ground, plan: CommitPlan, seconds: float | None) -> Committed:
     if not plan.work.merges:
         return _result(plan, ground, Merged())
     domain = ground.domain
     journal = Journal.begin(COMMIT, [(domain.uuid, domain.name)], {"work": plan.work.to_json()})
-    merged = merging.run(handle, plan.work, journal, seconds=seconds)
+    merged = merging.run(handle, uri, plan.work, journal, seconds=seconds)
     return _result(plan, ground, merged)
 
 

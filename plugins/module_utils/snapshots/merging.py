@@ -13,9 +13,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from .._errors import UNCHANGED, VmkeeperError
+from .._errors import UNCHANGED, LibvirtFailed, VmkeeperError
 from ..hypervisor import apparmor, block_jobs, checkpoints, power
-from ..hypervisor.connection import explaining, find_by_uuid, open_connection
+from ..hypervisor.connection import answering, explaining, find_by_uuid, open_connection
 from ..hypervisor.domain_model import read_domain
 from ..safety import processes, settlement, worker
 from ..safety.journal import Journal
@@ -30,31 +30,72 @@ COMMIT = "blockcommit"
 REMOVAL = "snapshot removal"
 
 
-def run(handle: Any, work: Work, journal: Journal, *, seconds: float | None = None) -> Merged:
+#: How often libvirtd may go away while a guest is off for a merge: one that our calls end would do so for ever.
+_LOSSES = 3
+
+
+def run(handle: Any, uri: str, work: Work, journal: Journal, *, seconds: float | None = None) -> Merged:
     """:func:`merge_all` from the journal's first step to its end.
 
     A commit that fails leaves a chain that is whole, so the journal is closed and the task may be asked again, or not.
     What fails after a commit stays in the journal for the next run to finish, and so does what libvirt no longer tells of.  A
-    guest that was shut down for it is started again in any case.
+    guest that was shut down for it is started again in any case: where libvirtd goes away meanwhile, it is waited for, and the
+    merge done to its end over another connection.
     """
+    lost = 0
     with _telling_what_was_begun(work, journal):
-        try:
-            done = merge_all(handle, work, journal, seconds=seconds)
-        except block_jobs.TookTooLong:
-            raise
-        except (VmkeeperError, OSError) as error:
-            before = journal.operation.steps[-1]["name"] in _BEFORE_A_COMMIT_IS_DONE
+        while True:
             try:
-                if before:
-                    _settle_disks(handle, work, journal, refused=isinstance(error, block_jobs.NotBegun))
-            finally:
-                _start_again(handle, journal)
+                with explaining(_doing(handle)):
+                    return _run_once(handle, work, journal, seconds)
+            except LibvirtFailed as error:
+                if not journal.operation.reached("shutdown") or handle.connect().isAlive():
+                    raise
+                lost += 1
+                handle = _when_it_answers(handle, uri, error, again=lost < _LOSSES)
+
+
+def _doing(handle: Any) -> str:
+    return f"Merging layers of domain {handle.name()!r}"
+
+
+def _run_once(handle: Any, work: Work, journal: Journal, seconds: float | None) -> Merged:
+    try:
+        with explaining(_doing(handle)):
+            done = merge_all(handle, work, journal, seconds=seconds)
+    except block_jobs.TookTooLong:
+        raise
+    except (VmkeeperError, OSError) as error:
+        before = journal.operation.steps[-1]["name"] in _BEFORE_A_COMMIT_IS_DONE
+        try:
             if before:
-                with contextlib.suppress(OSError):  # then the next run finds that nothing is left to do
-                    journal.finish()
-            raise
-        journal.finish()
-        return done
+                _settle_disks(handle, work, journal, refused=isinstance(error, block_jobs.NotBegun))
+        finally:
+            _start_again(handle, journal)
+        if before:
+            with contextlib.suppress(OSError):  # then the next run finds that nothing is left to do
+                journal.finish()
+        raise
+    journal.finish()
+    return done
+
+
+def _when_it_answers(handle: Any, uri: str, error: LibvirtFailed, *, again: bool) -> Any:
+    """The domain over another connection; where there is none, or ``again`` is False, ``error``, which says what that leaves."""
+    trouble = ""
+    if again:
+        try:
+            return answering(handle, uri)
+        except VmkeeperError as none:
+            trouble = f" {none.problem}."
+    error.now(f"{_MAY_BE_OFF}{trouble}")
+    error.advice = (
+        "Once libvirt answers, run this again, or recover_domain, which finishes the merge and starts the guest"
+    )
+    raise error
+
+
+_MAY_BE_OFF = "The guest was shut down for the merge and may be off; its layers are whole."
 
 
 @contextlib.contextmanager
@@ -125,9 +166,11 @@ def abandon(uri: str, pending: Journal) -> dict[str, str]:
     work = Work.from_json(pending.operation.plan["work"])
     if pending.operation.steps[-1]["name"] not in _BEFORE_A_COMMIT_IS_DONE:
         return settle(uri, pending)
-    _settle_disks(handle, work, pending, cancelled=True)
-    _wait_for_late(handle, pending)
-    _start_again(handle, pending)
+    try:
+        _settle_disks(handle, work, pending, cancelled=True)
+        _wait_for_late(handle, pending)
+    finally:
+        _start_again(answering(handle, uri), pending)
     pending.finish()
     return {"what": f"a {pending.operation.kind} in progress", "action": "cancelled"}
 
@@ -147,7 +190,7 @@ def settle(uri: str, pending: Journal, *, seconds: float | None = None) -> dict[
         _settle_disks(handle, work, pending)
         pending.finish()
         return {"what": what, "action": "taken back"}
-    run(handle, work, pending, seconds=seconds)
+    run(handle, uri, work, pending, seconds=seconds)
     return {"what": what, "action": "finished"}
 
 

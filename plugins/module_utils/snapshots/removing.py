@@ -60,7 +60,7 @@ def remove(
         removed = in_turn(
             handles,
             grounds,
-            lambda handle, ground: _run(handle, ground, _plan(request, ground), seconds),
+            lambda handle, ground: _run(handle, uri, ground, _plan(request, ground), seconds),
             read=read_ground,
         )
     for one in removed:
@@ -72,12 +72,12 @@ def _plan(request: Request, ground: Ground) -> RemovalPlan | None:
     return plan_removal(request.name, ground, allow_restart=request.allow_restart, bandwidth=request.bandwidth)
 
 
-def _run(handle: Any, ground: Ground, plan: RemovalPlan | None, seconds: float | None) -> Removed:
+def _run(handle: Any, uri: str, ground: Ground, plan: RemovalPlan | None, seconds: float | None) -> Removed:
     if plan is None:
         return _result(ground, None, None)
     domain = ground.domain
     journal = Journal.begin(REMOVAL, [(domain.uuid, domain.name)], {"work": plan.work.to_json()})
-    return _result(ground, plan, merging.run(handle, plan.work, journal, seconds=seconds))
+    return _result(ground, plan, merging.run(handle, uri, plan.work, journal, seconds=seconds))
 
 
 def start(uri: str, handles: Sequence[Any], request: Request) -> Answer:

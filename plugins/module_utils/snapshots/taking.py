@@ -14,8 +14,8 @@ from typing import Any
 from .._errors import Conflict, InvalidInput, LibvirtFailed, Refused, VmkeeperError
 from ..hypervisor import power, qemu_img
 from ..hypervisor.binding import libvirt
-from ..hypervisor.connection import constant, explaining, message_of, open_connection
-from ..hypervisor.domain_model import qemu_owner, read_domain
+from ..hypervisor.connection import answering, constant, explaining, message_of, open_connection, wait_for_daemon
+from ..hypervisor.domain_model import qemu_owner, read_domain, read_state
 from ..hypervisor.image_header import read_qcow2
 from ..safety import consistency, instant, places, settlement, space
 from ..safety.checkpoints_aside import set_aside
@@ -208,7 +208,7 @@ class _Taking:
                     self._make_overlay(overlay, owner)
             self._shut_down()
             for handle, plan in zip(self._handles, self._plans):
-                if not handle.isActive():
+                if not read_state(handle).active:
                     _go_on_recording(plan)
             outcomes = instant.take(
                 self._uri,
@@ -397,26 +397,46 @@ class _Taking:
             )
 
     def _start_again(self) -> None:
-        for handle, plan in zip(self._handles, self._plans):
-            if plan.shutdown and not handle.isActive():
+        if not any(plan.shutdown for plan in self._plans):
+            return
+        try:
+            self._handles = [answering(handle, self._uri) for handle in self._handles]
+        except VmkeeperError as error:
+            error.now("The snapshot exists; what was shut down for it may be off.")
+            error.advice = "Once libvirt answers, run this again, or recover_domain, which starts it"
+            raise
+        with contextlib.ExitStack() as stack:  # each of them, whatever becomes of the others
+            for handle, plan in zip(self._handles, self._plans):
+                if plan.shutdown:
+                    stack.callback(self._start_one, handle, plan)
+
+    def _start_one(self, handle: Any, plan: TakePlan) -> None:
+        with explaining(
+            f"Starting domain {plan.domain.name!r} again",
+            state="The snapshot exists, and the domain is shut off.",
+            advice="Start it, then see libvirt's log",
+        ):
+            if not handle.isActive():
                 self._journal.note("start")
-                with explaining(
-                    f"Starting domain {plan.domain.name!r} again",
-                    state="The snapshot exists, and the domain is shut off.",
-                    advice="Start it, then see libvirt's log",
-                ):
-                    handle.create()
+                handle.create()
 
     def _undo(self, error: BaseException) -> None:
         """Back to how it was; what cannot be undone now stays in the journal for the next run."""
+        operation = self._journal.operation
         try:
+            if operation.reached("shutdown"):
+                wait_for_daemon(self._uri)  # a guest that is off for it must not stay so because libvirtd is restarted
             kept = settle.undo(self._uri, self._journal)
         except (VmkeeperError, libvirt.libvirtError, OSError) as trouble:
-            if isinstance(error, VmkeeperError):
-                error.now(f"Undoing it failed ({trouble}); the next run, or recover_domain, goes on with that.")
+            state = f"Undoing it failed ({trouble}); the next run, or recover_domain, goes on with that."
             # Whatever is left to undo, every chain is whole, and can be undone below a guest that runs.
-            with contextlib.suppress(VmkeeperError, libvirt.libvirtError):
-                settle.start_again(open_connection(self._uri), self._journal.operation)
+            try:
+                settle.start_again(open_connection(self._uri), operation)
+            except (VmkeeperError, libvirt.libvirtError):
+                if operation.reached("shutdown"):
+                    state = f"What was shut down for it may be off. {state}"
+            if isinstance(error, VmkeeperError):
+                error.now(state)
         else:
             if kept and isinstance(error, VmkeeperError):
                 error.now(

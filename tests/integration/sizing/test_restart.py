@@ -174,6 +174,25 @@ def test_a_guest_that_is_off_when_libvirtd_comes_back_is_started_again_by_the_ta
     small.connection().defineXML(before)
 
 
+def test_a_change_without_a_restart_in_which_libvirtd_went_away_keeps_no_other_task_off(
+    small: Guest, host: TestHost, tmp_path: Path
+) -> None:
+    before = small.xml_text(inactive=True)
+    wanted = {"domain": small.name, "max_vcpus": 8, "apply": "next_boot", "overcommit": True}
+    process = tasks.killed_at("definition", "resize_domain", tmp_path / "steps", how="stop", **wanted)
+    until(lambda: "!definition" in tasks.steps_in(tmp_path / "steps"), "the step")
+    host.restart_libvirtd()
+    os.kill(process.pid, signal.SIGCONT)
+    assert tasks.finish(process).failed
+    assert not unfinished(small), "nothing is to be settled"
+    tasks.ok("snapshot", domain=small.name, name="other", quiesce="never")
+    tasks.ok("snapshot", domain=small.name, name="other", state="absent")
+    assert tasks.ok("resize_domain", **wanted).changed
+    assert not tasks.ok("resize_domain", **wanted).changed
+    assert small.is_running()
+    small.connection().defineXML(before)
+
+
 def test_a_definition_that_libvirt_refuses_leaves_the_guest_running(small: Guest) -> None:
     before, number = small.xml_text(inactive=True), small.domain().ID()
     # Above 255, QEMU's q35 needs an interrupt remapping that this domain has not.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots import way
 from ansible_collections.vmkeeper.libvirt.tests.integration.snapshots.proof import alive, in_test_long, unwritable
 from ansible_collections.vmkeeper.libvirt.tests.lab import tasks
 from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
+from ansible_collections.vmkeeper.libvirt.tests.lab.host import TestHost
 from ansible_collections.vmkeeper.libvirt.tests.lab.spec import MIB
 from ansible_collections.vmkeeper.libvirt.tests.lab.waiting import until
 
@@ -282,6 +284,39 @@ def test_a_guest_that_goes_down_late_for_a_commit_is_waited_for_and_the_commit_f
     assert ways.content_of(guest, "two") == {"two"}
     tasks.ok("blockcommit", domain=guest.name)
     ways.assert_whole(guest)
+
+
+def test_libvirtd_that_goes_away_while_a_guest_is_off_for_a_commit_costs_nothing(
+    guest: Guest, profile: Profile, host: TestHost, tmp_path: Path
+) -> None:
+    log = tmp_path / "steps"
+    commit = ("blockcommit", {"domain": guest.name, "keep": 2, "allow_restart": True})
+    removal = ("snapshot", {"domain": guest.name, "name": "one", "state": "absent", "allow_restart": True})
+    # Going down; off, with the first disk committed, or both; about to run again.
+    for step, (module, asked) in (("shutdown", commit), ("relink", commit), ("relink#2", removal), ("start", commit)):
+        history(guest, "one", "two")
+        env = {**profile.written_anew(), **tasks.kill_environment(log, step, "stop")}
+        log.unlink(missing_ok=True)
+        process = tasks.start(module, **asked, env=env)
+        fatal = f"!{step.partition('#')[0]}"
+        until(lambda fatal=fatal: fatal in tasks.steps_in(log), "the step")  # type: ignore[misc]
+        host.kill_libvirtd()
+        os.kill(process.pid, signal.SIGCONT)
+        time.sleep(2)  # in which the task finds nobody
+        assert process.poll() is None, step
+        host.start()
+        outcome = tasks.finish(process)
+        assert not outcome.failed, (step, outcome.message)
+        assert outcome.changed
+        merged = outcome["disks"] if module == "blockcommit" else outcome["snapshot"]["merged"]
+        assert [entry["method"] for entry in merged] == ["offline", "offline"]
+        guest.wait_ready()
+        assert ways.read(guest) == {"end"}, step
+        assert ways.snapshots(guest) == {"two": None}, step
+        assert ways.content_of(guest, "two") == {"two"}, step
+        assert not tasks.ok(module, **asked, env=profile.written_anew()).changed, step
+        tasks.ok("blockcommit", domain=guest.name)
+        ways.assert_whole(guest)
 
 
 @in_test_long

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import statistics
+import time
 
 import libvirt
 import pytest
@@ -112,6 +113,29 @@ def test_a_clean_shutdown_for_the_snapshot_is_offline_and_the_guest_runs_again(g
         proof.clean(disk["base"])
     guest.wait_ready()
     assert not tasks.ok("snapshot", domains=[guest.name], name="down", quiesce="shutdown").changed
+
+
+@pytest.mark.parametrize(("step", "kept"), [("shut-off", False), ("label", True)])
+def test_a_guest_that_is_off_for_its_snapshot_when_libvirtd_goes_away_runs_again(guest, host, tmp_path, step, kept):
+    log, asked = tmp_path / "steps", {"domains": [guest.name], "name": f"lost-{step}", "quiesce": "shutdown"}
+    process = tasks.killed_at(step, "snapshot", log, how="stop", **asked)
+    until(lambda: f"!{step}" in tasks.steps_in(log), "the step", 120)
+    assert not guest.is_running()
+    host.kill_libvirtd()
+    os.kill(process.pid, signal.SIGCONT)
+    time.sleep(2)  # in which the task finds nobody
+    host.start()
+    outcome = tasks.finish(process)
+    assert outcome.failed
+    assert "defect" not in outcome.message
+    assert ("The snapshot exists" in outcome.message) is kept, outcome.message
+    guest.wait_ready()
+    assert (asked["name"] in [one.getName() for one in guest.domain().listAllSnapshots()]) is kept
+    again = tasks.ok("snapshot", **asked)
+    assert again["snapshot"]["consistency"] == "offline"
+    guest.wait_ready()
+    for disk in again["snapshot"]["disks"]:
+        proof.clean(disk["base"])
 
 
 def test_a_saved_domain_is_refused_and_resumes_untouched(guest):

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import (
@@ -112,3 +115,43 @@ def test_a_domain_that_goes_while_all_are_read_is_passed_over_and_any_other_fail
 
     with pytest.raises(LibvirtFailed):
         connection.of_every_domain(opened, fail)
+
+
+class Served:
+    """A domain over a connection that is, or is not, alive."""
+
+    def __init__(self, alive: bool) -> None:
+        self._alive = alive
+
+    def name(self) -> str:
+        return "web"
+
+    def UUIDString(self) -> str:
+        return "u"
+
+    def isActive(self) -> bool:
+        if not self._alive:
+            raise Gone("client socket is closed")
+        return True
+
+    def connect(self) -> Any:
+        return SimpleNamespace(isAlive=lambda: self._alive)
+
+
+class Gone(Exception):
+    """libvirt's own error."""
+
+
+def test_a_domain_is_reached_over_another_connection_only_where_its_own_has_ended(monkeypatch):
+    monkeypatch.setattr(connection, "libvirt", SimpleNamespace(libvirtError=Gone))
+    waited, again = [], Served(True)
+    monkeypatch.setattr(connection, "wait_for_daemon", waited.append)
+    monkeypatch.setattr(connection, "open_connection", lambda uri: uri)
+    monkeypatch.setattr(connection, "find_by_uuid", lambda opened, uuid: again if (opened, uuid) == ("uri", "u") else 0)
+    assert connection.answering(again, "uri") is again
+    assert waited == []
+    assert connection.answering(Served(False), "uri") is again
+    assert waited == ["uri"]
+    monkeypatch.setattr(connection, "find_by_uuid", lambda _opened, _uuid: None)
+    with pytest.raises(NotFound, match="'web' is not defined any more"):
+        connection.answering(Served(False), "uri")

@@ -14,6 +14,7 @@ from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import UN
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing import scaling
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.change_set import compute
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.request import Request
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.restart import RolledBack
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.sizing.scaling import Resized, _Run
 from ansible_collections.vmkeeper.libvirt.tests.unit.plugins.module_utils.sizing.a_domain import GIB, facts
 
@@ -98,3 +99,49 @@ def test_the_journal_stays_where_nobody_knows_whether_the_definition_was_stored(
     run._journal.finish = lambda: closed.append(True)
     run._give_up(LibvirtFailed("Defining it"))
     assert bool(closed) is finished
+
+
+@pytest.mark.parametrize(
+    ("steps", "alive", "finished"),
+    [
+        (("vcpus",), True, True),
+        (("vcpus",), False, True),  # a live change, or the definition of the next start: the same task completes it
+        (("definition",), False, True),
+        (("define", "shutdown"), True, False),
+        (("define", "shutdown"), False, False),
+        (("shutdown", "shrink"), False, False),
+    ],
+)
+def test_the_journal_stays_only_where_something_is_to_be_settled(
+    steps: tuple[str, ...], alive: bool, finished: bool
+) -> None:
+    run, closed = a_run(*steps, alive=alive), []
+    run._journal.finish = lambda: closed.append(True)
+    run._give_up(LibvirtFailed("Changing it"))
+    assert bool(closed) is finished
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_the_journal_does_not_stay_once_all_was_rolled_back(alive: bool) -> None:
+    run, closed = a_run("define", "shutdown", "start", "rollback", "start-old", alive=alive), []
+    run._journal.finish = lambda: closed.append(True)
+    run._give_up(RolledBack("Not well"))
+    assert closed
+
+
+@pytest.mark.parametrize(("alive", "finished"), [(True, True), (False, False)])
+def test_without_rollback_the_journal_stays_where_nobody_knows_whether_it_was_started(
+    alive: bool, finished: bool
+) -> None:
+    run, closed = a_run("define", "shutdown", "start", alive=alive), []
+    run._request = Request(vcpus=3, rollback=False)
+    run._journal.finish = lambda: closed.append(True)
+    run._give_up(LibvirtFailed("Starting it"))
+    assert bool(closed) is finished
+
+
+def test_the_journal_stays_where_a_signal_came_while_the_definition_was_stored() -> None:
+    run, closed = a_run("define"), []
+    run._journal.finish = lambda: closed.append(True)
+    run._give_up(KeyboardInterrupt())
+    assert not closed
