@@ -242,6 +242,7 @@ class _Taking:
             )
         watches = [Watch(plan.domain.uuid, self._push_directory(plan), self._reserve(plan)) for plan in self._live]
         self._sentry = Sentry(self._uri, watches, floor)
+        # Before it writes anything: a directory that no journal names would stay for ever.
         self._journal.step("watch", sentry=self._sentry.directory)
         self._sentry.post()
         for plan in self._live:
