@@ -88,17 +88,21 @@ def open_connection(uri: str = DEFAULT_URI, *, readonly: bool = False) -> Any:
     return connection
 
 
-def wait_for_daemon(uri: str, seconds: float = _DAEMON_SECONDS) -> None:
-    """Wait until a daemon answers again that went away; raises like :func:`open_connection` when none does within ``seconds``."""
+def connect_again(uri: str, seconds: float = _DAEMON_SECONDS) -> Any:
+    """A connection to a daemon that may have gone away; raises like :func:`open_connection` when none answers within ``seconds``."""
     give_up = time.monotonic() + seconds
     while True:
         try:
-            open_connection(uri).close()
-            return
+            return open_connection(uri)
         except LibvirtFailed:
             if time.monotonic() > give_up:
                 raise
         time.sleep(_POLL_SECONDS)
+
+
+def wait_for_daemon(uri: str) -> None:
+    """Wait until a daemon answers again that went away; raises as :func:`connect_again`."""
+    connect_again(uri).close()
 
 
 def dotted(version: tuple[int, ...]) -> str:
