@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import libvirt
 import pytest
 
+from ansible_collections.vmkeeper.libvirt.tests.lab import evidence
 from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
 from ansible_collections.vmkeeper.libvirt.tests.lab.images import filesystem
 from ansible_collections.vmkeeper.libvirt.tests.lab.tasks import kill_environment, steps_in
@@ -102,3 +104,49 @@ def test_a_guest_writes_on_when_the_target_of_its_export_fills_up_and_nobody_els
     assert tasks.ok("export_image", **options).changed
     assert sorted(path.name for path in small.iterdir()) == ["lost+found", "one"]
     until(lambda: not list(WORKERS.glob("sentry-*")), "the sentry going home", 60)
+
+
+def test_a_disk_on_a_block_device_needs_the_room_of_all_of_it(guest_factory: Callable[..., Guest], small: Path) -> None:
+    disks = (
+        DiskSpec("vda", size=16 << 20),
+        DiskSpec("vdb", size=256 << 20, format="raw", kind="block", fs=None, writer=False),
+    )
+    guest = guest_factory(GuestSpec("device", disks=disks))
+    options = {"domain": guest.name, "dest": str(small), "name": "one", "quiesce": "never"}
+    for check in (True, False):
+        refused = tasks.refused("export_image", "are needed", check=check, **options)
+        assert refused["error"]["kind"] == "no_space", refused
+        assert refused["error"]["needed"] > 272 << 20
+    assert not list(JOURNAL.iterdir())
+    assert_writes_on(guest)
+
+
+def test_an_export_outlives_libvirtd(guest_factory: Callable[..., Guest], library: Path, tmp_path: Path) -> None:
+    disks = (
+        DiskSpec("vda", size=16 << 20),
+        DiskSpec("vdb", size=16 << 20, format="raw", fs=None, writer=False),
+    )
+    guest = guest_factory(GuestSpec("enduring", disks=disks))
+    guest.exec("dd if=/dev/urandom of=$(cat /run/disk/vdb) bs=1M count=16 oflag=direct 2>/dev/null")
+    options = {"domain": guest.name, "dest": str(library), "name": "one", "quiesce": "required", "bandwidth": "2M"}
+    log = tmp_path / "log"
+    export = tasks.start("export_image", env=kill_environment(log), **options)
+    until(lambda: "copy" in steps_in(log) or export.poll() is not None, "the copy beginning")
+    time.sleep(1)  # the limit is set, and the task waits
+    guest.host.kill_libvirtd()
+    guest.host.start()
+    assert has_job(guest), "the copy goes on without libvirtd"
+    ended = tasks.finish(export)
+    assert ended.rc == 0, ended
+    assert ended.changed
+    with evidence.flattened(library / "one" / "vdb.qcow2") as copy:
+        assert copy.read_bytes() == guest.images["vdb"].read_bytes()
+    assert evidence.writer_log(library / "one" / "vda.qcow2").is_intact
+    assert_writes_on(guest)
+    assert guest.frozen_filesystems() == []
+    assert not has_job(guest)
+    assert [path.name for path in library.iterdir()] == ["one"]
+    assert not list(JOURNAL.iterdir())
+    until(lambda: not list(WORKERS.glob("sentry-*")), "the sentry going home", 60)
+    again = tasks.refused("export_image", "runs: its content is another one now", **options)
+    assert again["image"]["path"] == str(library / "one")
