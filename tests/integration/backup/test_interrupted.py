@@ -152,10 +152,14 @@ def test_libvirtd_killed_during_the_copy(guest: Guest, repository: Path, tmp_pat
     points.assert_nothing_left(guest, repository)
 
 
-def test_a_copy_outlives_libvirtd(guest: Guest, repository: Path, tmp_path: Path) -> None:
-    guest.exec("dd if=/dev/urandom of=/disk/vda/data bs=1M count=12 2>/dev/null && sync")
+def test_a_copy_outlives_libvirtd(module_guest_factory, repository: Path, tmp_path: Path) -> None:
+    # A fast disk copies much until the limit takes hold.
+    disks = (DiskSpec("vda", size=16 * MIB), DiskSpec("vdb", size=512 * MIB, fs=None, writer=False))
+    guest = module_guest_factory(GuestSpec("enduring", disks=disks), start=False)
+    points.run("qemu-io", "-f", "qcow2", "-c", "write -P 0x41 0 512M", guest.images["vdb"])
+    guest.start()
     log = tmp_path / "steps"
-    options = {"domain": guest.name, "repository": str(repository), "type": "full", "bandwidth": "2M"}
+    options = {"domain": guest.name, "repository": str(repository), "bandwidth": "24M"}
     copying = run_module_process("backup", env=points.killed_at("", log), **options)
     until(lambda: (log.exists() and "copy" in log.read_text().split()) or not copying.running(), "the copy beginning")
     time.sleep(1)  # the limit is set, and the task waits
