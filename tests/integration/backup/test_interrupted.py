@@ -152,10 +152,10 @@ def test_libvirtd_killed_during_the_copy(guest: Guest, repository: Path, tmp_pat
     points.assert_nothing_left(guest, repository)
 
 
-def test_a_copy_outlives_libvirtd(module_guest_factory, repository: Path, tmp_path: Path) -> None:
+def test_a_copy_outlives_libvirtd(guest_factory, repository: Path, tmp_path: Path) -> None:
     # A fast disk copies much until the limit takes hold.
     disks = (DiskSpec("vda", size=16 * MIB), DiskSpec("vdb", size=512 * MIB, fs=None, writer=False))
-    guest = module_guest_factory(GuestSpec("enduring", disks=disks), start=False)
+    guest = guest_factory(GuestSpec("enduring", disks=disks), start=False)
     points.run("qemu-io", "-f", "qcow2", "-c", "write -P 0x41 0 512M", guest.images["vdb"])
     guest.start()
     log = tmp_path / "steps"
