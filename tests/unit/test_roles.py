@@ -223,3 +223,10 @@ def test_a_wrong_structure_is_shown(role: str, name: str, answer: str) -> None:
 def test_no_jobs_are_not_the_default_number_of_jobs(answer: Any, jobs: str) -> None:
     given = {"consistent_backup_jobs_per_repository": answer}
     assert role_variable("consistent_backup", "consistent_backup_jobs", **given) == jobs
+
+
+def test_a_share_can_name_the_scratch_that_an_export_asks_for() -> None:
+    (task,) = [one for one in read(ROLES / "image_share/tasks/machine.yml") if "vmkeeper.libvirt.export_image" in one]
+    scratch = task["vmkeeper.libvirt.export_image"]["scratch"]
+    assert templated(scratch, {"image_share_scratch": "/srv/scratch"}) == "/srv/scratch"
+    assert role_variable("image_share", "image_share_scratch") == ""

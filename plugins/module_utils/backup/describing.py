@@ -51,8 +51,10 @@ class Written:
 def complete(connection: Any, handle: Any, repository: Repository, written: Written, request: Request) -> Point:
     """Write what is missing of the point, its manifest last."""
     plan, directory = written.plan, written.directory
-    disks = tuple(_disk(repository, written, disk) for disk in plan.disks)
+    # libvirt is asked first: digests take long, and a restart of libvirtd meanwhile ends the connection.
+    versions = _versions(connection)
     files = _write_files(handle, written)
+    disks = tuple(_disk(repository, written, disk) for disk in plan.disks)
     point = Point(
         id=written.id,
         sequence=plan.sequence,
@@ -74,7 +76,7 @@ def complete(connection: Any, handle: Any, repository: Repository, written: Writ
         not_captured=tuple(part.as_result() for part in plan.capture.left_out),
         nvram=plan.domain.nvram.format if plan.domain.nvram and "nvram.fd" in files else None,
         files=files,
-        versions=_versions(connection),
+        versions=versions,
         stored_bytes=sum(disk.stored_bytes for disk in disks),
         changed_bytes=sum(disk.changed_bytes for disk in disks),
     )

@@ -96,7 +96,7 @@ def _read_layer(layer: Layer) -> LayerFacts:
     path = layer.path or ""
     status = os.stat(path)
     inode = 0 if stat.S_ISBLK(status.st_mode) else status.st_ino  # a device node's changes with every boot
-    allocated = _allocated(path)
+    allocated = space.allocated(path)
     if layer.format != "qcow2":
         return LayerFacts(path, layer.format, inode, whole_sectors(chain.virtual_size(layer) or 0), allocated)
     header = read_qcow2(path)
@@ -106,16 +106,9 @@ def _read_layer(layer: Layer) -> LayerFacts:
         layer.format,
         inode,
         header.virtual_size,
-        allocated + (_allocated(data_file) if data_file is not None else 0),
+        allocated + (space.allocated(data_file) if data_file is not None else 0),
         header.version,
         frozenset(bitmap.name for bitmap in header.bitmaps if bitmap.enabled and not bitmap.in_use),
         header.encrypted,
         data_file,
     )
-
-
-def _allocated(path: str) -> int:
-    """Bytes that a file takes up; of a block device all that it has."""
-    if stat.S_ISBLK(os.stat(path).st_mode):
-        return chain.virtual_size(Layer(path, "raw")) or 0
-    return space.allocated(path)

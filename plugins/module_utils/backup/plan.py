@@ -16,16 +16,13 @@ from ..hypervisor.capture import Capture, choose, require_local_chains
 from ..hypervisor.domain_model import Disk, Domain
 from ..hypervisor.image_node import Passphrase
 from ..safety import consistency
+from ..safety.space import room_for
 from .checkpoints import Checkpoint
 from .manifest import Point, SourceLayer, StoredDisk
 from .repository import History
 
 #: A chain in a repository is at most this long: reading through 32 layers costs twice as much as through one.
 CHAIN_LIMIT = 16
-
-#: What the guest may write between the estimate and the cut, and qcow2's own tables.
-SLACK_LEAST = 8 << 20
-SLACK_SHARE = 20
 
 #: What LUKS puts in front of an image: room for eight keys.
 LUKS_TABLES = 3 << 20
@@ -364,12 +361,6 @@ def _plan_disk(request: Request, facts: Facts, disk: DiskFacts) -> DiskPlan:
         )
     room = room_for(disk.allocated, disk.size) + tables
     return DiskPlan(disk, "full", reason or "first", None, None, room, tracked, compression, passphrase)
-
-
-def room_for(data: int, size: int) -> int:
-    """Most bytes of a qcow2 file that holds ``data`` bytes of a disk of ``size`` bytes, cut a little later."""
-    slack = max(SLACK_LEAST, data // SLACK_SHARE)
-    return min(data + slack, size + SLACK_LEAST) + size // 4096 + (1 << 20)
 
 
 def bitmap_obstacle(domain: Domain, disk: DiskFacts) -> str | None:

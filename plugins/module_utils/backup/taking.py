@@ -15,7 +15,7 @@ from typing import Any
 from .._errors import LibvirtFailed, NoSpace, VmkeeperError
 from ..hypervisor import backup_job, block_jobs, image_node, libvirt_secret, qemu_img
 from ..hypervisor.binding import libvirt
-from ..hypervisor.connection import constant, explaining, message_of
+from ..hypervisor.connection import connect_again, constant, explaining, find_by_uuid, message_of
 from ..hypervisor.domain_model import qemu_owner, read_domain
 from ..hypervisor.image_node import Image
 from ..safety import consistency, instant, processes, reservation, sentry, settlement
@@ -242,6 +242,7 @@ class _Taking:
             )
         watches = [Watch(plan.domain.uuid, self._push_directory(plan), self._reserve(plan)) for plan in self._live]
         self._sentry = Sentry(self._uri, watches, floor)
+        # Before it writes anything: a directory that no journal names would stay for ever.
         self._journal.step("watch", sentry=self._sentry.directory)
         self._sentry.post()
         for plan in self._live:
@@ -400,6 +401,19 @@ class _Taking:
             for disk in sorted(plan.disks, key=lambda disk: -disk.estimate):
                 block_jobs.limit_running(self._handles[plan.domain.uuid], disk.target, self._request.bandwidth)
 
+    def _look_up_again(self) -> None:
+        """Handles of a connection that lives: a restart of libvirtd during a long copy ends the connection, and not the backup."""
+        self._connection = connect_again(self._uri)
+        for plan in self._plans:
+            handle = find_by_uuid(self._connection, plan.domain.uuid)
+            if handle is None:
+                raise VmkeeperError(
+                    f"Domain {plan.domain.name!r} has gone while it was backed up",
+                    state="No point was made; older points are as they were.",
+                    advice="Define it, or start it, then run this again",
+                )
+            self._handles[plan.domain.uuid] = handle
+
     def _wait(self, plan: PointPlan) -> None:
         directory = self._push_directory(plan)
         end = backup_job.wait(self._uri, self._handles[plan.domain.uuid], directory, self._sentry.verdict)
@@ -410,6 +424,7 @@ class _Taking:
                 state="No point was made; older points and their checkpoints are as they were.",
                 advice="See libvirt's log of the domain, then run this again",
             )
+        self._look_up_again()
         block_jobs.resume_starved(self._handles[plan.domain.uuid], seconds=0.0)
         processes.wait_released(os.path.join(directory, disk.file) for disk in plan.disks)
 
@@ -429,6 +444,7 @@ class _Taking:
                     bandwidth=self._request.bandwidth,
                 )
             self._keep_nvram(plan)
+            self._look_up_again()
             self._require_still(plan)
 
     def _require_still(self, plan: PointPlan) -> None:
@@ -447,6 +463,7 @@ class _Taking:
         self._journal.step("describe", domain=plan.domain.name)
         uuid = plan.domain.uuid
         self._keep_nvram(plan)
+        self._look_up_again()
         written = describing.Written(
             plan=plan,
             id=self._ids[uuid],

@@ -16,8 +16,8 @@ from xml.etree import ElementTree
 
 from .._errors import Busy, LibvirtFailed
 from .binding import libvirt
-from .connection import code_of, constant, explaining, message_of
-from .domain_model import Disk, read_domain, read_state
+from .connection import code_of, constant, explaining, is_gone, message_of
+from .domain_model import Disk, DomainState, read_domain, read_state
 
 _POLL_SECONDS = 0.05
 _LOOK_SECONDS = 1.0
@@ -395,22 +395,29 @@ def resume_starved(domain: Any, *, seconds: float = 2.0) -> None:
     While a copy runs, QEMU copies what the guest is about to overwrite; when the target is full it fails the guest's write
     (QEMU before 10), and a domain's usual error policy pauses the guest and keeps the write.  Once the copy is gone the
     write succeeds, so nothing is lost.  Looked at for ``seconds``, since the pause may come after the job's end.  A guest
-    whose own disk is full is paused again at once, as before; one that somebody paused is left alone.
+    whose own disk is full is paused again at once, as before; one that somebody paused is left alone, as is one that is gone.
     """
     give_up = time.monotonic() + seconds
-    while True:
-        try:
-            if not domain.isActive():
-                return
-            state = read_state(domain)
-            if state.name == "paused" and state.reason == "io-error":
-                domain.resume()
-        except libvirt.libvirtError as error:
-            raise LibvirtFailed(
-                f"Resuming domain {domain.name()!r}, which stopped on a full disk: {message_of(error)}",
+    while (state := _state_after_copy(domain)) is not None and state.active:
+        if state.name == "paused" and state.reason == "io-error":
+            with explaining(
+                f"Resuming domain {domain.name()!r}, which stopped on a full disk",
                 state="It is paused; its writes are kept.",
                 advice=f"virsh resume {domain.name()}",
-            ) from error
+            ):
+                domain.resume()
         if time.monotonic() >= give_up:
             return
         time.sleep(_POLL_SECONDS)
+
+
+def _state_after_copy(domain: Any) -> DomainState | None:
+    """The state of a domain that a copy of ours may have starved; None where the domain is gone."""
+    try:
+        return read_state(domain)
+    except LibvirtFailed as error:
+        if is_gone(error):
+            return None
+        error.advice = f"See virsh domstate --reason {domain.name()}; if it is paused by an I/O error: virsh resume {domain.name()}"
+        error.now("Whether it has stopped on a full disk is not known; a write that waits for room is not lost.")
+        raise

@@ -88,31 +88,34 @@ def open_connection(uri: str = DEFAULT_URI, *, readonly: bool = False) -> Any:
     return connection
 
 
-def wait_for_daemon(uri: str, seconds: float = _DAEMON_SECONDS) -> None:
-    """Wait until a daemon answers again that went away; raises like :func:`open_connection` when none does within ``seconds``."""
+def connect_again(uri: str, seconds: float = _DAEMON_SECONDS) -> Any:
+    """A connection to a daemon that may have gone away; raises like :func:`open_connection` when none answers within ``seconds``."""
     give_up = time.monotonic() + seconds
     while True:
         try:
-            open_connection(uri).close()
-            return
+            return open_connection(uri)
         except LibvirtFailed:
             if time.monotonic() > give_up:
                 raise
         time.sleep(_POLL_SECONDS)
 
 
+def wait_for_daemon(uri: str) -> None:
+    """Wait until a daemon answers again that went away; raises like :func:`connect_again`."""
+    connect_again(uri).close()
+
+
 def answering(handle: Any, uri: str) -> Any:
     """The domain over a connection that works: ``handle`` itself, or another once a daemon that went away answers again.
 
-    A connection does not come back with its daemon.  Raises like :func:`wait_for_daemon`, and :class:`NotFound` where the
+    A connection does not come back with its daemon.  Raises like :func:`connect_again`, and :class:`NotFound` where the
     domain is not there any more.
     """
     with contextlib.suppress(libvirt.libvirtError):
         handle.isActive()  # that its daemon has gone, a connection learns by being used
     if handle.connect().isAlive():
         return handle
-    wait_for_daemon(uri)
-    found = find_by_uuid(open_connection(uri), handle.UUIDString())
+    found = find_by_uuid(connect_again(uri), handle.UUIDString())
     if found is None:
         raise NotFound(f"Domain {handle.name()!r} is not defined any more", state="")
     return found

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from xml.etree import ElementTree
@@ -20,9 +21,10 @@ from ..hypervisor.block_jobs import running_job
 from ..hypervisor.capture import Capture, choose, require_local_chains
 from ..hypervisor.connection import constant, explaining
 from ..hypervisor.domain_model import Disk, Domain, DomainState, Layer, parse_domain, read_domain
+from ..hypervisor.image_header import BadHeader, read_qcow2
 from ..hypervisor.image_node import Passphrase
 from ..safety import consistency, standing_freeze
-from ..safety.space import allocated_in_all
+from ..safety.space import allocated, room_for
 from . import manifest as manifests
 from .manifest import Machine
 
@@ -60,7 +62,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is exported, as it is now. ``sizes`` (virtual) and ``allocated`` in bytes by target.
+    """What is exported, as it is now. ``sizes`` (virtual) and ``allocated`` in bytes by target, the latter as far as it is known.
 
     ``domain`` is the machine of the exported instant: with a snapshot, as it was then. ``live``: the guest's disks are
     being written, and the copy is QEMU's to make.  ``inside``: the snapshot lies inside the images, which a running guest may be
@@ -105,7 +107,7 @@ def read_facts(handle: Any, request: Request) -> Facts:
             for disk in current.disks
             if disk.active and (size := _live_size(handle, disk) if live else chain.virtual_size(disk.active))
         },
-        allocated={disk.target: _allocated(disk) for disk in current.disks if disk.active},
+        allocated=_allocated(disk for disk in current.disks if disk.active),
         interfaces=len(root.findall("devices/interface")),
         direct_kernel=root.find("os/kernel") is not None,
         nvram=_nvram_path(current),
@@ -138,10 +140,21 @@ def _nvram_path(domain: Domain) -> str | None:
     return domain.nvram.path if fits else None
 
 
-def _allocated(disk: Disk) -> int:
-    """Bytes that the disk's chain takes on the host: near the most that its content can be."""
-    layers = chain.chain_of(disk) if disk.active and disk.active.path else ()
-    return allocated_in_all(layer.path for layer in layers if layer.path is not None)
+def _allocated(disks: Iterable[Disk]) -> dict[str, int]:
+    """Bytes that each disk's chain takes on the host, near the most that its content can be; without those where it is not known."""
+    found = {}
+    for disk in disks:
+        with contextlib.suppress(OSError, BadHeader):
+            files = [file for layer in chain.chain_of(disk) for file in _files_of(layer)]
+            if None not in files:
+                found[disk.target] = sum(allocated(file) for file in files if file is not None)
+    return found
+
+
+def _files_of(layer: Layer) -> list[str | None]:
+    """The files and devices that hold a layer's data; None for what is not here, or not known to be."""
+    header = read_qcow2(layer.path) if layer.path is not None and layer.format == "qcow2" else None
+    return [layer.path, chain.data_file(header)] if header is not None and header.has_data_file else [layer.path]
 
 
 def _snapshot_facts(handle: Any, current: Domain, name: str) -> Facts:
@@ -184,7 +197,7 @@ def _snapshot_facts(handle: Any, current: Domain, name: str) -> Facts:
         domain=then,
         live=False,
         sizes={disk.target: size for disk in disks if disk.active and (size := chain.virtual_size(disk.active))},
-        allocated={disk.target: _allocated(disk) for disk in disks},
+        allocated=_allocated(disks),
         interfaces=len(inner.findall("devices/interface")),
         direct_kernel=inner.find("os/kernel") is not None,
         snapshot=name,
@@ -403,13 +416,12 @@ def _disk_plan(request: Request, facts: Facts, disk: Disk) -> DiskPlan:
             advice="See that its image exists",
         )
     size = -(-facts.sizes[disk.target] // 512) * 512  # QEMU shows the guest whole sectors
-    allocated = facts.allocated.get(disk.target, size)
     return DiskPlan(
         target=disk.target,
         bus=disk.bus if disk.bus in manifests.BUSES else "virtio",
         source=disk.active,
         size=size,
-        estimate=min(size, allocated + allocated // 10) + (1 << 20),
+        estimate=room_for(min(facts.allocated.get(disk.target, size), size), size),
         file=f"{disk.target}.{manifests.FORMATS[request.format]}",
         serial=disk.serial if manifests.is_serial(disk.serial) else None,
     )

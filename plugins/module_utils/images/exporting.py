@@ -348,6 +348,7 @@ class _Export:
         journal.step("targets")
         files = self._make_targets()
         watching = Sentry(self._uri, [Watch(plan.domain.uuid, self._copies, self._reserve())], self._floor)
+        # Before it writes anything: a directory that no journal names would stay for ever.
         journal.step("watch", sentry=watching.directory)
         watching.post()
         backup_job.forget_last(self._handle)

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 from .._errors import LibvirtFailed, NoSpace
 from ..hypervisor import backup_job, block_jobs
-from ..hypervisor.connection import constant
+from ..hypervisor.connection import connect_again, constant, find_by_uuid
 from ..safety import processes
 from ..safety.sentry import Sentry
 
@@ -60,8 +60,8 @@ def obey(watching: Sentry, name: str, directory: str) -> None:
 
 
 def finish(uri: str, handle: Any, directory: str, watching: Sentry) -> None:
-    """Wait until the job that writes into ``directory`` is over and has succeeded."""
-    name = handle.name()
+    """Wait until the job that writes into ``directory`` is over and has succeeded, across restarts of libvirtd."""
+    uuid, name = handle.UUIDString(), handle.name()
     end = backup_job.wait(uri, handle, directory, watching.verdict)
     obey(watching, name, directory)
     if not end.success:
@@ -70,7 +70,10 @@ def finish(uri: str, handle: Any, directory: str, watching: Sentry) -> None:
             state="No image was made; the unfinished copy is removed.",
             advice="See libvirt's log of the domain, then run this again",
         )
-    block_jobs.resume_starved(handle, seconds=0.0)
+    # Looked up again: a restart of libvirtd ends the connection that the handle belongs to, not the job.
+    present = find_by_uuid(connect_again(uri), uuid)
+    if present is not None:
+        block_jobs.resume_starved(present, seconds=0.0)
     processes.wait_released(os.path.join(directory, file) for file in os.listdir(directory))
 
 

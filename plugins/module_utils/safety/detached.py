@@ -98,6 +98,11 @@ def module_name(relative: str) -> str:
     return f"{__name__.rpartition('.safety.')[0]}.{relative}"
 
 
+def path_of_worker(identifier: str) -> str:
+    """Where :func:`worker_directory` makes that of a worker."""
+    return os.path.join(places.WORKERS, identifier)
+
+
 def worker_directory(identifier: str) -> str:
     """A private directory for one worker's ticket, payload and progress; survives a reboot."""
-    return places.private_directory(os.path.join(places.WORKERS, identifier))
+    return places.private_directory(path_of_worker(identifier))

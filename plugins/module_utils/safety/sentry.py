@@ -64,13 +64,13 @@ def in_danger(free: int, floor: int, headroom: int) -> bool:
 
 
 class Sentry:
-    """The owner's side."""
+    """The owner's side. Nothing is written before :meth:`post`, so that the journal names the directory before it is there."""
 
     def __init__(self, uri: str, watches: Sequence[Watch], floor: int) -> None:
-        self._directory = detached.worker_directory(f"sentry-{secrets.token_hex(6)}")
         identity = myself()
-        orders = Orders(uri, (identity.pid, identity.started), floor, tuple(watches))
-        places.write_json(_orders(self._directory), asdict(orders))
+        self._name = f"sentry-{secrets.token_hex(6)}"
+        self._directory = detached.path_of_worker(self._name)
+        self._orders = Orders(uri, (identity.pid, identity.started), floor, tuple(watches))
 
     @property
     def directory(self) -> str:
@@ -78,13 +78,15 @@ class Sentry:
         return self._directory
 
     def post(self) -> None:
-        """Start the process and wait until it is on watch."""
+        """Write its orders, start the process and wait until it is on watch."""
+        detached.worker_directory(self._name)
+        places.write_json(_orders(self._directory), asdict(self._orders))
         payload = detached.keep_payload(os.path.join(self._directory, "payload.zip"))
         detached.launch(
             detached.module_name("safety.sentry"),
             self._directory,
             payload=payload,
-            unit=f"vmkeeper-{os.path.basename(self._directory)}",
+            unit=f"vmkeeper-{self._name}",
             description="watch over the copy of a running guest",
         )
         give_up = time.monotonic() + _ARMING_SECONDS

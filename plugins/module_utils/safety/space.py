@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterable, Mapping
 
 from .._errors import NoSpace
+
+#: What a guest may write between an estimate and the cut, with a copy's own tables: at least, and as a share of its data.
+SLACK_LEAST = 8 << 20
+SLACK_SHARE = 20
 
 
 def human(size: int) -> str:
@@ -29,11 +34,18 @@ def free_bytes(directory: str) -> int:
 
 
 def allocated(path: str) -> int:
-    """Bytes that a file takes up on its filesystem, without its holes. Raises OSError.
+    """Bytes that a file takes up on its filesystem, without its holes; of a block device all that it has. Raises OSError.
 
-    ``st_blocks`` counts 512 bytes each, whatever the filesystem's own blocks are (inode(7)).
+    ``st_blocks`` counts 512 bytes each, whatever the filesystem's own blocks are (inode(7)); of a device node it is 0.
     """
-    return os.stat(path).st_blocks * 512
+    status = os.stat(path)
+    if not stat.S_ISBLK(status.st_mode):
+        return status.st_blocks * 512
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return os.lseek(descriptor, 0, os.SEEK_END)
+    finally:
+        os.close(descriptor)
 
 
 def allocated_in_all(paths: Iterable[str]) -> int:
@@ -43,6 +55,12 @@ def allocated_in_all(paths: Iterable[str]) -> int:
         with contextlib.suppress(OSError):
             total += allocated(path)
     return total
+
+
+def room_for(data: int, size: int) -> int:
+    """Most bytes of a qcow2 file that holds ``data`` bytes of a disk of ``size`` bytes, cut a little later."""
+    slack = max(SLACK_LEAST, data // SLACK_SHARE)
+    return min(data + slack, size + SLACK_LEAST) + size // 4096 + (1 << 20)
 
 
 def free_memory(*, meminfo: str = "/proc/meminfo") -> int | None:

@@ -121,7 +121,7 @@ def _image(path: str, image_format: str | None) -> Image:
     with contextlib.suppress(OSError):
         image = Image(
             size,
-            allocated=allocated(path) if kind == "file" else size,
+            allocated=allocated(path),
             device=os.stat(path).st_dev,
             free=free_bytes(os.path.dirname(path)) if kind == "file" else 0,
         )

@@ -9,12 +9,13 @@ import os
 import random
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import libvirt
 import pytest
-from lab.ansible import run_module_process
+from lab.ansible import Result, run_module_process
 from lab.guest import DiskSpec, Guest, GuestSpec
 from lab.images import filesystem
 from lab.spec import MIB
@@ -125,20 +126,20 @@ def test_restore_killed_at_every_step_is_finished_or_leaves_nothing(
         assert list(points.JOURNALS.glob("*")) == []
 
 
-def held_at_copy(guest: Guest, repository: Path, log: Path):
-    """A backup whose module is stopped just after the guest was thawed, with the job running or over."""
+def held_at(step: str, guest: Guest, repository: Path, log: Path, **options: str):
+    """A backup whose module is stopped at a step; at ``copy`` the guest was just thawed, and the job runs or is over."""
     log.unlink(missing_ok=True)
     held = run_module_process(
-        "backup", env=points.killed_at("copy", log, how="stop"), domain=guest.name, repository=str(repository)
+        "backup", env=points.killed_at(step, log, how="stop"), domain=guest.name, repository=str(repository), **options
     )
-    until(lambda: log.exists() and "!copy" in log.read_text(), "the backup reaching its copy")
+    until(lambda: log.exists() and f"!{step}" in log.read_text(), f"the backup reaching {step}")
     return held
 
 
 def test_libvirtd_killed_during_the_copy(guest: Guest, repository: Path, tmp_path: Path) -> None:
     point(guest, repository)
     before = ids(repository)
-    held = held_at_copy(guest, repository, tmp_path / "steps")
+    held = held_at("copy", guest, repository, tmp_path / "steps")
     guest.host.kill_libvirtd()
     os.kill(held.pid, signal.SIGCONT)
     guest.host.start()
@@ -151,12 +152,50 @@ def test_libvirtd_killed_during_the_copy(guest: Guest, repository: Path, tmp_pat
     points.assert_nothing_left(guest, repository)
 
 
+def test_a_copy_outlives_libvirtd(guest_factory, repository: Path, tmp_path: Path) -> None:
+    # A fast disk copies much until the limit takes hold.
+    disks = (DiskSpec("vda", size=16 * MIB), DiskSpec("vdb", size=512 * MIB, fs=None, writer=False))
+    guest = guest_factory(GuestSpec("enduring", disks=disks), start=False)
+    points.run("qemu-io", "-f", "qcow2", "-c", "write -P 0x41 0 512M", guest.images["vdb"])
+    guest.start()
+    log = tmp_path / "steps"
+    options = {"domain": guest.name, "repository": str(repository), "bandwidth": "24M"}
+    copying = run_module_process("backup", env=points.killed_at("", log), **options)
+    until(lambda: (log.exists() and "copy" in log.read_text().split()) or not copying.running(), "the copy beginning")
+    time.sleep(1)  # the limit is set, and the task waits
+    guest.host.kill_libvirtd()
+    guest.host.start()
+    assert points.has_job(guest), "the copy goes on without libvirtd"
+    assert_good(copying.result(), guest, repository)
+
+
+@pytest.mark.parametrize("step", ["store", "describe"])
+def test_a_backup_outlives_libvirtd_after_its_copy(
+    guest: Guest, repository: Path, directory: Path, tmp_path: Path, step: str
+) -> None:
+    held = held_at(step, guest, repository, tmp_path / "steps", scratch=str(directory))
+    guest.host.kill_libvirtd()
+    guest.host.start()
+    os.kill(held.pid, signal.SIGCONT)
+    assert_good(held.result(), guest, repository)
+    assert list(directory.iterdir()) == []
+
+
+def assert_good(result: Result, guest: Guest, repository: Path) -> None:
+    """The backup has made a point that holds what the disks hold, and left nothing else."""
+    assert not result["failed"], result["msg"]
+    made = result["restore_point"]
+    assert points.content(directory_of(repository, made) / "vdb.qcow2") == points.device_hash(guest, "vdb")
+    assert points.checkpoints(guest) == [made["checkpoint"]]
+    points.assert_nothing_left(guest, repository)
+
+
 def test_qemu_killed_during_the_copy_and_the_next_point_is_a_full_that_says_so(
     guest: Guest, repository: Path, tmp_path: Path
 ) -> None:
     point(guest, repository)
     before = ids(repository)
-    held = held_at_copy(guest, repository, tmp_path / "steps")
+    held = held_at("copy", guest, repository, tmp_path / "steps")
     os.kill(guest.host.qemu_pids()[guest.name], signal.SIGKILL)
     guest.wait_shutoff()
     os.kill(held.pid, signal.SIGCONT)

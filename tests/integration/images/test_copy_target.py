@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import libvirt
 import pytest
 
+from ansible_collections.vmkeeper.libvirt.tests.lab import evidence
 from ansible_collections.vmkeeper.libvirt.tests.lab.guest import DiskSpec, Guest, GuestSpec
 from ansible_collections.vmkeeper.libvirt.tests.lab.images import filesystem
 from ansible_collections.vmkeeper.libvirt.tests.lab.tasks import kill_environment, steps_in
@@ -102,3 +105,50 @@ def test_a_guest_writes_on_when_the_target_of_its_export_fills_up_and_nobody_els
     assert tasks.ok("export_image", **options).changed
     assert sorted(path.name for path in small.iterdir()) == ["lost+found", "one"]
     until(lambda: not list(WORKERS.glob("sentry-*")), "the sentry going home", 60)
+
+
+def test_a_disk_on_a_block_device_needs_the_room_of_all_of_it(guest_factory: Callable[..., Guest], small: Path) -> None:
+    disks = (
+        DiskSpec("vda", size=16 << 20),
+        DiskSpec("vdb", size=256 << 20, format="raw", kind="block", fs=None, writer=False),
+    )
+    guest = guest_factory(GuestSpec("device", disks=disks))
+    options = {"domain": guest.name, "dest": str(small), "name": "one", "quiesce": "never"}
+    for check in (True, False):
+        refused = tasks.refused("export_image", "are needed", check=check, **options)
+        assert refused["error"]["kind"] == "no_space", refused
+        assert refused["error"]["needed"] > 272 << 20
+    assert not list(JOURNAL.glob("*"))
+    assert_writes_on(guest)
+
+
+def test_an_export_outlives_libvirtd(guest_factory: Callable[..., Guest], library: Path, tmp_path: Path) -> None:
+    size = 512 << 20  # a fast disk copies much until the limit takes hold
+    disks = (DiskSpec("vda", size=16 << 20), DiskSpec("vdb", size=size, format="raw", fs=None, writer=False))
+    guest = guest_factory(GuestSpec("enduring", disks=disks), start=False)
+    content = os.urandom(size)
+    guest.images["vdb"].write_bytes(content)
+    guest.start()
+    options = {"domain": guest.name, "dest": str(library), "name": "one", "quiesce": "required", "bandwidth": "24M"}
+    log = tmp_path / "log"
+    export = tasks.start("export_image", env=kill_environment(log), **options)
+    until(lambda: "copy" in steps_in(log) or export.poll() is not None, "the copy beginning")
+    time.sleep(1)  # the limit is set, and the task waits
+    guest.host.kill_libvirtd()
+    guest.host.start()
+    assert has_job(guest), "the copy goes on without libvirtd"
+    ended = tasks.finish(export)
+    assert ended.rc == 0, ended
+    assert ended.changed
+    with evidence.flattened(library / "one" / "vdb.qcow2") as copy:
+        same = copy.read_bytes() == content  # half a gigabyte, which is not to be shown
+    assert same
+    assert evidence.writer_log(library / "one" / "vda.qcow2").is_intact
+    assert_writes_on(guest)
+    assert guest.frozen_filesystems() == []
+    assert not has_job(guest)
+    assert [path.name for path in library.iterdir()] == ["one"]
+    assert not list(JOURNAL.iterdir())
+    until(lambda: not list(WORKERS.glob("sentry-*")), "the sentry going home", 60)
+    again = tasks.refused("export_image", "runs: its content is another one now", **options)
+    assert again["image"]["path"] == str(library / "one")

@@ -203,11 +203,6 @@ def test_a_young_point_of_something_else_does_not_stand_for_what_is_asked() -> N
     assert not young(planning.Request(passphrase=Passphrase(b"correct horse battery")))
 
 
-def test_room_is_bounded_by_the_disk() -> None:
-    assert planning.room_for(SIZE, SIZE) < SIZE + (10 << 20)
-    assert planning.room_for(0, SIZE) >= planning.SLACK_LEAST
-
-
 def test_only_disks_with_a_counted_bitmap_are_whole() -> None:
     found = parse_checkpoint(
         "<domaincheckpoint><name>c</name><disks><disk name='vda' checkpoint='bitmap' size='65536'/>"

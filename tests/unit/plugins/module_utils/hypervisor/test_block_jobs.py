@@ -134,3 +134,48 @@ def test_a_backup_job_that_libvirt_reports_no_more_is_not_lost_but_over(looking)
         domain.backup = second < 5
 
     assert looking(Copying([]), ends) is None
+
+
+class Starved:
+    """A domain after a copy, ``paused`` by a write that found no room; ``fails`` at one of the calls."""
+
+    def __init__(self, fails="", paused=True, code=None):
+        self.fails, self.paused, self.code = fails, paused, code
+
+    def name(self):
+        return "web"
+
+    def _call(self, name):
+        if self.fails == name:
+            error = block_jobs.libvirt.libvirtError("client socket is closed")
+            error.get_error_code = lambda: self.code
+            raise error
+
+    def state(self):
+        self._call("state")
+        return [3, 5] if self.paused else [1, 1]
+
+    def resume(self):
+        self._call("resume")
+        self.paused = False
+
+
+def test_a_guest_that_a_full_target_has_stopped_runs_on():
+    domain = Starved()
+    block_jobs.resume_starved(domain, seconds=0.0)
+    assert not domain.paused
+
+
+def test_a_guest_is_called_paused_only_where_that_was_read():
+    with pytest.raises(LibvirtFailed, match="client socket is closed") as failed:
+        block_jobs.resume_starved(Starved("state", paused=False), seconds=0.0)
+    said = str(failed.value)
+    assert "It is paused" not in said
+    assert "Resuming" not in said
+    assert "not known" in failed.value.state
+    with pytest.raises(LibvirtFailed, match=r"Resuming domain 'web'.* It is paused; its writes are kept"):
+        block_jobs.resume_starved(Starved("resume"), seconds=0.0)
+
+
+def test_a_transient_guest_that_has_gone_meanwhile_needs_no_resuming():
+    block_jobs.resume_starved(Starved("state", code=block_jobs.libvirt.VIR_ERR_NO_DOMAIN), seconds=0.0)

@@ -144,14 +144,18 @@ class Gone(Exception):
 
 def test_a_domain_is_reached_over_another_connection_only_where_its_own_has_ended(monkeypatch):
     monkeypatch.setattr(connection, "libvirt", SimpleNamespace(libvirtError=Gone))
-    waited, again = [], Served(True)
-    monkeypatch.setattr(connection, "wait_for_daemon", waited.append)
-    monkeypatch.setattr(connection, "open_connection", lambda uri: uri)
-    monkeypatch.setattr(connection, "find_by_uuid", lambda opened, uuid: again if (opened, uuid) == ("uri", "u") else 0)
+    opened, again = [], Served(True)
+
+    def connect_again(uri: str) -> str:
+        opened.append(uri)
+        return uri
+
+    monkeypatch.setattr(connection, "connect_again", connect_again)
+    monkeypatch.setattr(connection, "find_by_uuid", lambda over, uuid: again if (over, uuid) == ("uri", "u") else 0)
     assert connection.answering(again, "uri") is again
-    assert waited == []
+    assert opened == []
     assert connection.answering(Served(False), "uri") is again
-    assert waited == ["uri"]
-    monkeypatch.setattr(connection, "find_by_uuid", lambda _opened, _uuid: None)
+    assert opened == ["uri"]
+    monkeypatch.setattr(connection, "find_by_uuid", lambda _over, _uuid: None)
     with pytest.raises(NotFound, match="'web' is not defined any more"):
         connection.answering(Served(False), "uri")

@@ -3,7 +3,12 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -143,3 +148,45 @@ def test_a_guest_that_is_frozen_already_is_not_frozen_again_and_claims_only_what
     assert (others.freeze, others.standing, others.expected_level) == (False, False, "crash")
     with pytest.raises(Refused, match="by other means"):
         plan(replace(REQUEST, quiesce="required"), replace(LIVE, frozen=True))
+
+
+def estimate(**facts: Any) -> int:
+    (disk,) = plan(facts=replace(LIVE, **facts)).disks
+    return disk.estimate
+
+
+def test_room_is_for_the_content_and_for_what_qcow2_adds() -> None:
+    tebibyte = 1 << 40
+    assert estimate(sizes={"vda": tebibyte}, allocated={"vda": 1 << 30}) < 2 << 30
+    whole = estimate(sizes={"vda": tebibyte}, allocated={"vda": tebibyte})
+    assert whole > tebibyte + tebibyte // (64 << 10) * 16, "an entry of 8 bytes for each cluster, and its refcount"
+    assert estimate(sizes={"vda": tebibyte}, allocated={}) == whole, "where it is not known"
+
+
+def allocated(*layers: Layer) -> int | None:
+    return export_plan._allocated([replace(DISK, chain=layers, alone=True)]).get("vda")
+
+
+def test_what_a_chain_holds_is_counted_as_far_as_it_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / "top.raw", tmp_path / "base.raw"]
+    for file in files:
+        file.write_bytes(b"x" * (1 << 20))
+    top, base = [Layer(str(file), "raw") for file in files]
+    assert allocated(top, base) == 2 << 20
+    assert allocated(top, Layer(None, "raw", "network")) is None
+    assert allocated(Layer(None, "raw", "network")) is None
+    assert allocated(top, Layer(str(tmp_path / "gone"), "raw")) is None
+    os.truncate(files[1], 500 << 20)
+    monkeypatch.setattr(export_plan.chain.stat, "S_ISBLK", lambda _mode: True)  # devices, with no blocks of a file
+    assert allocated(top, base) == 501 << 20
+
+
+@pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not installed")
+def test_an_external_data_file_is_counted(tmp_path: Path) -> None:
+    image, data = tmp_path / "vda.qcow2", tmp_path / "data.raw"
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={data}", str(image), str(16 << 20)]
+    subprocess.run(create, check=True)
+    data.write_bytes(b"x" * (4 << 20))
+    assert 4 << 20 <= (allocated(Layer(str(image), "qcow2")) or 0) < 8 << 20
+    data.unlink()
+    assert allocated(Layer(str(image), "qcow2")) is None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import reservation, sentry
+import pytest
+
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.safety import places, reservation, sentry
 
 MIB = 1 << 20
 
@@ -33,3 +35,22 @@ def test_what_was_set_aside_and_not_used_is_given_back(tmp_path: Path) -> None:
     reservation.release(str(path))
     assert path.read_bytes() == b"x" * 4096
     assert path.stat().st_blocks * 512 < MIB
+
+
+def test_a_sentry_has_a_name_for_the_journal_before_it_writes_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "WORKERS", str(tmp_path / "workers"))
+    posted = sentry.Sentry("qemu:///system", [sentry.Watch("u", "/srv", {"a": 1})], 16 * MIB)
+    assert Path(posted.directory).parent == tmp_path / "workers"
+    assert list(tmp_path.iterdir()) == []
+    sentry.dismiss(posted.directory)  # as the next run does after a kill in between
+    launched = []
+    monkeypatch.setattr(sentry.detached, "launch", lambda _entry, where, **_how: launched.append(where))
+    monkeypatch.setattr(places, "is_held", lambda _orders: True)
+    posted.post()
+    assert launched == [posted.directory]
+    orders = sentry._read(sentry._orders(posted.directory))
+    assert orders.watches == (sentry.Watch("u", "/srv", {"a": 1}),)
+    posted.dismiss()
+    assert list((tmp_path / "workers").iterdir()) == []

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,25 @@ def test_a_file_takes_what_it_holds_and_one_that_is_gone_nothing(tmp_path):
     assert space.allocated_in_all([str(holey), str(gone), str(holey)]) == 2 * taken
     with pytest.raises(OSError, match="gone"):
         space.allocated(str(gone))
+
+
+def test_a_block_device_takes_all_that_it_has(tmp_path, monkeypatch):
+    node = tmp_path / "node"
+    node.touch()
+    os.truncate(node, 500 << 20)
+    monkeypatch.setattr(
+        space.stat, "S_ISBLK", lambda _mode: True
+    )  # what the kernel says of a device: no blocks, and a size
+    assert os.stat(node).st_blocks == 0
+    assert space.allocated(str(node)) == space.allocated_in_all([str(node)]) == 500 << 20
+
+
+def test_a_qcow2_file_takes_a_little_more_than_its_disk_at_most():
+    tebibyte = 1 << 40
+    # 16 bytes of tables for each cluster of 64 KiB at most (an L2 entry, refcounts), and a header.
+    assert space.room_for(tebibyte, tebibyte) > tebibyte + tebibyte // (64 << 10) * 16
+    assert space.room_for(2 * tebibyte, tebibyte) == space.room_for(tebibyte, tebibyte) < tebibyte + (300 << 20)
+    assert space.SLACK_LEAST <= space.room_for(0, 1 << 30) < 10 << 20
 
 
 def test_needs_of_one_filesystem_add_up(tmp_path, monkeypatch):
