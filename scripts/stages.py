@@ -53,7 +53,14 @@ TRADE_BUDGETS = {"snapshots": 12, "backup": 15, "sizing": 8, "images": 8, "as_us
 
 SECOND_LANES = {
     "snapshots": ("test_confined", "test_guard", "test_histories"),
-    "backup": ("test_boot_proof", "test_cycles", "test_instant", "test_instant_encrypted", "test_secrecy"),
+    "backup": (
+        "test_boot_proof",
+        "test_compression",
+        "test_cycles",
+        "test_instant",
+        "test_instant_encrypted",
+        "test_secrecy",
+    ),
     "images": ("test_encryption", "test_sealing"),
 }
 """Modules of a trade that run beside its others, in a test host of their own: one guest leaves a core of two idle, or waits."""
