@@ -248,12 +248,8 @@ def nested_quick() -> Iterator[Stage]:
 
 def scenarios(*chosen: str) -> Check:
     """Return a run of molecule's scenarios."""
-    # Below the host's root, it goes with the host: what is left of an interrupted run would make molecule skip what has to be done.
-    molecule = (
-        'export MOLECULE_EPHEMERAL_DIRECTORY=$VMK_LAB_HOST_ROOT/molecule && mkdir "$MOLECULE_EPHEMERAL_DIRECTORY" && '
-    )
-    molecule += 'exec .venv/bin/molecule test --report "$@"'
-    command = [*IN_NESTED_LAB, "sh", "-c", molecule, "molecule", *chosen]
+    python = ("env", f"PYTHONPATH={ROOT / 'tests'}", str(ROOT / ".venv/bin/python"))
+    command = [*IN_NESTED_LAB, *python, "-m", "nested", "scenarios", "--", *chosen]
     return Check("scenarios", command, stream=True)
 
 

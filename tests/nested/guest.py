@@ -60,9 +60,17 @@ def place(machine: Machine, spec: GuestSpec, *, start: bool = True) -> str:
 
 
 def wait_agent(machine: Machine, domain: str) -> None:
-    """Wait until the guest's agent answers, which it does once the disks are mounted. Raises TimeoutError."""
+    """Wait until the guest's agent answers, which it does once the disks are mounted.
+
+    Raises TimeoutError, or MachineError when the hypervisor has ended.
+    """
     ask = f'virsh --quiet qemu-agent-command {domain} \'{{"execute":"guest-ping"}}\''
-    until(lambda: machine.ssh(ask).returncode == 0, f"the agent of {domain}", timeout=BOOT_SECONDS, interval=1)
+
+    def answers() -> bool:
+        machine.require_running()
+        return machine.ssh(ask).returncode == 0
+
+    until(answers, f"the agent of {domain}", timeout=BOOT_SECONDS, interval=1)
 
 
 def execute(machine: Machine, domain: str, command: str) -> str:

@@ -25,6 +25,7 @@ VCPUS = 2
 BOOT_SECONDS = 1200.0
 """How long a boot may take: 20 seconds on two idle cores without KVM, many times that where they are shared."""
 
+_PANIC = "Kernel panic"
 _LONGEST_SOCKET = 80  # of 107 characters that the kernel takes, ssh appends some of its own
 _ABANDONED_SECONDS = 300.0  # a machine that is being made has no QEMU yet
 
@@ -93,6 +94,11 @@ class Machine:
             )
         return result.stdout
 
+    def require_running(self) -> None:
+        """Raise MachineError, with what its console said last, once its QEMU process has ended: it will not answer any more."""
+        if not _processes(self.directory):
+            raise MachineError(f"machine {self.name} has ended\n{_console(self.directory)}")
+
     def put(self, source: Path, destination: str) -> None:
         """Copy a file of this computer into the machine; the directory is made, holes stay holes."""
         directory, name = os.path.split(destination)
@@ -149,7 +155,20 @@ def destroy(name: str) -> None:
     for pid in _processes(directory):
         os.kill(pid, signal.SIGKILL)
     until(lambda: not _processes(directory), f"the end of machine {name}", timeout=120)
+    if _PANIC in _console(directory):
+        with _panics().open("a", encoding="utf-8") as notes:
+            notes.write(f"{name}: {_console(directory)}\n")
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def take_panics() -> str:
+    """The last words of machines that were destroyed after their kernels had panicked, if any; they are told once."""
+    try:
+        return _panics().read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    finally:
+        _panics().unlink(missing_ok=True)
 
 
 def _remove_abandoned() -> None:
@@ -175,6 +194,10 @@ def _machines() -> Path:
     """Where machines are: below the root of the private test host, which goes with it however it ends; without one, in the cache."""
     host = os.environ.get("VMK_LAB_HOST_ROOT")
     return (Path(host) if host else cache_directory()) / "machines"
+
+
+def _panics() -> Path:
+    return _machines().parent / "panics"
 
 
 def _directory(name: str) -> Path:
@@ -263,12 +286,12 @@ def _wait_for_login(machine: Machine) -> None:
     try:
         until(settled, f"login to machine {machine.name}", timeout=BOOT_SECONDS, interval=1)
     except TimeoutError as error:
-        raise MachineError(f"{error}: {problem}\n{_console(machine)}") from error
+        raise MachineError(f"{error}: {problem}\n{_console(machine.directory)}") from error
     if problem:
-        raise MachineError(f"machine {machine.name} did not come up: {problem}\n{_console(machine)}")
+        raise MachineError(f"machine {machine.name} did not come up: {problem}\n{_console(machine.directory)}")
 
 
-def _console(machine: Machine) -> str:
-    log = machine.directory / "console.log"
+def _console(directory: Path) -> str:
+    log = directory / "console.log"
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     return "Its console said last:\n" + "\n".join(lines[-30:])
