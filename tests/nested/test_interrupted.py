@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,16 +19,17 @@ from lab.waiting import until
 TESTS = Path(__file__).resolve().parents[1]
 
 
-def emulators(root: Path) -> list[str]:
-    """The command lines of the machines that lie below a directory."""
-    found = []
+def emulated(root: Path) -> set[str]:
+    """The machines below a directory that a QEMU process runs."""
+    found = set()
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = process.read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:  # it has ended meanwhile
             continue
-        if "qemu-system" in line and str(root) in line:
-            found.append(line)
+        name = re.search(r" -name vmkeeper-nested-(\w+) ", line)
+        if name is not None and str(root) in line:
+            found.add(name[1])
     return found
 
 
@@ -37,11 +40,12 @@ def test_an_interrupted_run_leaves_no_machine(tmp_path: Path, number: signal.Sig
     environment = {**os.environ, "VMK_LAB_ROOT": str(tmp_path), "PYTHONPATH": str(TESTS)}
     with subprocess.Popen([*command, "up", "one", "two"], env=environment) as run:
         try:
-            until(lambda: len(emulators(tmp_path)) == 2 or run.poll() is not None, "both machines' emulators", 120)
+            until(lambda: emulated(tmp_path) == {"one", "two"} or run.poll() is not None, "both machines", 600)
+            time.sleep(5)  # into their boot
             assert run.poll() is None
             run.send_signal(number)
             assert run.wait(60) != 0
-            until(lambda: not emulators(tmp_path), "the emulators ending", 60)
+            until(lambda: not emulated(tmp_path), "the machines ending", 60)
             until(lambda: not list(tmp_path.iterdir()), "the directory of the host going", 60)
         finally:
             run.kill()
