@@ -53,6 +53,8 @@ def complete(connection: Any, handle: Any, repository: Repository, written: Writ
     plan, directory = written.plan, written.directory
     # libvirt is asked first: digests take long, and a restart of libvirtd meanwhile ends the connection.
     versions = _versions(connection)
+    for disk in plan.disks:  # what was set aside and is not needed is room for the files
+        reservation.release(os.path.join(directory, disk.file))
     files = _write_files(handle, written)
     disks = tuple(_disk(repository, written, disk) for disk in plan.disks)
     point = Point(
@@ -91,7 +93,6 @@ def complete(connection: Any, handle: Any, repository: Repository, written: Writ
 
 def _disk(repository: Repository, written: Written, disk: DiskPlan) -> StoredDisk:
     path = os.path.join(written.directory, disk.file)
-    reservation.release(path)
     pushed = written.pushed is not None
     layers = [written.pushed_images[disk.target] if pushed else Image(path, "qcow2", disk.passphrase)]
     layers += stored.images_below(repository, written.history, disk.parent, disk.target, disk.passphrase)

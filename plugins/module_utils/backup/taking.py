@@ -401,18 +401,17 @@ class _Taking:
             for disk in sorted(plan.disks, key=lambda disk: -disk.estimate):
                 block_jobs.limit_running(self._handles[plan.domain.uuid], disk.target, self._request.bandwidth)
 
-    def _look_up_again(self) -> None:
-        """Handles of a connection that lives: a restart of libvirtd during a long copy ends the connection, and not the backup."""
+    def _look_up_again(self, plan: PointPlan) -> None:
+        """The domain over a connection that lives: a restart of libvirtd during a long copy ends the connection, and not the backup."""
         self._connection = connect_again(self._uri)
-        for plan in self._plans:
-            handle = find_by_uuid(self._connection, plan.domain.uuid)
-            if handle is None:
-                raise VmkeeperError(
-                    f"Domain {plan.domain.name!r} has gone while it was backed up",
-                    state="No point was made; older points are as they were.",
-                    advice="Define it, or start it, then run this again",
-                )
-            self._handles[plan.domain.uuid] = handle
+        handle = find_by_uuid(self._connection, plan.domain.uuid)
+        if handle is None:
+            raise VmkeeperError(
+                f"Domain {plan.domain.name!r} has gone while it was backed up",
+                state="No point was made; older points are as they were.",
+                advice="Define it, or start it, then run this again",
+            )
+        self._handles[plan.domain.uuid] = handle
 
     def _wait(self, plan: PointPlan) -> None:
         directory = self._push_directory(plan)
@@ -424,7 +423,7 @@ class _Taking:
                 state="No point was made; older points and their checkpoints are as they were.",
                 advice="See libvirt's log of the domain, then run this again",
             )
-        self._look_up_again()
+        self._look_up_again(plan)
         block_jobs.resume_starved(self._handles[plan.domain.uuid], seconds=0.0)
         processes.wait_released(os.path.join(directory, disk.file) for disk in plan.disks)
 
@@ -444,13 +443,16 @@ class _Taking:
                     bandwidth=self._request.bandwidth,
                 )
             self._keep_nvram(plan)
-            self._look_up_again()
+            self._look_up_again(plan)
             self._require_still(plan)
 
     def _require_still(self, plan: PointPlan) -> None:
         now = read_domain(self._handles[plan.domain.uuid])
         written = stillness.written_since(self._marks[plan.domain.uuid])
-        if written or now.state != plan.domain.state or now.managed_save != plan.domain.managed_save:
+        before = plan.domain.state
+        # Why a domain is off, libvirtd forgets when it is restarted.
+        same = now.state.name == before.name and now.state.reason in (before.reason, "unknown")
+        if written or not same or now.managed_save != plan.domain.managed_save:
             what = f"{', '.join(written)} of domain {now.name!r} was written to, as by a guest that somebody has started and stopped,"
             raise VmkeeperError(
                 (what if written else f"Domain {now.name!r} was started or saved") + " while the backup copied",
@@ -463,7 +465,7 @@ class _Taking:
         self._journal.step("describe", domain=plan.domain.name)
         uuid = plan.domain.uuid
         self._keep_nvram(plan)
-        self._look_up_again()
+        self._look_up_again(plan)
         written = describing.Written(
             plan=plan,
             id=self._ids[uuid],

@@ -66,6 +66,7 @@ def open_connection(uri: str = DEFAULT_URI, *, readonly: bool = False) -> Any:
     libvirt.registerErrorHandler(lambda _ctx, _error: None, None)
     try:
         connection = libvirt.openReadOnly(uri) if readonly else libvirt.open(uri)
+        version = version_triple(connection.getLibVersion())
     except libvirt.libvirtError as error:
         advice = (
             "Start it (systemctl start libvirtd, or virtqemud on a host with modular daemons) and see that this user may use it"
@@ -77,7 +78,6 @@ def open_connection(uri: str = DEFAULT_URI, *, readonly: bool = False) -> Any:
             advice=advice,
             libvirt=message_of(error),
         ) from error
-    version = version_triple(connection.getLibVersion())
     if version < MINIMUM_LIBVIRT:
         connection.close()
         raise Unsupported(

@@ -121,7 +121,7 @@ def _image(path: str, image_format: str | None) -> Image:
     with contextlib.suppress(OSError):
         image = Image(
             size,
-            allocated=allocated(path),
+            allocated=min(size, allocated(path)),  # a device may be larger than the image in it
             device=os.stat(path).st_dev,
             free=free_bytes(os.path.dirname(path)) if kind == "file" else 0,
         )

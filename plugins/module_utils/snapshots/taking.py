@@ -424,6 +424,7 @@ class _Taking:
         """Back to how it was; what cannot be undone now stays in the journal for the next run."""
         operation = self._journal.operation
         try:
+            self._journal.step("undo")  # from here on the next run takes it back, too, whatever becomes of this one
             if operation.reached("shutdown"):
                 wait_for_daemon(self._uri)  # a guest that is off for it must not stay so because libvirtd is restarted
             kept = settle.undo(self._uri, self._journal)

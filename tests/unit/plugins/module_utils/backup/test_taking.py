@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils._errors import VmkeeperError
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.backup import describing, taking
 from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.backup_job import End
+from ansible_collections.vmkeeper.libvirt.plugins.module_utils.hypervisor.domain_model import DomainState
 
 
 class Daemon:
@@ -56,14 +58,40 @@ def test_a_copy_that_outlived_libvirtd_goes_on_with_a_new_connection(monkeypatch
     for plan in run._plans:
         run._wait(plan)
     assert run._connection == daemon.connection == 2
-    assert run._handles == {"u1": (2, "u1"), "u2": (2, "u2")}
+    assert run._handles == {"u1": (1, "u1"), "u2": (2, "u2")}
 
 
 def test_a_domain_that_has_gone_is_said_to_have(monkeypatch: pytest.MonkeyPatch) -> None:
     Daemon(monkeypatch, "u1")
     run = run_of("u1", "u2")
+    run._wait(run._plans[0])
     with pytest.raises(VmkeeperError, match=r"'u2' has gone.* No point was made"):
-        run._wait(run._plans[0])
+        run._wait(run._plans[1])
+
+
+@pytest.mark.parametrize(
+    ("now", "saved", "still"),
+    [
+        (DomainState("shutoff", "shutdown"), False, True),
+        (DomainState("shutoff", "unknown"), False, True),  # libvirtd was restarted, and has forgotten why
+        (DomainState("shutoff", "crashed"), False, False),
+        (DomainState("running", "unknown"), False, False),
+        (DomainState("shutoff", "shutdown"), True, False),
+    ],
+)
+def test_a_stopped_domain_was_still_unless_it_ran(
+    monkeypatch: pytest.MonkeyPatch, now: DomainState, saved: bool, still: bool
+) -> None:
+    monkeypatch.setattr(
+        taking, "read_domain", lambda _handle: SimpleNamespace(name="u1", state=now, managed_save=saved)
+    )
+    monkeypatch.setattr(taking.stillness, "written_since", lambda _marks: [])
+    run = run_of("u1")
+    run._plans[0].domain.state = DomainState("shutoff", "shutdown")
+    run._plans[0].domain.managed_save = False
+    run._marks = {"u1": None}
+    with contextlib.nullcontext() if still else pytest.raises(VmkeeperError, match="was started or saved"):
+        run._require_still(run._plans[0])
 
 
 def test_a_point_is_described_over_the_connection_of_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +111,7 @@ def test_a_point_is_described_over_the_connection_of_then(monkeypatch: pytest.Mo
     assert daemon.connection == 2
 
 
-def test_libvirt_is_asked_for_all_before_digests_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_is_given_back_and_libvirt_asked_for_all_before_digests_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def computing(*_arguments: Any) -> None:
@@ -93,8 +121,9 @@ def test_libvirt_is_asked_for_all_before_digests_take_long(monkeypatch: pytest.M
     monkeypatch.setattr(describing, "_versions", lambda connection: asked.append("versions"))
     monkeypatch.setattr(describing, "_write_files", lambda handle, written: asked.append("definition"))
     monkeypatch.setattr(describing, "_disk", computing)
-    written: Any = SimpleNamespace(plan=SimpleNamespace(disks=[None]), directory="/srv")
+    monkeypatch.setattr(describing.reservation, "release", asked.append)
+    written: Any = SimpleNamespace(plan=SimpleNamespace(disks=[SimpleNamespace(file="vda.qcow2")]), directory="/srv")
     nobody: Any = None
     with pytest.raises(KeyboardInterrupt):
         describing.complete(nobody, nobody, nobody, written, nobody)
-    assert asked == ["versions", "definition", "digests"]
+    assert asked == ["versions", "/srv/vda.qcow2", "definition", "digests"]

@@ -56,6 +56,20 @@ def test_an_old_libvirt_is_refused_with_its_version_and_the_one_needed(monkeypat
     assert old.closed
 
 
+def test_a_daemon_that_goes_as_soon_as_it_has_come_does_not_answer(monkeypatch):
+    def going():
+        raise Gone("client socket is closed")
+
+    binding = SimpleNamespace(
+        libvirtError=Gone,
+        registerErrorHandler=lambda *_: None,
+        open=lambda _uri: SimpleNamespace(getLibVersion=going),
+    )
+    monkeypatch.setattr(connection, "libvirt", binding)
+    with pytest.raises(LibvirtFailed, match="No libvirt daemon answers on qemu:///system: client socket is closed"):
+        connection.open_connection()
+
+
 def test_versions():
     assert connection.version_triple(9_000_000) == (9, 0, 0)
     assert connection.version_triple(10_010_003) == (10, 10, 3)

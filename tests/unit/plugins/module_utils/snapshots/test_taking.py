@@ -58,7 +58,9 @@ def a_taking(*handles: Off, shutdown: bool = True) -> Any:
     of_no_concern: Any = None
     run: Any = taking._Taking(None, "test:///", list(handles), [], plans, of_no_concern)  # type: ignore[arg-type]
     run._journal = SimpleNamespace(
-        note=lambda _step: None, operation=SimpleNamespace(reached=lambda step: shutdown and step == "shutdown")
+        note=lambda _step: None,
+        step=lambda _step: None,
+        operation=SimpleNamespace(reached=lambda step: shutdown and step == "shutdown"),
     )
     return run
 
@@ -93,11 +95,15 @@ def test_a_guest_that_does_not_start_keeps_no_other_of_its_group_off(monkeypatch
 
 @pytest.mark.parametrize("shutdown", [True, False])
 def test_undoing_waits_for_libvirt_where_a_guest_is_off_for_it(monkeypatch: pytest.MonkeyPatch, shutdown: bool) -> None:
-    waited: list[str] = []
-    monkeypatch.setattr(taking, "wait_for_daemon", waited.append)
+    done: list[str] = []
+    monkeypatch.setattr(taking, "wait_for_daemon", done.append)
     monkeypatch.setattr(taking.settle, "undo", lambda _uri, _journal: [])
-    a_taking(Off(), shutdown=shutdown)._undo(VmkeeperError("Anything"))
-    assert waited == (["test:///"] if shutdown else [])
+    run = a_taking(Off(), shutdown=shutdown)
+    run._journal.step = done.append
+    run._undo(VmkeeperError("Anything"))
+    assert done == (["undo", "test:///"] if shutdown else ["undo"]), (
+        "a run that is killed while it waits is undone, too"
+    )
 
 
 @pytest.mark.parametrize("shutdown", [True, False])
