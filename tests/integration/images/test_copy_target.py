@@ -33,6 +33,13 @@ def small(library: Path) -> Iterator[Path]:
         yield where
 
 
+@pytest.fixture
+def roomy(library: Path) -> Iterator[Path]:
+    """Another, with room for the copy of a disk that outlasts the first moment, in which no limit holds yet."""
+    with filesystem(library, 1536 << 20) as where:
+        yield where
+
+
 def has_job(guest: Guest) -> bool:
     """Whether libvirt has a backup job for the domain."""
     try:
@@ -68,13 +75,14 @@ def test_a_scratch_directory_that_qemu_cannot_reach_is_refused_before_the_freeze
 
 
 def test_a_guest_writes_on_when_the_target_of_its_export_fills_up_and_nobody_else_is_there_to_see(
-    guest_factory: Callable[..., Guest], small: Path, tmp_path: Path
+    guest_factory: Callable[..., Guest], roomy: Path, tmp_path: Path
 ) -> None:
-    guest = guest_factory(GuestSpec("filling", disks=(DiskSpec("vda", size=64 << 20),)))
-    guest.exec(
-        "dd if=/dev/urandom of=/disk/vda/data bs=1M count=24 2>/dev/null && sync"
-    )  # minutes of copying at that speed
-    options = {"domain": guest.name, "dest": str(small), "name": "one", "quiesce": "never"}
+    disks = (DiskSpec("vda", size=64 << 20), DiskSpec("vdb", size=768 << 20, fs=None, writer=False))
+    guest = guest_factory(GuestSpec("filling", disks=disks), start=False)
+    write = ["qemu-io", "-f", "qcow2", "-c", "write -P 0x41 0 768M", str(guest.images["vdb"])]
+    subprocess.run(write, capture_output=True, check=True)
+    guest.start()
+    options = {"domain": guest.name, "dest": str(roomy), "name": "one", "quiesce": "never"}
     slow = {**options, "bandwidth": "256K"}
     # A guest that may be frozen is not left alone with a copy of many minutes, and the guard goes on.
     guest.replace_agent("fake:thaw-fails:6")
@@ -85,7 +93,7 @@ def test_a_guest_writes_on_when_the_target_of_its_export_fills_up_and_nobody_els
     assert not has_job(guest)
     until(lambda: guest.frozen_filesystems() == [], "the guard thawing")
 
-    ballast = small / "ballast"
+    ballast = roomy / "ballast"
     tasks.kill_at("copy", "export_image", log, **slow)
     fill(ballast)
     assert_writes_on(guest)
@@ -103,7 +111,7 @@ def test_a_guest_writes_on_when_the_target_of_its_export_fills_up_and_nobody_els
     ballast.unlink()
 
     assert tasks.ok("export_image", **options).changed
-    assert sorted(path.name for path in small.iterdir()) == ["lost+found", "one"]
+    assert sorted(path.name for path in roomy.iterdir()) == ["lost+found", "one"]
     until(lambda: not list(WORKERS.glob("sentry-*")), "the sentry going home", 60)
 
 
