@@ -33,15 +33,20 @@ WORKERS = Path("/var/lib/vmkeeper.libvirt/workers")
 #: So much that a worker is still at it when somebody has seen what it is doing.
 SIZE = 256 << 20
 
+#: So much that a limit takes hold before all of it is copied, however fast the host's disks are.
+LARGE = 768 << 20
+
 
 @pytest.fixture(scope="module")
 def heavy(host: TestHost) -> Iterator[Guest]:
-    """A guest that runs, with a disk that nobody writes and that does not compress."""
-    disks = (DiskSpec("vda", size=16 << 20), DiskSpec("vdb", size=SIZE, format="raw", fs=None, writer=False))
-    guest = Guest(host, GuestSpec("heavy", disks=disks))
+    """A guest that runs, with disks that nobody writes and that do not compress."""
+    sizes = {"vdb": SIZE, "vdc": LARGE}
+    still = (DiskSpec(target, size=size, format="raw", fs=None, writer=False) for target, size in sizes.items())
+    guest = Guest(host, GuestSpec("heavy", disks=(DiskSpec("vda", size=16 << 20), *still)))
     try:
         guest.define()
-        guest.images["vdb"].write_bytes(os.urandom(SIZE))
+        for target, size in sizes.items():
+            guest.images[target].write_bytes(os.urandom(size))
         yield guest.start()
     finally:
         guest.cleanup()
@@ -128,7 +133,7 @@ def test_an_export_goes_on_without_its_task_and_the_same_task_is_about_it(heavy:
 
 def test_a_limited_export_keeps_to_its_limit_until_that_is_lifted(heavy: Guest, library: Path) -> None:
     tasks.refused("export_image", "bandwidth", domain=heavy.name, dest=str(library), name="slow", bandwidth="fast")
-    options = {"domain": heavy.name, "dest": str(library), "name": "slow", "disks": ["vdb"]}
+    options = {"domain": heavy.name, "dest": str(library), "name": "slow", "disks": ["vdc"]}
     tasks.ok("export_image", wait=False, bandwidth="1M", **options)
 
     def copies() -> list[dict[str, Any]]:
@@ -136,11 +141,11 @@ def test_a_limited_export_keeps_to_its_limit_until_that_is_lifted(heavy: Guest, 
 
     until(lambda: [job["bandwidth"] for job in copies()] == [1 << 20], "the limit")
     (job,) = copies()
-    assert job["done"] < SIZE
+    assert job["done"] < LARGE
     assert tasks.ok("domain_job", domain=heavy.name, bandwidth="0").changed
     image = job_of(heavy.name, state="finished", wait_timeout="5m")["result"]["image"]
     run(
-        "qemu-img", "compare", "-q", "-U", "-f", "raw", "-F", "qcow2", heavy.images["vdb"], f"{image['path']}/vdb.qcow2"
+        "qemu-img", "compare", "-q", "-U", "-f", "raw", "-F", "qcow2", heavy.images["vdc"], f"{image['path']}/vdc.qcow2"
     )
     assert_nothing_lies_around(library)
 
