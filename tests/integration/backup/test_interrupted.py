@@ -154,12 +154,12 @@ def test_libvirtd_killed_during_the_copy(guest: Guest, repository: Path, tmp_pat
 
 def test_a_copy_outlives_libvirtd(guest_factory, repository: Path, tmp_path: Path) -> None:
     # A fast disk copies much until the limit takes hold.
-    disks = (DiskSpec("vda", size=16 * MIB), DiskSpec("vdb", size=512 * MIB, fs=None, writer=False))
+    disks = (DiskSpec("vda", size=16 * MIB), DiskSpec("vdb", size=768 * MIB, fs=None, writer=False))
     guest = guest_factory(GuestSpec("enduring", disks=disks), start=False)
-    points.run("qemu-io", "-f", "qcow2", "-c", "write -P 0x41 0 512M", guest.images["vdb"])
+    points.run("qemu-io", "-f", "qcow2", "-c", "write -P 0x41 0 768M", guest.images["vdb"])
     guest.start()
     log = tmp_path / "steps"
-    options = {"domain": guest.name, "repository": str(repository), "bandwidth": "24M"}
+    options = {"domain": guest.name, "repository": str(repository), "bandwidth": "48M"}
     copying = run_module_process("backup", env=points.killed_at("", log), **options)
     until(lambda: (log.exists() and "copy" in log.read_text().split()) or not copying.running(), "the copy beginning")
     time.sleep(1)  # the limit is set, and the task waits

@@ -131,13 +131,13 @@ def test_a_disk_on_a_block_device_needs_the_room_of_all_of_it(guest_factory: Cal
 
 
 def test_an_export_outlives_libvirtd(guest_factory: Callable[..., Guest], library: Path, tmp_path: Path) -> None:
-    size = 512 << 20  # a fast disk copies much until the limit takes hold
+    size = 768 << 20  # a fast disk copies much until the limit takes hold
     disks = (DiskSpec("vda", size=16 << 20), DiskSpec("vdb", size=size, format="raw", fs=None, writer=False))
     guest = guest_factory(GuestSpec("enduring", disks=disks), start=False)
     content = os.urandom(size)
     guest.images["vdb"].write_bytes(content)
     guest.start()
-    options = {"domain": guest.name, "dest": str(library), "name": "one", "quiesce": "required", "bandwidth": "24M"}
+    options = {"domain": guest.name, "dest": str(library), "name": "one", "quiesce": "required", "bandwidth": "48M"}
     log = tmp_path / "log"
     export = tasks.start("export_image", env=kill_environment(log), **options)
     until(lambda: "copy" in steps_in(log) or export.poll() is not None, "the copy beginning")
@@ -149,7 +149,7 @@ def test_an_export_outlives_libvirtd(guest_factory: Callable[..., Guest], librar
     assert ended.rc == 0, ended
     assert ended.changed
     with evidence.flattened(library / "one" / "vdb.qcow2") as copy:
-        same = copy.read_bytes() == content  # half a gigabyte, which is not to be shown
+        same = copy.read_bytes() == content  # most of a gigabyte, which is not to be shown
     assert same
     assert evidence.writer_log(library / "one" / "vda.qcow2").is_intact
     assert_writes_on(guest)
